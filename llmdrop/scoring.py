@@ -1,0 +1,176 @@
+"""Importance scores of Attention, MLP and Block from one forward pass (paper section 3, equations 1 to 6)."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from .anatomy import anatomy
+from .hooks import ResidualTap
+
+KINDS = ("attn", "mlp", "block")
+
+
+@dataclass(frozen=True)
+class ImportanceScores:
+    """S = 1 - cos(x, y) per layer, averaged over the calibration tokens; low means redundant.
+
+    attn, mlp, block: float64 [n_layers], NaN where the sublayer is dropped already. stderr: the same three, standard
+    errors over samples. magnitude: the same three, ||f(x)|| / ||y||. gap: [n_layers, n_layers], gap[i, j] = 1 - cos of
+    the residual stream before layer i and after layer j >= i (NaN below the diagonal), or None if not asked for.
+    """
+
+    attn: np.ndarray
+    mlp: np.ndarray
+    block: np.ndarray
+    stderr: dict[str, np.ndarray]
+    magnitude: dict[str, np.ndarray]
+    gap: np.ndarray | None = None
+    n_samples: int = 0
+    n_tokens: int = 0
+
+    def to_frame(self) -> pd.DataFrame:
+        """Tidy: one row per kind and layer, with columns kind, layer, score, stderr, magnitude."""
+        return pd.concat(
+            [
+                pd.DataFrame(
+                    {
+                        "kind": kind,
+                        "layer": np.arange(len(self.attn)),
+                        "score": getattr(self, kind),
+                        "stderr": self.stderr[kind],
+                        "magnitude": self.magnitude[kind],
+                    }
+                )
+                for kind in KINDS
+            ],
+            ignore_index=True,
+        )
+
+    def to_json(self) -> str:
+        record = {kind: _listed(getattr(self, kind)) for kind in KINDS}
+        record |= {name: {k: _listed(getattr(self, name)[k]) for k in KINDS} for name in ("stderr", "magnitude")}
+        record["gap"] = None if self.gap is None else [_listed(row) for row in self.gap]
+        return json.dumps(record | {"n_samples": self.n_samples, "n_tokens": self.n_tokens})
+
+    @classmethod
+    def from_json(cls, text: str) -> "ImportanceScores":
+        try:
+            record = json.loads(text)
+            return cls(
+                **{kind: np.array(record[kind], dtype=float) for kind in KINDS},
+                **{
+                    name: {k: np.array(record[name][k], dtype=float) for k in KINDS} for name in ("stderr", "magnitude")
+                },
+                gap=None if record["gap"] is None else np.array(record["gap"], dtype=float),
+                n_samples=record["n_samples"],
+                n_tokens=record["n_tokens"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not importance scores: {text[:80]!r} ({error})") from error
+
+
+@torch.inference_mode()
+def score(
+    model, calibration, batch_size: int = 8, with_residual: bool = True, gap: bool = False, progress: bool = True
+) -> ImportanceScores:
+    """Score all Attention layers, MLP layers and Blocks in one forward pass over the calibration tokens.
+
+    For a sublayer f reading the residual stream x, y = x + f(x) (its norms are part of f) and S = 1 - mean cos(x, y):
+    cosine in float32 per token, mean over every real token. A block's y is what leaves the layer. Where attention and
+    MLP are parallel both read the same x, and each y holds only its own branch: y_attn = x + attn(x),
+    y_mlp = x + mlp(x). with_residual=False compares x with f(x) alone (Table 6). gap=True also fills the gap matrix
+    (needs the residual streams of one batch at a time; otherwise nothing is kept and memory does not depend on the
+    number of samples). Standard errors treat samples as independent. The language-model head is never computed.
+
+    Raises ValueError for unknown architectures, an empty calibration set or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+    parts = anatomy(model)
+    device = model.get_input_embeddings().weight.device
+    ids, mask = calibration.input_ids, calibration.attention_mask
+    n, rows, streams = len(ids), {}, []
+    # per layer [n_quantities, B], left on the layer's device until the batch ends, so that CUDA never waits
+
+    def on_layer(i, x, m, y, f_attn, f_mlp):
+        x, y = x.float(), y.float()
+        m = x if m is None else m.float()
+        y_attn = x + f_attn if parts.parallel and f_attn is not None else m
+        y_mlp = x + f_mlp if parts.parallel and f_mlp is not None else y
+        quantities = []  # cosine and relative magnitude of each kind, [B, T]
+        for f, before, after in ((f_attn, x, y_attn), (f_mlp, m, y_mlp), (y - x, x, y)):
+            if f is None:
+                quantities += [torch.full(x.shape[:2], torch.nan, device=x.device)] * 2
+                continue
+            f_norm, after_norm = _norm(f), _norm(after)
+            if with_residual:
+                cos = _dot(before, after) / (_norm(before) * after_norm).clamp_min(1e-12)
+            else:
+                cos = _dot(before, f.float()) / (_norm(before) * f_norm).clamp_min(1e-12)
+            quantities += [cos, f_norm / after_norm.clamp_min(1e-12)]
+        weights = batch_mask.to(x.device)
+        rows[i] = torch.stack([torch.where(weights, q, 0.0).double().sum(1) for q in quantities])
+        if gap:
+            if not streams:
+                streams.append((0, x / _norm(x).unsqueeze(-1)))
+            unit = y / _norm(y).unsqueeze(-1)
+            for start, before in streams:
+                cos = _dot(before.to(unit.device), unit)
+                gaps[start, i] += torch.where(weights, 1 - cos, 0.0).double().sum().item()
+            streams.append((i + 1, unit))
+
+    sums = torch.full((parts.n_layers, 6, n), torch.nan, dtype=torch.float64)
+    gaps = np.zeros((parts.n_layers, parts.n_layers))
+    training = model.training
+    model.eval()
+    try:
+        with ResidualTap(model, on_layer), tqdm(total=n, desc="score", unit="sample", disable=not progress) as bar:
+            for start in range(0, n, batch_size):
+                batch = slice(start, start + batch_size)
+                batch_mask = torch.ones_like(ids[batch], dtype=torch.bool) if mask is None else mask[batch].bool()
+                batch_mask = batch_mask.to(device)
+                padded = {}
+                if mask is not None:
+                    padded["attention_mask"] = batch_mask.long()
+                    padded["position_ids"] = (batch_mask.long().cumsum(1) - 1).clamp_min(0)
+                model.base_model(input_ids=ids[batch].to(device), use_cache=False, **padded)
+                for i, row in rows.items():
+                    sums[i, :, batch] = row.cpu()
+                streams.clear()
+                bar.update(len(batch_mask))
+    finally:
+        model.train(training)
+
+    tokens = (torch.full((n,), ids.shape[1]) if mask is None else mask.sum(1)).double()
+    mean = sums.sum(2) / tokens.sum()  # [L, 6]
+    residual = sums - mean.unsqueeze(2) * tokens  # ratio estimator: samples may differ in length
+    stderr = (residual.square().sum(2) * n / max(n - 1, 1)).sqrt() / tokens.sum()
+    if n < 2:
+        stderr = torch.full_like(stderr, torch.nan)
+    mean, stderr = mean.numpy(), stderr.numpy()
+    if gap:
+        gaps = np.where(np.triu(np.ones_like(gaps)) > 0, gaps / tokens.sum().item(), np.nan)
+    return ImportanceScores(
+        **{kind: 1 - mean[:, 2 * k] for k, kind in enumerate(KINDS)},
+        stderr={kind: stderr[:, 2 * k] for k, kind in enumerate(KINDS)},
+        magnitude={kind: mean[:, 2 * k + 1] for k, kind in enumerate(KINDS)},
+        gap=gaps if gap else None,
+        n_samples=n,
+        n_tokens=int(tokens.sum()),
+    )
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vecdot(a, b)
+
+
+def _norm(a: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(a.float(), dim=-1)
+
+
+def _listed(values: np.ndarray) -> list:
+    return [None if np.isnan(v) else float(v) for v in values]

@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmdrop import DropPlan, ImportanceScores, drop_order, plan, plan_drop
+
+indices = st.sets(st.integers(0, 39))
+
+
+def scores_of(attn, mlp, block=None, gap=None):
+    attn, mlp = np.array(attn, float), np.array(mlp, float)
+    block = attn + mlp if block is None else np.array(block, float)
+    kinds = {"attn": attn, "mlp": mlp, "block": block}
+    return ImportanceScores(**kinds, stderr=kinds, magnitude={k: v[::-1] for k, v in kinds.items()}, gap=gap)
+
+
+@given(indices, indices)
+def test_round_trips(attn, mlp):
+    p = DropPlan(attn, mlp, n_layers=40)
+    assert DropPlan.from_json(p.to_json()) == p and DropPlan.from_json(p.to_json()).n_layers == 40
+    assert DropPlan.from_llm_drop(p.to_llm_drop()) == p
+    booleans = {f"drop_{k}_list": [i in s for i in range(40)] for k, s in (("attn", attn), ("mlp", mlp))}
+    assert DropPlan.from_llm_drop(json.loads(json.dumps(booleans)), 40) == p
+    assert p.attn == tuple(sorted(attn)) and p.blocks == tuple(sorted(attn & mlp)) and len(p) == len(attn) + len(mlp)
+
+
+@given(indices, indices)
+def test_overlap(a, b):
+    assert DropPlan(a).overlap(DropPlan(a)) == 1
+    assert DropPlan(a).overlap(DropPlan(b)) == DropPlan(b).overlap(DropPlan(a))
+    assert DropPlan(attn=a).overlap(DropPlan(mlp=a)) == (0 if a else 1)
+
+
+def test_labels_are_the_papers():
+    plans = [DropPlan(), DropPlan([1]), DropPlan(mlp=[1, 2]), DropPlan([1], [1]), DropPlan([1], [2])]
+    assert [p.label for p in plans] == ["Baseline", "Attn-1", "MLP-2", "Block-1", "Joint-2"]
+
+
+@pytest.mark.parametrize(
+    "attn, message",
+    [
+        ([-1], "-1 is out of range"),
+        ([40], "40 is out of range; expected 0-based layer indices below 40"),
+        ([1, 1], "repeats an index"),
+        ([True, False], "holds booleans.*from_llm_drop"),
+        ([1.5], "1.5 is not a whole number"),
+        (["3"], "'3' is not a whole number"),
+    ],
+)
+def test_malformed_plans(attn, message):
+    with pytest.raises(ValueError, match=message):
+        DropPlan(attn, n_layers=40)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"attention": [1]}', '{"attn": [true]}'])
+def test_malformed_json(text):
+    with pytest.raises(ValueError):
+        DropPlan.from_json(text)
+    with pytest.raises(ValueError, match="holds 2 booleans for a model of 3 layers"):
+        DropPlan.from_llm_drop({"drop_attn_list": [True, False]}, 3)
+
+
+def test_lowest_scores_first_and_ties_by_index():
+    s = scores_of([0.3, 0.1, 0.1, 0.2], [0.15, 0.5, np.nan, 0.1])
+    assert drop_order(s, "attn") == [1, 2, 3, 0]
+    assert drop_order(s, "mlp") == [3, 0, 1]
+    assert drop_order(s, "joint")[:4] == [("attn", 1), ("attn", 2), ("mlp", 3), ("mlp", 0)]
+    assert plan_drop(s, "joint", 3) == DropPlan([1, 2], [3])
+    assert plan_drop(s, "block", 1) == DropPlan([3], [3])
+    assert plan_drop(s, "attn", 2, plan.reverse_order) == DropPlan([2, 3])
+    assert plan_drop(s, "attn", 1, plan.relative_magnitude) == DropPlan([1])
+    random_plans = {plan_drop(s, "attn", 2, plan.random(seed)) for seed in range(20)}
+    assert len(random_plans) > 1 and plan_drop(s, "attn", 2, plan.random(3)) == plan_drop(s, "attn", 2, plan.random(3))
+
+
+def test_consecutive_uses_the_gap_of_exactly_n_blocks():
+    gap = np.full((4, 4), np.nan)
+    gap[np.triu_indices(4)] = [0.1, 0.5, 0.9, 0.9, 0.2, 0.3, 0.1, 0.3, 0.6, 0.05]
+    s = scores_of([0.1] * 4, [0.1] * 4, gap=gap)
+    assert plan_drop(s, "consecutive", 2) == DropPlan([1, 2], [1, 2])
+    assert plan_drop(s, "consecutive", 3) == DropPlan([1, 2, 3], [1, 2, 3])
+    assert plan_drop(s, "consecutive", 1) == DropPlan([3], [3])
+    with pytest.raises(ValueError, match="gap=True"):
+        plan_drop(scores_of([1], [1]), "consecutive", 1)
+
+
+def test_counts_and_targets_are_checked():
+    s = scores_of([0.3, 0.1], [0.2, 0.4])
+    for n in (-1, 3, True):
+        with pytest.raises(ValueError, match="n must be between 0 and 2"):
+            plan_drop(s, "attn", n)
+    with pytest.raises(ValueError, match="'layer' is not one of attn, mlp, block, joint, consecutive"):
+        plan_drop(s, "layer", 1)

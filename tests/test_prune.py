@@ -1,0 +1,234 @@
+"""Dropping equals zeroing a branch; caches, nesting, saving and loading keep it so."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, random_ids, tiny
+from transformers import AutoModelForCausalLM, StaticCache
+
+import llmdrop
+from llmdrop import DropPlan, anatomy, apply_plan, dropped
+
+PLANS = [
+    DropPlan(attn=[0]),
+    DropPlan(attn=[4]),
+    DropPlan(attn=[0, 2, 4]),
+    DropPlan(attn=range(5)),
+    DropPlan(mlp=[0]),
+    DropPlan(mlp=[1, 4]),
+    DropPlan(mlp=range(5)),
+    DropPlan([0], [0]),
+    DropPlan([3, 4], [3, 4]),
+    DropPlan([0, 1, 3], [1, 2]),
+]
+
+
+@contextlib.contextmanager
+def zeroed(model, plan):
+    """The independent reference: the untouched model, with the outputs of the plan's branches multiplied by zero."""
+    parts = anatomy(model)
+    handles = []
+    for kind in ("attn", "mlp"):
+        for i in getattr(plan, kind):
+            last = parts.layers[i].get_submodule(getattr(parts.layout, kind)[-1])
+            handles.append(
+                last.register_forward_hook(
+                    lambda m, a, out: (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
+                )
+            )
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def logits(model, ids, **kwargs):
+    with torch.inference_mode():
+        return model(ids, use_cache=False, **kwargs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropped_equals_zeroed_branch(family):
+    model, ids = tiny(family), random_ids(2, 12)
+    dense = logits(model, ids)
+    for plan in PLANS:
+        with zeroed(model, plan):
+            expected = logits(model, ids)
+        with dropped(model, plan):
+            torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=0)
+        assert (expected - dense).abs().max() > 1e-3, "the branch must matter, or this test shows nothing"
+        assert torch.equal(logits(model, ids), dense), "not restored"
+    assert getattr(model.config, "llmdrop", None) is None
+
+
+def uncached(model, ids, mask, n):
+    """Greedy continuation by full forward passes without any cache."""
+    for _ in range(n):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        step = logits(model, ids, attention_mask=mask, position_ids=positions)[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, step], 1), torch.cat([mask, torch.ones_like(step)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_equals_uncached_generation(family, attention):
+    model = tiny(family, attention)
+    ids, mask = random_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :3], mask[2, :6] = 0, 0
+    ids[mask == 0] = 0
+    for attn in ([0], [0, 2, 4], [1, 3], range(5)):
+        with dropped(model, DropPlan(attn=attn)):
+            expected = uncached(model, ids, mask, 64)
+            for cache in ("dynamic", "static"):
+                out = model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=64,
+                    do_sample=False,
+                    cache_implementation=cache,
+                    return_dict_in_generate=True,
+                    disable_compile=True,
+                )
+                assert torch.equal(out.sequences, expected), (attn, cache)
+                layers = [layer for layer in out.past_key_values.layers if layer.keys.nbytes + layer.values.nbytes]
+                assert len(layers) == 5 - len(list(attn))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_cache_bytes_shrink_with_dropped_attention(family):
+    model, ids = tiny(family), random_ids(2, 10)
+
+    def nbytes(cache):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    with torch.inference_mode():
+        dense = nbytes(model(ids, use_cache=True).past_key_values)
+        with dropped(model, DropPlan(attn=[0, 4])):
+            assert nbytes(model(ids, use_cache=True).past_key_values) / dense == pytest.approx(3 / 5, rel=0.2)
+            static = StaticCache(config=model.config, max_cache_len=32)
+            model(ids, past_key_values=static, use_cache=True)
+            assert len(static.layers) == 3
+        with dropped(model, DropPlan(attn=range(5))):
+            assert nbytes(model(ids, use_cache=True).past_key_values) == 0
+
+
+def test_uniform_cache_bytes_are_exact():
+    model, ids = tiny("llama"), random_ids(2, 10)
+    with torch.inference_mode(), dropped(model, DropPlan(attn=[0, 3])):
+        cache = model(ids, use_cache=True).past_key_values
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 2 * 3 * 2 * 2 * 10 * 8 * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_beams_and_assisted_decoding(family):
+    model, ids = tiny(family, "sdpa"), random_ids(1, 9)
+    with dropped(model, DropPlan(attn=[0, 1])):
+        beams = model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False)
+        plain = model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
+        assert torch.equal(beams, plain)
+        lookup = model.generate(ids, max_new_tokens=16, prompt_lookup_num_tokens=3, do_sample=False)
+        assert torch.equal(lookup, model.generate(ids, max_new_tokens=16, do_sample=False))
+
+
+def test_nested_and_exceptions_restore_everything():
+    model, ids = tiny("llama"), random_ids(2, 8)
+    dense, keys = logits(model, ids), list(model.state_dict())
+    hooks = len(model.base_model._forward_pre_hooks)
+    with pytest.raises(RuntimeError, match="inside"), dropped(model, DropPlan(attn=[1])):
+        with dropped(model, DropPlan(attn=[1, 2], mlp=[1])):
+            assert anatomy(model).plan == DropPlan([1, 2], [1])
+            inner = logits(model, ids)
+        with zeroed(model, DropPlan()):
+            pass
+        once = logits(model, ids)
+        assert anatomy(model).plan == DropPlan([1])
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model, ids), dense) and list(model.state_dict()) == keys
+    assert len(model.base_model._forward_pre_hooks) == hooks
+    both = apply_plan(apply_plan(model, DropPlan(attn=[1])), DropPlan([2], [1]))
+    torch.testing.assert_close(logits(both, ids), inner, atol=1e-6, rtol=0)
+    assert not torch.equal(once, inner)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sets(st.integers(0, 4)), st.sets(st.integers(0, 4)), st.sampled_from(FAMILIES))
+def test_any_plan_frees_its_parameters_and_restores(attn, mlp, family):
+    if len(attn) + len(mlp) == 10:
+        return
+    model, ids, plan = tiny(family), random_ids(1, 6), DropPlan(attn, mlp)
+    parts = anatomy(model)
+    size = sum(p.numel() for p in model.parameters())
+    gone = sum(
+        p.numel()
+        for kind in ("attn", "mlp")
+        for i in getattr(plan, kind)
+        for name in getattr(parts.layout, kind)
+        for p in parts.layers[i].get_submodule(name).parameters()
+    )
+    with zeroed(model, plan):
+        expected = logits(model, ids)
+    with dropped(model, plan):
+        assert sum(p.numel() for p in model.parameters()) == size - gone
+        torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=0)
+    assert sum(p.numel() for p in model.parameters()) == size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", [DropPlan([0, 3], [1]), DropPlan([0, 4], [0, 4]), DropPlan([1, 2, 3], [2, 4])])
+def test_save_load_round_trip(family, plan, tmp_path):
+    model, ids = tiny(family), random_ids(2, 9)
+    llmdrop.save_model(model, None, tmp_path / "dense")
+    expected = logits(apply_plan(model, plan), ids)
+    llmdrop.save_model(model, None, tmp_path / "dropped")
+    loaded = llmdrop.models._load_weights(str(tmp_path / "dropped"), {}, {"dtype": torch.float32})
+    torch.testing.assert_close(logits(loaded.eval(), ids), expected, atol=1e-5, rtol=0)
+    assert anatomy(loaded).plan == plan
+    weights = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("dense", "dropped")]
+    parameters = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+    assert weights[1] < weights[0] and weights[1] == pytest.approx(parameters, rel=0.1)
+    if plan.attn == plan.mlp:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dropped")
+        torch.testing.assert_close(logits(stock.eval(), ids), expected, atol=1e-5, rtol=0)
+    else:
+        with pytest.raises((ValueError, KeyError)):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "dropped")
+        with pytest.raises(Exception, match="llmdrop.load_model"):
+            type(model).from_pretrained(tmp_path / "dropped")
+
+
+def test_gpt2_with_depth_scaled_attention_keeps_its_scale(tmp_path):
+    model, ids, plan = tiny("gpt2", scale_attn_by_inverse_layer_idx=True), random_ids(2, 9), DropPlan([1], [1])
+    expected = logits(apply_plan(model, plan), ids)
+    llmdrop.save_model(model, None, tmp_path / "m")
+    loaded = llmdrop.models._load_weights(str(tmp_path / "m"), {}, {"dtype": torch.float32})
+    torch.testing.assert_close(logits(loaded.eval(), ids), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        (DropPlan(attn=[5]), "out of range.*below 5"),
+        (DropPlan(range(5), range(5)), "drops all 5 attention and all 5 MLP"),
+        (DropPlan(attn=[1], n_layers=40), "made for a model of 40 layers, this model has 5"),
+    ],
+)
+def test_impossible_plans_leave_the_model_unchanged(plan, message):
+    model, ids = tiny("llama"), random_ids(1, 5)
+    before = logits(model, ids)
+    with pytest.raises(ValueError, match=message):
+        apply_plan(model, plan)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_unknown_architectures_are_refused_by_name():
+    with pytest.raises(ValueError, match="'Linear' model.*known: gemma2"):
+        anatomy(torch.nn.Linear(2, 2))
+    model = tiny("llama")
+    model.model.layers[1].adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has adapter besides"):
+        anatomy(model)
+    with pytest.raises(ValueError, match="no residual stream"):
+        anatomy(tiny("opt", do_layer_norm_before=False))

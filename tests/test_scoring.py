@@ -1,0 +1,114 @@
+"""Scores equal their definition, whatever the batching and padding."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, random_ids, tiny
+
+from llmdrop import DropPlan, ImportanceScores, anatomy, dropped, plan_drop, score
+
+
+def calibration(ids, mask=None):
+    return SimpleNamespace(input_ids=ids, attention_mask=mask)
+
+
+def stored(model, ids):
+    """Residual streams before, between and after, and both branches, recorded the plain way: everything is kept."""
+    parts, streams = anatomy(model), []
+    for i, layer in enumerate(parts.layers):
+        seen = {}
+        attn_out, mlp_in, mlp_out = (
+            layer.get_submodule(name)
+            for name in (parts.layout.attn[-1], parts.layout.mlp[0], parts.layout.mlp[-1])
+        )
+        layer.register_forward_pre_hook(lambda m, a, k, s=seen: s.update(x=a[0] if a else k["hidden_states"]), with_kwargs=True)
+        mlp_in.register_forward_pre_hook(lambda m, a, s=seen: s.update(m=a[0]))
+        attn_out.register_forward_hook(lambda m, a, o, s=seen: s.update(fa=o[0] if isinstance(o, tuple) else o))
+        mlp_out.register_forward_hook(lambda m, a, o, s=seen: s.update(fm=o))
+        layer.register_forward_hook(lambda m, a, o, s=seen: s.update(y=o[0] if isinstance(o, tuple) else o))
+        streams.append(seen)
+    with torch.inference_mode():
+        model(ids)
+    return [{k: v.double().reshape(*ids.shape, -1) for k, v in s.items()} for s in streams]
+
+
+def one_minus_cos(a, b):
+    return (1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).mean().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_definition(family):
+    ids = random_ids(6, 11)
+    scores = score(tiny(family), calibration(ids), batch_size=4, gap=True, progress=False)
+    bare = score(tiny(family), calibration(ids), with_residual=False, progress=False)
+    streams, parallel = stored(tiny(family), ids), anatomy(tiny(family)).parallel
+    for i, s in enumerate(streams):
+        m = s["x"] if parallel else s["m"]
+        assert scores.attn[i] == pytest.approx(one_minus_cos(s["x"], s["x"] + s["fa"]), abs=1e-5)
+        assert scores.mlp[i] == pytest.approx(one_minus_cos(m, m + s["fm"]), abs=1e-5)
+        assert scores.block[i] == pytest.approx(one_minus_cos(s["x"], s["y"]), abs=1e-5)
+        assert bare.attn[i] == pytest.approx(one_minus_cos(s["x"], s["fa"]), abs=1e-5)
+        assert bare.mlp[i] == pytest.approx(one_minus_cos(m, s["fm"]), abs=1e-5)
+        size = (s["fa"].norm(dim=-1) / (s["x"] + s["fa"]).norm(dim=-1)).mean().item()
+        assert scores.magnitude["attn"][i] == pytest.approx(size, abs=1e-5)
+        for j in range(i, len(streams)):
+            assert scores.gap[i, j] == pytest.approx(one_minus_cos(s["x"], streams[j]["y"]), abs=1e-5)
+    assert np.isnan(scores.gap[np.tril_indices(5, -1)]).all()
+    np.testing.assert_allclose(np.diag(scores.gap), scores.block, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_and_padding_do_not_matter(family):
+    lengths, ids = [12, 5, 9, 12, 7, 3, 12, 8], random_ids(8, 12)
+    alone = [score(tiny(family), calibration(ids[k : k + 1, :n]), progress=False) for k, n in enumerate(lengths)]
+    expected = np.average([s.attn for s in alone], axis=0, weights=lengths)
+    expected_mlp = np.average([s.mlp for s in alone], axis=0, weights=lengths)
+    for side in ("left", "right"):
+        padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for k, n in enumerate(lengths):
+            where = slice(12 - n, 12) if side == "left" else slice(0, n)
+            padded[k, where], mask[k, where] = ids[k, :n], 1
+        for batch_size in (1, 3, 8):
+            got = score(tiny(family, "sdpa"), calibration(padded, mask), batch_size=batch_size, progress=False)
+            np.testing.assert_allclose(got.attn, expected, atol=1e-5)
+            np.testing.assert_allclose(got.mlp, expected_mlp, atol=1e-5)
+            assert got.n_tokens == sum(lengths)
+
+
+def test_standard_error_is_that_of_the_sample_means():
+    ids = random_ids(7, 16)
+    each = [score(tiny("llama"), calibration(ids[k : k + 1]), progress=False).block for k in range(7)]
+    stderr = score(tiny("llama"), calibration(ids), batch_size=3, progress=False).stderr["block"]
+    np.testing.assert_allclose(stderr, np.std(each, axis=0, ddof=1) / 7**0.5, rtol=1e-3)
+
+
+def test_dropped_sublayers_score_nan_and_the_others_see_the_dropped_model():
+    model, ids, plan = tiny("llama"), random_ids(4, 9), DropPlan([1, 3], [3])
+    with dropped(model, plan):
+        scores = score(model, calibration(ids), progress=False)
+        following = plan_drop(scores, "attn", 2)
+    assert np.isnan(scores.attn[[1, 3]]).all() and np.isnan(scores.mlp[3]) and np.isnan(scores.block[3])
+    assert np.isfinite(scores.mlp[1]) and np.isfinite(scores.block[1]), "the other half of a block stays live"
+    assert not set(following.attn) & {1, 3}
+    assert scores.block[1] == pytest.approx(scores.mlp[1], abs=1e-6)  # without its attention a block is its MLP
+
+
+def test_round_trip_and_clear_errors():
+    scores = score(tiny("llama"), calibration(random_ids(2, 8)), gap=True, progress=False)
+    again = ImportanceScores.from_json(scores.to_json())
+    assert again.to_json() == scores.to_json()
+    frame = scores.to_frame()
+    assert list(frame.columns) == ["kind", "layer", "score", "stderr", "magnitude"] and len(frame) == 15
+    with pytest.raises(ValueError, match="not importance scores"):
+        ImportanceScores.from_json("{}")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        score(tiny("llama"), calibration(random_ids(2, 8)), batch_size=0)
+
+
+def test_hooks_are_gone_after_an_exception():
+    model = tiny("llama")
+    with pytest.raises(IndexError):
+        score(model, calibration(torch.full((2, 5), 1000)), progress=False)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

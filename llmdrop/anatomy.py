@@ -24,6 +24,7 @@ class Layout:
     mlp: tuple[str, ...]
     attn_core: str = "self_attn"  # the module with the KV cache
     mlp_core: str = "mlp"  # the module whose output is zero when the MLP is dropped
+    final: str = "norm"  # the decoder's norm after its last layer
 
 
 _PRE_NORM = Layout(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
@@ -41,11 +42,17 @@ LAYOUTS = {
     "gemma3_text": _SANDWICH,
     "olmo2": Layout(("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
     "gpt_neox": Layout(
-        ("input_layernorm", "attention"), ("post_attention_layernorm", "mlp"), attn_core="attention"
+        ("input_layernorm", "attention"),
+        ("post_attention_layernorm", "mlp"),
+        attn_core="attention",
+        final="final_layer_norm",
     ),
-    "gpt2": Layout(("ln_1", "attn"), ("ln_2", "mlp"), attn_core="attn"),
+    "gpt2": Layout(("ln_1", "attn"), ("ln_2", "mlp"), attn_core="attn", final="ln_f"),
     "opt": Layout(
-        ("self_attn_layer_norm", "self_attn"), ("final_layer_norm", "fc1", "activation_fn", "fc2"), mlp_core="fc2"
+        ("self_attn_layer_norm", "self_attn"),
+        ("final_layer_norm", "fc1", "activation_fn", "fc2"),
+        mlp_core="fc2",
+        final="final_layer_norm",
     ),
 }
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .anatomy import Anatomy, anatomy
+from .anatomy import Anatomy, Layout, anatomy
 from .plan import DropPlan
 
 
@@ -63,13 +63,10 @@ def _drop(model: nn.Module, plan: DropPlan) -> list[tuple]:
         undo.append((owner, name, getattr(owner, name, _ABSENT)))
         setattr(owner, name, value)
 
-    for kind, core, names in (("attn", layout.attn_core, layout.attn), ("mlp", layout.mlp_core, layout.mlp)):
+    for kind in ("attn", "mlp"):
         for i in getattr(plan, kind):
-            if parts.layers[i] is None or i in getattr(parts.plan, kind):
-                continue
-            for name in names:
-                stub = (NoAttention if kind == "attn" else NoMLP) if name == core else nn.Identity
-                put(parts.layers[i], name, stub())
+            if i not in getattr(parts.plan, kind):
+                undo += stub_sublayer(parts.layers[i], layout, kind)
 
     kept = [i for i in range(parts.n_layers) if i not in plan.blocks]
     before = [i for i in range(parts.n_layers) if parts.layers[i] is not None]
@@ -97,6 +94,15 @@ def _drop(model: nn.Module, plan: DropPlan) -> list[tuple]:
     record = {"n_layers": parts.n_layers, "attn": list(plan.attn), "mlp": list(plan.mlp)}
     put(config, "llmdrop", record)
     return undo
+
+
+def stub_sublayer(layer: nn.Module, layout: Layout, kind: str) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put stubs where the "attn" or "mlp" sublayer of one layer and its norms were; returns (layer, name, module)s."""
+    core, names = (layout.attn_core, layout.attn) if kind == "attn" else (layout.mlp_core, layout.mlp)
+    removed = [(layer, name, getattr(layer, name)) for name in names]
+    for name in names:
+        setattr(layer, name, (NoAttention() if kind == "attn" else NoMLP()) if name == core else nn.Identity())
+    return removed
 
 
 def _checked(parts: Anatomy, plan: DropPlan) -> DropPlan:

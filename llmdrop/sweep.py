@@ -1,0 +1,237 @@
+"""Log-likelihoods of many continuations under many drop plans, close to the cost of the forward pass.
+
+Nothing is computed twice. Sequences are packed into rows as token tries: a context is run once for all its
+continuations, a few-shot prefix once for all the questions of its row, and no position is padding. Plans are walked as
+a trie over layers: plans that agree on layers 0..i share the residual stream up to there. The language-model head
+runs only on the positions that are scored. Causal attention makes all of this exact.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .anatomy import Anatomy, anatomy
+from .plan import DropPlan
+from .prune import stub_sublayer
+
+ROW_TOKENS = 512  # attention over a row is quadratic; beyond this, sharing one more prefix no longer pays
+
+
+@dataclass(frozen=True)
+class Item:
+    """One continuation to score: tokens = context + continuation, of which the last `n_scored` are scored."""
+
+    tokens: tuple[int, ...]
+    n_scored: int
+
+
+@dataclass
+class Row:
+    """A token trie in depth-first order: node k holds token ids[k], at depth position[k], below parent[k] (-1: root)."""
+
+    ids: list[int]
+    position: list[int]
+    parent: list[int]
+    targets: list[tuple[int, list[int], list[int]]]  # (item, nodes whose prediction is read, tokens to predict)
+
+
+def pack(items: Sequence[Item], row_tokens: int = ROW_TOKENS) -> Iterator[Row]:
+    """Fill rows of about `row_tokens` nodes (more only where one item is longer) with the items in lexical order."""
+    row, path = Row([], [], [], []), []  # path: (token, node) from the root to the last item's last token
+    for index in sorted(range(len(items)), key=lambda k: items[k].tokens):
+        tokens, inputs = items[index].tokens, items[index].tokens[:-1]  # the last token is predicted, never read
+        shared = 0
+        while shared < min(len(path), len(inputs)) and path[shared][0] == inputs[shared]:
+            shared += 1
+        if row.ids and len(row.ids) + len(inputs) - shared > row_tokens:
+            yield row
+            row, path, shared = Row([], [], [], []), [], 0
+        del path[shared:]
+        for depth in range(shared, len(inputs)):
+            row.parent.append(path[-1][1] if path else -1)
+            path.append((inputs[depth], len(row.ids)))
+            row.ids.append(inputs[depth])
+            row.position.append(depth)
+        n = items[index].n_scored
+        row.targets.append((index, [node for _, node in path[len(path) - n :]], list(tokens[-n:])))
+    if row.ids:
+        yield row
+
+
+def _visible(row: Row) -> torch.Tensor:
+    """[N, N] bool: node q sees its ancestors and itself."""
+    seen = np.zeros((len(row.ids), len(row.ids)), dtype=bool)
+    for node, parent in enumerate(row.parent):
+        if parent >= 0:
+            seen[node] = seen[parent]
+        seen[node, node] = True
+    return torch.from_numpy(seen)
+
+
+@torch.inference_mode()
+def loglikelihoods(
+    model: nn.Module,
+    plans: Sequence[DropPlan],
+    items: Sequence[Item],
+    row_tokens: int = ROW_TOKENS,
+    progress: bool | str = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of log p(token) over each item's continuation, and whether greedy decoding would have produced it.
+
+    model: undropped (or dropped: then every plan's indices still mean the undropped model). items: tokens and number
+    scored, 1 <= n_scored < len(tokens). Returns two arrays [n_plans, n_items], float64 and bool. Log-softmax in
+    float32. Memory: besides the model, at most one residual stream [row_tokens, C] per layer at which plans part,
+    and [row_tokens, vocabulary] logits. Raises ValueError for a model whose attention takes no explicit mask.
+    """
+    check_packable(model)
+    for item in items:
+        if not 1 <= item.n_scored < len(item.tokens):
+            raise ValueError(f"an item scores {item.n_scored} of {len(item.tokens)} tokens; needs a context of >= 1")
+    parts = anatomy(model)
+    plans = [plan | parts.plan for plan in plans]
+    for plan in plans:
+        DropPlan(plan.attn, plan.mlp, parts.n_layers)  # raises for indices the model does not have
+    sums = np.zeros((len(plans), len(items)))
+    greedy = np.ones((len(plans), len(items)), dtype=bool)
+    rows = list(pack(items, row_tokens))
+    label = progress if isinstance(progress, str) else "evaluate"
+    training = model.training
+    model.eval()
+    with tqdm(total=sum(len(row.ids) for row in rows), desc=label, unit="tok", disable=not progress) as bar:
+        for row in rows:
+            nodes = [node for _, nodes, _ in row.targets for node in nodes]
+            read = sorted(set(nodes))
+            place = torch.from_numpy(np.searchsorted(read, nodes))
+            wanted = torch.tensor([token for _, _, tokens in row.targets for token in tokens])
+            for group, hidden in _walk(model, parts, plans, row):
+                logp, best = _head(model, parts, hidden[0, read], place, wanted)
+                start = 0
+                for index, nodes_, _ in row.targets:
+                    stop = start + len(nodes_)
+                    sums[group, index] = logp[start:stop].sum()
+                    greedy[group, index] = best[start:stop].all()
+                    start = stop
+            bar.update(len(row.ids))
+    model.train(training)
+    return sums, greedy
+
+
+def check_packable(model: nn.Module) -> None:
+    """ValueError unless the attention implementation honours an explicit [B, 1, N, N] mask (eager or sdpa)."""
+    implementation = model.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"packed evaluation needs an explicit attention mask, which {implementation!r} attention does not take; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+
+
+def _walk(model: nn.Module, parts: Anatomy, plans: list[DropPlan], row: Row) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices of plans, their final residual stream [1, N, C]), computing every shared stretch once."""
+    hidden, calls = _layer_calls(model, parts, row)
+
+    def walk(group: list[int], i: int, hidden: torch.Tensor):
+        while i < parts.n_layers:
+            actions: dict[tuple[bool, bool], list[int]] = {}
+            for k in group:
+                actions.setdefault((i in plans[k].attn, i in plans[k].mlp), []).append(k)
+            branches = list(actions.items())
+            for action, members in branches[1:]:
+                yield from walk(members, i + 1, step(i, action, hidden))
+            action, group = branches[0]
+            hidden, i = step(i, action, hidden), i + 1
+        yield group, hidden
+
+    def step(i: int, action: tuple[bool, bool], hidden: torch.Tensor) -> torch.Tensor:
+        layer = parts.layers[i]
+        if layer is None or all(action):
+            return hidden
+        args, kwargs = calls[i]
+        undo = []
+        for kind, gone in zip(("attn", "mlp"), action, strict=True):
+            if gone and i not in getattr(parts.plan, kind):
+                undo += stub_sublayer(layer, parts.layout, kind)
+        try:
+            out = layer(hidden, *args, **kwargs)
+        finally:
+            for owner, name, value in undo:
+                setattr(owner, name, value)
+        return out[0] if isinstance(out, tuple) else out
+
+    yield from walk(list(range(len(plans))), 0, hidden)
+
+
+class _Record(nn.Module):
+    """Stands for a decoder layer: keeps what it was called with and passes the residual stream on."""
+
+    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        self.call = hidden, args, kwargs
+        return hidden
+
+
+def _layer_calls(model: nn.Module, parts: Anatomy, row: Row) -> tuple[torch.Tensor, dict[int, tuple[tuple, dict]]]:
+    """The residual stream before layer 0, [1, N, C], and the arguments with which the decoder calls each layer."""
+    embedding = model.get_input_embeddings().weight
+    ids, position = (torch.tensor([values], device=embedding.device) for values in (row.ids, row.position))
+    visible = _visible(row).to(embedding.device)
+    distance = position[0, :, None] - position[0, None, :]
+    hidden_from = torch.finfo(model.dtype).min
+
+    def additive(allowed: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
+        return mask.masked_fill(~allowed, hidden_from)[None, None]  # [1, 1, N, N]
+
+    full = additive(visible)
+    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
+    recorders = nn.ModuleList(_Record() for _ in present)
+    stock = getattr(parts.decoder, parts.layers_name)
+    setattr(parts.decoder, parts.layers_name, recorders)
+    try:
+        parts.decoder(input_ids=ids, attention_mask=full, position_ids=position, use_cache=False)
+    finally:
+        setattr(parts.decoder, parts.layers_name, stock)
+    masks, calls = {None: full}, {}
+    for place, i in enumerate(present):
+        window = _window(model.config, place)
+        if window not in masks:
+            masks[window] = additive(visible & (distance < window))
+        _, args, kwargs = recorders[place].call
+
+        def own(value, mask=masks[window]):
+            return mask if isinstance(value, torch.Tensor) and value.shape == full.shape else value
+
+        calls[i] = tuple(own(a) for a in args), {name: own(value) for name, value in kwargs.items()}
+    return recorders[0].call[0], calls
+
+
+def _window(config, layer: int) -> int | None:
+    """How many tokens back this layer's attention reaches (itself included), None for all."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return config.sliding_window if types[layer] == "sliding_attention" else None
+    return getattr(config, "sliding_window", None)
+
+
+def _head(model, parts: Anatomy, hidden: torch.Tensor, place: torch.Tensor, wanted: torch.Tensor):
+    """Log-probability of each wanted token and whether it is the most likely, from the streams [n_read, C]."""
+    normed = parts.decoder.get_submodule(parts.layout.final)(hidden)
+    logp, best = [], []
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma-2
+    for start in range(0, len(place), 512):  # [512, vocabulary] in float32 at a time
+        part = slice(start, start + 512)
+        rows, inverse = torch.unique(place[part], return_inverse=True)
+        logits = head(normed[rows.to(normed.device)]).float()
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        token = wanted[part].to(logits.device)
+        inverse = inverse.to(logits.device)
+        chosen = logits[inverse, token]
+        logp.append((chosen - logits.logsumexp(-1)[inverse]).double().cpu())
+        best.append((logits.argmax(-1)[inverse] == token).cpu())
+    return torch.cat(logp).numpy(), torch.cat(best).numpy()

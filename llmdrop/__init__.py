@@ -2,12 +2,15 @@
 
 from .anatomy import anatomy
 from .calibration import Calibration, load_calibration
-from .evaluate import evaluate, evaluate_sweep, perplexity, perplexity_sweep
+from .evaluate import evaluate, evaluate_sweep
+from .fingerprint import provenance
 from .models import build_dir, load_model, save_model, weights_digest
+from .paper import record_claim
 from .plan import DropPlan, drop_order, plan_drop
 from .prune import apply_plan, dropped
-from .results import Store, provenance
+from .results import Store
 from .scoring import ImportanceScores, score
 from .speed import compare_speed, kv_cache_bytes, measure_speed
+from .sweep import perplexity, perplexity_sweep
 
 __version__ = "0.1.0"

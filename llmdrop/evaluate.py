@@ -1,45 +1,14 @@
-"""Quality of dropped models: lm-eval benchmarks and perplexity, many plans at a time."""
+"""Quality of dropped models on lm-eval's benchmarks, many plans at a time."""
 
 import logging
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
-from lm_eval import evaluate as lm_evaluate
-from lm_eval.models.huggingface import HFLM
 
-from .calibration import Calibration
 from .plan import DropPlan
 from .prune import dropped
-from .sweep import Item, loglikelihoods
+from .sweep import perplexity_sweep  # noqa: F401
 from .tasks import load_tasks, pool
-
-
-class SweepLM(HFLM):
-    """An lm-eval model that answers log-likelihood requests for a whole sweep of drop plans at once.
-
-    Tokenisation, truncation and metrics are lm-eval's. Requests that repeat are answered once. `current` names the
-    plan whose answers are given; text generation runs on the model as it stands.
-    """
-
-    def __init__(self, model, tokenizer, plans: Mapping[str, DropPlan], batch_size: int = 8, progress: bool = True):
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        self.plans, self.current, self.progress = dict(plans), next(iter(plans)), progress
-        self.answers: dict[tuple, list[tuple[float, bool]]] = {}  # (tokens, number scored) -> one answer per plan
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
-        keys = []
-        for _, context, continuation in requests:
-            tokens = tuple((context + continuation)[-(self.max_length + 1) :])  # too long: cut from the left
-            keys.append((tokens, len(continuation)))
-        missing = [key for key in dict.fromkeys(keys) if key not in self.answers]
-        if missing:
-            items = [Item(*key) for key in missing]
-            sums, greedy = loglikelihoods(self.model, list(self.plans.values()), items, progress=self.progress)
-            for k, key in enumerate(missing):
-                self.answers[key] = list(zip(sums[:, k].tolist(), greedy[:, k].tolist(), strict=True))
-        place = list(self.plans).index(self.current)
-        return [self.answers[key][place] for key in keys]
 
 
 def evaluate(
@@ -81,6 +50,8 @@ def evaluate_sweep(
     """
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise ValueError(f"limit={limit}; give a number of questions per task, at least 1, or None for all")
+    from .harness import SweepLM  # lm-eval takes seconds to import, and the rest of the library does without it
+
     rows = []
     for name, parts in load_tasks(tasks, data_dir, num_fewshot).items():
         lm = SweepLM(model, tokenizer, plans, batch_size, progress and f"{name}")
@@ -96,8 +67,10 @@ def evaluate_sweep(
     return pd.DataFrame(rows)
 
 
-def _run(lm: SweepLM, parts: dict, limit: int | None) -> dict:
+def _run(lm, parts: dict, limit: int | None) -> dict:
     """lm_eval.evaluate without its log lines; standard errors by formula or 100 bootstrap rounds."""
+    from lm_eval import evaluate as lm_evaluate
+
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -131,41 +104,3 @@ def _rows(results: dict, parts: dict) -> list[dict]:
             }
         )
     return rows
-
-
-def perplexity(model, calibration: Calibration, progress: bool = True) -> dict:
-    """Token-level next-token perplexity of one model: see `perplexity_sweep`."""
-    frame = perplexity_sweep(model, {"": DropPlan()}, calibration, progress)
-    return frame.drop(columns="plan").iloc[0].to_dict()
-
-
-def perplexity_sweep(
-    model, plans: Mapping[str, DropPlan], calibration: Calibration, progress: bool = True
-) -> pd.DataFrame:
-    """Perplexity of many plans of one model on the samples of `calibration` (each token but a sample's first).
-
-    Returns one row per plan: plan, perplexity = exp(log_perplexity), log_perplexity (mean negative log-likelihood per
-    token, nats), stderr and log_stderr (of either, over samples; NaN for a single sample), n_tokens. Padding is left
-    out. Raises ValueError for samples of fewer than two tokens.
-    """
-    ids, mask = calibration.input_ids, calibration.attention_mask
-    samples = [row if mask is None else row[mask[k].bool()] for k, row in enumerate(ids)]
-    if min(map(len, samples)) < 2:
-        raise ValueError("perplexity needs at least two tokens in every sample; the shortest has one")
-    items = [Item(tuple(sample.tolist()), len(sample) - 1) for sample in samples]
-    sums, _ = loglikelihoods(model, list(plans.values()), items, progress=progress and "perplexity")
-    counts = np.array([item.n_scored for item in items])
-    log_ppl = -sums.sum(1) / counts.sum()
-    n = len(items)
-    spread = -sums - log_ppl[:, None] * counts  # ratio estimator: samples may differ in length
-    log_stderr = np.sqrt((spread**2).sum(1) * n / max(n - 1, 1)) / counts.sum() if n > 1 else np.full(len(sums), np.nan)
-    return pd.DataFrame(
-        {
-            "plan": list(plans),
-            "perplexity": np.exp(log_ppl),
-            "stderr": np.exp(log_ppl) * log_stderr,
-            "log_perplexity": log_ppl,
-            "log_stderr": log_stderr,
-            "n_tokens": int(counts.sum()),
-        }
-    )

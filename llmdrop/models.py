@@ -142,7 +142,7 @@ def _stock_class(config):
 
 
 def _from_pretrained(cls, path: str, config, kwargs: dict, ignore: DropPlan = DropPlan()):
-    """from_pretrained that refuses random weights: every parameter comes from the file, whatever `ignore` drops apart."""
+    """from_pretrained that refuses random weights: every parameter but those `ignore` drops comes from the file."""
     model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if ignore:  # LLM-Drop keeps or omits dropped weights
@@ -155,7 +155,7 @@ def _from_pretrained(cls, path: str, config, kwargs: dict, ignore: DropPlan = Dr
         raise ValueError(
             f"the weights in {path} do not fit its config: missing {sorted(missing)[:3]}, of another shape "
             f"{sorted(map(str, info.get('mismatched_keys') or ()))[:3]}, not used {sorted(unexpected)[:3]}. "
-            "A checkpoint with dropped layers must be one of llmdrop.save_model or carry drop_attn_list / drop_mlp_list."
+            "Dropped checkpoints must come from llmdrop.save_model or carry drop_attn_list / drop_mlp_list."
         )
     return model
 

@@ -121,7 +121,7 @@ def _indices(values: Iterable[int], kind: str, n_layers: int | None) -> tuple[in
 
 
 # -- selectors: (scores, target) -> the order in which to drop, cheapest loss first --------------------------------
-# target "attn", "mlp", "block" -> layer indices; "joint" -> ("attn" | "mlp", index) pairs, ranked together (section 3.4)
+# target "attn", "mlp", "block" -> layer indices; "joint" -> ("attn" | "mlp", index) pairs, ranked together
 
 
 def cosine(scores, target: str) -> list:

@@ -86,7 +86,7 @@ def measure_speed(
 
 
 def compare_speed(model, plans: Mapping[str, DropPlan], rounds: int = 3, **settings) -> pd.DataFrame:
-    """`measure_speed` of many plans of one model, in turn, `rounds` times over, so that a drifting machine hits all alike.
+    """`measure_speed` of many plans of one model, in turn, `rounds` times over: a drifting machine hits all alike.
 
     Returns one row per plan: plan, the medians over rounds of seconds, prefill_seconds, decode_seconds and
     tokens_per_second, speedup (median over rounds of the first plan's seconds over this one's, each from one round),
@@ -156,7 +156,7 @@ def geometry_config(name: str):
 
 
 def geometry_model(name: str, device: str = "meta", dtype: str = "float16"):
-    """One of the paper's models by shape. On "meta" it has no memory: shapes, caches and bytes are real, values are not.
+    """One of the paper's models by shape. On "meta" it needs no memory: shapes, caches and bytes are real.
 
     On another device its weights are random: speed and memory are real, quality is nobody's.
     """

@@ -6,16 +6,17 @@ a trie over layers: plans that agree on layers 0..i share the residual stream up
 runs only on the positions that are scored. Causal attention makes all of this exact.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from .anatomy import Anatomy, anatomy
+from .calibration import Calibration
 from .plan import DropPlan
 from .prune import stub_sublayer
 
@@ -32,7 +33,7 @@ class Item:
 
 @dataclass
 class Row:
-    """A token trie in depth-first order: node k holds token ids[k], at depth position[k], below parent[k] (-1: root)."""
+    """A token trie, depth first: node k holds token ids[k], at depth position[k], below parent[k] (-1: a root)."""
 
     ids: list[int]
     position: list[int]
@@ -131,7 +132,7 @@ def check_packable(model: nn.Module) -> None:
         )
 
 
-def _walk(model: nn.Module, parts: Anatomy, plans: list[DropPlan], row: Row) -> Iterator[tuple[list[int], torch.Tensor]]:
+def _walk(model, parts: Anatomy, plans: list[DropPlan], row: Row) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield (indices of plans, their final residual stream [1, N, C]), computing every shared stretch once."""
     hidden, calls = _layer_calls(model, parts, row)
 
@@ -231,7 +232,45 @@ def _head(model, parts: Anatomy, hidden: torch.Tensor, place: torch.Tensor, want
             logits = torch.tanh(logits / cap) * cap
         token = wanted[part].to(logits.device)
         inverse = inverse.to(logits.device)
-        chosen = logits[inverse, token]
-        logp.append((chosen - logits.logsumexp(-1)[inverse]).double().cpu())
         best.append((logits.argmax(-1)[inverse] == token).cpu())
+        # log_softmax, not logsumexp: its rounding is lm-eval's rounding (a bias of 1e-5 a token in float32)
+        logp.append(logits.log_softmax(-1)[inverse, token].double().cpu())
     return torch.cat(logp).numpy(), torch.cat(best).numpy()
+
+
+def perplexity(model, calibration: Calibration, progress: bool = True) -> dict:
+    """Token-level next-token perplexity of one model: see `perplexity_sweep`."""
+    frame = perplexity_sweep(model, {"": DropPlan()}, calibration, progress)
+    return frame.drop(columns="plan").iloc[0].to_dict()
+
+
+def perplexity_sweep(
+    model, plans: Mapping[str, DropPlan], calibration: Calibration, progress: bool = True
+) -> pd.DataFrame:
+    """Perplexity of many plans of one model on the samples of `calibration` (each token but a sample's first).
+
+    Returns one row per plan: plan, perplexity = exp(log_perplexity), log_perplexity (mean negative log-likelihood per
+    token, nats), stderr and log_stderr (of either, over samples; NaN for a single sample), n_tokens. Padding is left
+    out. Raises ValueError for samples of fewer than two tokens.
+    """
+    ids, mask = calibration.input_ids, calibration.attention_mask
+    samples = [row if mask is None else row[mask[k].bool()] for k, row in enumerate(ids)]
+    if min(map(len, samples)) < 2:
+        raise ValueError("perplexity needs at least two tokens in every sample; the shortest has one")
+    items = [Item(tuple(sample.tolist()), len(sample) - 1) for sample in samples]
+    sums, _ = loglikelihoods(model, list(plans.values()), items, progress=progress and "perplexity")
+    counts = np.array([item.n_scored for item in items])
+    log_ppl = -sums.sum(1) / counts.sum()
+    n = len(items)
+    spread = -sums - log_ppl[:, None] * counts  # ratio estimator: samples may differ in length
+    log_stderr = np.sqrt((spread**2).sum(1) * n / max(n - 1, 1)) / counts.sum() if n > 1 else np.full(len(sums), np.nan)
+    return pd.DataFrame(
+        {
+            "plan": list(plans),
+            "perplexity": np.exp(log_ppl),
+            "stderr": np.exp(log_ppl) * log_stderr,
+            "log_perplexity": log_ppl,
+            "log_stderr": log_stderr,
+            "n_tokens": int(counts.sum()),
+        }
+    )

@@ -17,13 +17,14 @@ def calibration(ids, mask=None):
 def stored(model, ids):
     """Residual streams before, between and after, and both branches, recorded the plain way: everything is kept."""
     parts, streams = anatomy(model), []
-    for i, layer in enumerate(parts.layers):
+    for layer in parts.layers:
         seen = {}
         attn_out, mlp_in, mlp_out = (
-            layer.get_submodule(name)
-            for name in (parts.layout.attn[-1], parts.layout.mlp[0], parts.layout.mlp[-1])
+            layer.get_submodule(name) for name in (parts.layout.attn[-1], parts.layout.mlp[0], parts.layout.mlp[-1])
         )
-        layer.register_forward_pre_hook(lambda m, a, k, s=seen: s.update(x=a[0] if a else k["hidden_states"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda m, a, k, s=seen: s.update(x=a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
         mlp_in.register_forward_pre_hook(lambda m, a, s=seen: s.update(m=a[0]))
         attn_out.register_forward_hook(lambda m, a, o, s=seen: s.update(fa=o[0] if isinstance(o, tuple) else o))
         mlp_out.register_forward_hook(lambda m, a, o, s=seen: s.update(fm=o))

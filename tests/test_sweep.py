@@ -65,10 +65,10 @@ def test_on_a_model_that_is_already_dropped():
     np.testing.assert_allclose(sums[1], reference(apply_plan(model, DropPlan([3], [0])), items)[0], atol=1e-4)
 
 
-@given(
-    st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=2, max_size=8), st.integers(1, 7)), min_size=1, max_size=12),
-    st.integers(4, 30),
-)
+sequences = st.tuples(st.lists(st.integers(0, 2), min_size=2, max_size=8), st.integers(1, 7))
+
+
+@given(st.lists(sequences, min_size=1, max_size=12), st.integers(4, 30))
 def test_rows_hold_every_item_once_and_share_every_prefix(sequences, row_tokens):
     items = [Item(tuple(tokens), min(n, len(tokens) - 1)) for tokens, n in sequences]
     rows, seen = list(pack(items, row_tokens)), []

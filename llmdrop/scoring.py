@@ -101,17 +101,17 @@ def score(
         m = x if m is None else m.float()
         y_attn = x + f_attn if parts.parallel and f_attn is not None else m
         y_mlp = x + f_mlp if parts.parallel and f_mlp is not None else y
+        distinct = {id(stream): stream for stream in (x, m, y, y_attn, y_mlp)}  # most stand there twice
+        size = {key: _norm(stream) for key, stream in distinct.items()}
         quantities = []  # cosine and relative magnitude of each kind, [B, T]
         for f, before, after in ((f_attn, x, y_attn), (f_mlp, m, y_mlp), (y - x, x, y)):
             if f is None:
                 quantities += [torch.full(x.shape[:2], torch.nan, device=x.device)] * 2
                 continue
-            f_norm, after_norm = _norm(f), _norm(after)
-            if with_residual:
-                cos = _dot(before, after) / (_norm(before) * after_norm).clamp_min(1e-12)
-            else:
-                cos = _dot(before, f.float()) / (_norm(before) * f_norm).clamp_min(1e-12)
-            quantities += [cos, f_norm / after_norm.clamp_min(1e-12)]
+            f_size = _norm(f)
+            other, other_size = (after, size[id(after)]) if with_residual else (f.float(), f_size)
+            cos = torch.linalg.vecdot(before, other) / (size[id(before)] * other_size).clamp_min(1e-12)
+            quantities += [cos, f_size / size[id(after)].clamp_min(1e-12)]
         weights = batch_mask.to(x.device)
         rows[i] = torch.stack([torch.where(weights, q, 0.0).double().sum(1) for q in quantities])
         if gap:
@@ -119,7 +119,7 @@ def score(
                 streams.append((0, x / _norm(x).unsqueeze(-1)))
             unit = y / _norm(y).unsqueeze(-1)
             for start, before in streams:
-                cos = _dot(before.to(unit.device), unit)
+                cos = torch.linalg.vecdot(before.to(unit.device), unit)
                 gaps[start, i] += torch.where(weights, 1 - cos, 0.0).double().sum().item()
             streams.append((i + 1, unit))
 
@@ -162,10 +162,6 @@ def score(
         n_samples=n,
         n_tokens=int(tokens.sum()),
     )
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vecdot(a, b)
 
 
 def _norm(a: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,9 @@ def main() -> None:
     print(f"forward  median {statistics.median(b for _, b in pairs):.3f} s")
     print(f"ratio    median {statistics.median(ratios):.3f}  ({min(ratios):.3f} to {max(ratios):.3f})")
     small, large = peak(args, 16), peak(args, 128)
-    print(f"memory   16 samples {small / 2**20:.0f} MiB, 128 samples {large / 2**20:.0f} MiB, ratio {large / small:.3f}")
+    print(
+        f"memory   16 samples {small / 2**20:.0f} MiB, 128 samples {large / 2**20:.0f} MiB, ratio {large / small:.3f}"
+    )
 
 
 if __name__ == "__main__":

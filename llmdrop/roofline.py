@@ -60,7 +60,7 @@ def predict_speed(
 
     model: a name in GEOMETRIES or a model with Llama shapes. hardware: a name in HARDWARE, or (bytes/s, FLOP/s).
     weight_bits: of attention and MLP matrices (4-bit with one 16-bit scale per 128 weights is 4.125); the head stays in
-    16 bits, or weight_bits if that is more. Raises ValueError for unknown names, sizes below 1 and indices out of range.
+    16 bits, or weight_bits if that is more. Raises ValueError for unknown names, sizes below 1 and unknown indices.
     """
     if min(batch_size, prompt_len) < 1 or new_tokens < 0:
         raise ValueError(f"{batch_size=} and {prompt_len=} must be at least 1, {new_tokens=} at least 0")

@@ -1,10 +1,21 @@
-"""The model class through which lm-eval sees a sweep of drop plans."""
+"""lm-eval model classes: a sweep of drop plans, and one dropped model for lm-eval's own command line.
+
+    python -m llmdrop.harness run --model llmdrop --model_args pretrained=smollm2-135m,drop_attn=8 --tasks piqa
+
+is lm-eval's command line, all of its flags included, with the model "llmdrop" added (lm-eval has no plug-ins: the
+plain `lm_eval` command cannot know it).
+"""
 
 from collections.abc import Mapping
 
+from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from .plan import DropPlan
+from .calibration import load_calibration
+from .models import load_model
+from .plan import DropPlan, plan_drop
+from .prune import apply_plan
+from .scoring import score
 from .sweep import Item, loglikelihoods
 
 
@@ -33,3 +44,51 @@ class SweepLM(HFLM):
                 self.answers[key] = list(zip(sums[:, k].tolist(), greedy[:, k].tolist(), strict=True))
         place = list(self.plans).index(self.current)
         return [self.answers[key][place] for key in keys]
+
+
+@register_model("llmdrop")
+class DroppedLM(SweepLM):
+    """One model with layers dropped, by lm-eval model arguments.
+
+    pretrained: any name for `load_model`. drop_attn, drop_mlp, drop_block, drop_joint: how many of each to drop, by
+    scores on `n_samples` x `seq_len` tokens of `calibration`; or plan: a DropPlan's JSON in a file. Raises ValueError
+    for counts the model does not have.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        drop_attn: int = 0,
+        drop_mlp: int = 0,
+        drop_block: int = 0,
+        drop_joint: int = 0,
+        plan: str | None = None,
+        calibration: str = "xsum",
+        n_samples: int = 16,
+        seq_len: int = 512,
+        seed: int = 0,
+        data_dir: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+    ):
+        model, tokenizer = load_model(pretrained, dtype=dtype, device=device or "auto")
+        if plan:
+            with open(plan) as file:
+                chosen = DropPlan.from_json(file.read())
+        else:
+            chosen, counts = DropPlan(), {"attn": drop_attn, "mlp": drop_mlp, "block": drop_block, "joint": drop_joint}
+            if any(counts.values()):
+                text = load_calibration(calibration, tokenizer, n_samples, seq_len, seed, data_dir)
+                scores = score(model, text)
+                for target, count in counts.items():
+                    chosen |= plan_drop(scores, target, int(count))
+        apply_plan(model, chosen)
+        super().__init__(model, tokenizer, {chosen.label: DropPlan()}, batch_size)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

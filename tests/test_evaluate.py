@@ -1,6 +1,10 @@
 """Our shared evaluation against lm-eval's own HFLM on the real model and real benchmarks."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from lm_eval import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from llmdrop import Calibration, DropPlan, dropped, evaluate, evaluate_sweep, load_calibration, perplexity
+from llmdrop.data import split_file
 from llmdrop.harness import SweepLM
 from llmdrop.tasks import load_tasks
 
@@ -67,6 +72,35 @@ def test_perplexity_equals_its_definition(smollm2):
     cut = perplexity(model, Calibration(text.input_ids, attention_mask=mask), progress=False)
     expected = perplexity(model, Calibration(text.input_ids[:, 8:]), progress=False)
     assert cut["log_perplexity"] == pytest.approx(expected["log_perplexity"], abs=1e-5)
+
+
+def test_from_lm_evals_own_command_line(tmp_path):
+    """lm-eval's CLI and its own PIQA definition, on the packaged rows, with eight attention layers dropped."""
+    file = split_file("baber/piqa", None, "validation")
+    (tmp_path / "piqa_local.yaml").write_text(
+        "task: piqa_local\ndataset_path: json\noutput_type: multiple_choice\nvalidation_split: validation\n"
+        f"dataset_kwargs: {{data_files: {{validation: '{file}'}}}}\n"
+        'doc_to_text: "Question: {{goal}}\\nAnswer:"\ndoc_to_target: label\ndoc_to_choice: "{{[sol1, sol2]}}"\n'
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    arguments = "pretrained=smollm2-135m,drop_attn=8,n_samples=2,seq_len=64"
+    command = [sys.executable, "-m", "llmdrop.harness", "run", "--model", "llmdrop", "--model_args", arguments]
+    command += [
+        "--tasks",
+        "piqa_local",
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+        "--include_path",
+        tmp_path,
+        "--output_path",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = (tmp_path / "out").rglob("results_*.json")
+    assert 0 <= json.loads(result.read_text())["results"]["piqa_local"]["acc_norm,none"] <= 1
 
 
 def test_errors(smollm2):

@@ -16,10 +16,14 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from . import style
 from .paper import write_atomic
-from .tables import format_table, provenance_json, save_table
+from .tables import CHANCE, NAMES, by_plan, format_table, provenance_json, published_drops, save_table
 
 __all__ = [
+    "CHANCE",
+    "NAMES",
+    "by_plan",
     "format_table",
+    "legend_above",
     "plot_bars",
     "plot_drop_curves",
     "plot_dropping_order",
@@ -27,6 +31,7 @@ __all__ = [
     "plot_sample_size",
     "plot_schematic",
     "plot_scores",
+    "published_drops",
     "save_figure",
     "save_table",
 ]
@@ -72,7 +77,7 @@ def plot_importance(df: pd.DataFrame, ax, rows: str = "calibration", notes: dict
             if notes and (kind, row) in notes:
                 axis.text(edges[-1] + 0.3, y, notes[kind, row], va="center", fontsize=6.5)
     axes[-1].set_xlabel("Layer")
-    bar = axes[0].figure.colorbar(mesh, ax=axes, label="Importance (1 − cosine)", extend="max", pad=0.02, aspect=25)
+    bar = axes[0].figure.colorbar(mesh, ax=axes, label="Importance\n(1 − cosine)", extend="max", pad=0.02, aspect=25)
     _plain_log_ticks(bar.ax.yaxis)
 
 
@@ -98,7 +103,7 @@ def plot_scores(df: pd.DataFrame, ax, log: bool = True) -> None:
     for kind in [k for k in ("block", "mlp", "attn") if k in set(df["kind"])]:
         rows, look = df[df["kind"] == kind].sort_values("layer"), style.method(kind)
         ax.plot(rows["layer"], rows["score"], label=style.KINDS[kind], **look)
-        _band(ax, rows["layer"], rows["score"], rows.get("stderr"), look["color"])
+        _band(ax, rows["layer"], rows["score"], rows.get("stderr"), look["color"], log)
     ax.set(xlabel="Layer", ylabel="Importance (1 − cosine)")
     ax.xaxis.set_major_locator(_whole())
     if log:
@@ -134,7 +139,7 @@ def plot_drop_curves(
         line = look | {"marker": ""} if steps.any() else look
         if len(rows):
             ax.plot(rows["n_dropped"], rows["value"], label=method, markevery=max(1, len(rows) // 16), **line)
-            _band(ax, rows["n_dropped"], rows["value"], rows.get("stderr"), look["color"])
+            _band(ax, rows["n_dropped"], rows["value"], rows.get("stderr"), look["color"], log)
         for kind, marker, size in (("attn", "s", 3.2), ("mlp", "*", 6)):
             at = rows[steps & (rows.get("step") == kind)] if steps.any() else rows[:0]
             if len(at):
@@ -262,7 +267,7 @@ def plot_schematic(plan, n_layers: int, ax, per_row: int = 40, legend: bool = Tr
             end = min(per_row, n_layers - layer)
             arrow = {"arrowstyle": "-|>", "lw": 1, "shrinkA": 0, "shrinkB": 0, "color": "black"}
             ax.annotate("", (end + 0.5, floor), (-0.4, floor), arrowprops=arrow)
-    ax.set(xlim=(-0.5, min(per_row, n_layers) + 0.6), ylim=(floor - 1, 1.5))
+    ax.set(xlim=(-0.5, min(per_row, n_layers) + 0.6), ylim=(floor - 0.8, 1.5))
     ax.set_axis_off()
     if legend:
         color = [style.method(kind)["color"] for kind in ("attn", "mlp")]
@@ -273,12 +278,19 @@ def plot_schematic(plan, n_layers: int, ax, per_row: int = 40, legend: bool = Tr
         ax.legend(handles=handles, ncols=ncols, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
 
 
+def legend_above(fig, ncols: int = 6) -> None:
+    """One legend for all panels, above them, in which every label stands once."""
+    handles = {text: line for ax in fig.axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=ncols)
+
+
 def save_figure(fig, name: str, caption: str, df: pd.DataFrame, out_dir, provenance: dict) -> None:
     """Write `<out_dir>/<name>` as .pdf, .png (300 dpi), .txt (caption), .csv (the numbers drawn), .json (provenance).
 
-    The same figure gives the same bytes: no date is written. All five appear, or on an error none changes.
+    The same figure gives the same bytes: no date is written. All five appear, or on an error none changes. Line breaks
+    in the caption become spaces.
     """
-    files = {"csv": df.to_csv(index=False, lineterminator="\n"), "txt": caption.strip() + "\n"}
+    files = {"csv": df.to_csv(index=False, lineterminator="\n"), "txt": " ".join(caption.split()) + "\n"}
     files["json"] = provenance_json(name, provenance)
     with style.use():
         for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
@@ -294,9 +306,11 @@ def _need(df: pd.DataFrame, what: str, *columns: str) -> None:
         raise ValueError(f"{what}: the frame {problem}; needed: {', '.join(columns)}; it has: {', '.join(df.columns)}")
 
 
-def _band(ax, x, y, stderr, color) -> None:
+def _band(ax, x, y, stderr, color, log: bool = False) -> None:
     if stderr is not None:
-        ax.fill_between(x, y - stderr, y + stderr, color=color, alpha=0.2, linewidth=0)
+        # on a log axis as wide below as above, so that it never reaches zero
+        low, high = (y / np.exp(stderr / y), y * np.exp(stderr / y)) if log else (y - stderr, y + stderr)
+        ax.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
 
 
 def _whole() -> MaxNLocator:

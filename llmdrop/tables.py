@@ -1,10 +1,14 @@
 """Tables as Markdown, LaTeX and CSV from one frame; every cell is measured, published, or says why it is empty."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pandas as pd
 
+from . import style
+from .models import GEOMETRIES
+from .paper import table as printed_table
 from .paper import write_atomic
 
 NAMES = {
@@ -26,10 +30,53 @@ NAMES = {
     "speedup": "SpeedUp",
     "gamma": "γ",
 }
+# percent right by guessing
+CHANCE = {"boolq": 50, "piqa": 50, "rte": 50, "winogrande": 50, "hellaswag": 25, "openbookqa": 25, "mmlu": 25}
+CHANCE |= {"arc_challenge": 25, "arc_easy": 25, "logiqa": 25, "commonsense_qa": 20, "social_iqa": 100 / 3}
 DIGITS = {"speedup": 2, "gamma": 2, "perplexity": 2}  # the others 1, as in the paper
 _LATEX = {"\\": r"\textbackslash{}", "γ": r"$\gamma$", "±": r"$\pm$", "−": "$-$", "–": "--", "×": r"$\times$"}
 _LATEX |= {"≥": r"$\geq$", "≤": r"$\leq$", "ρ": r"$\rho$", "’": "'"} | {c: "\\" + c for c in "&%$#_{}"}
 _LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$"}
+
+
+def published_drops() -> pd.DataFrame:
+    """Tables 1 to 3 without their baselines, as `plot_drop_curves` takes them: `method` ("Attention"), `n_dropped`.
+
+    Beside the printed columns: `row` (as printed, "Attn-8"), `share` (percent of the model's layers), `percent` (avg in
+    percent of the baseline's) and `source` ("paper").
+    """
+    rows = pd.concat([printed_table(f"table{k:02d}") for k in (1, 2, 3)], ignore_index=True)
+    rows = rows.rename(columns={"method": "row"})
+    baseline = rows["model"].map(rows[rows["row"] == "Baseline"].set_index("model")["avg"])
+    rows["n_dropped"] = rows["row"].str.extract(r"-(\d+)")[0].astype(float)
+    depth = rows["model"].map({model: shape[0] for model, shape in GEOMETRIES.items()})
+    rows["share"], rows["percent"] = 100 * rows["n_dropped"] / depth, 100 * rows["avg"] / baseline
+    return rows.assign(method=rows["row"].map(style.name), source="paper").dropna(subset="n_dropped")
+
+
+def by_plan(rows: pd.DataFrame, texts: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
+    """One row a plan from measurements whose first plan is the baseline; each column `x` with its `x_stderr`.
+
+    rows: as from `evaluate_sweep`. They give a column per task and the mean `avg`, in percent right (acc_norm where a
+    task has it, else acc), and `percent`: avg in percent of the baseline's. Its error takes the two as independent,
+    which overstates it: all plans answer the same questions. texts: frames as from `perplexity_sweep`, one a text. They
+    give `perplexity` and `ppl_ratio`, relative to the baseline's, with the error of the differences text by text.
+    """
+    plans, tasks = list(dict.fromkeys(rows["plan"])), list(dict.fromkeys(rows["task"]))
+    rows = rows.sort_values("metric").drop_duplicates(["plan", "task"], keep="last")  # acc before acc_norm
+    wide = 100 * rows.pivot(index="plan", columns="task", values=["value", "stderr"]).loc[plans]
+    table, error = wide["value"][tasks].copy(), wide["stderr"][tasks].copy()
+    table["avg"], error["avg"] = table.mean(axis=1), np.sqrt((error**2).sum(axis=1)) / len(tasks)
+    relative = error["avg"] / table["avg"]
+    table["percent"] = 100 * table["avg"] / table["avg"].iloc[0]
+    error["percent"] = table["percent"] * np.hypot(relative, relative.iloc[0])
+    error.loc[plans[0], "percent"] = 0.0
+    loss = pd.DataFrame({k: text.set_index("plan")["log_perplexity"] for k, text in enumerate(texts)}, index=plans)
+    if len(loss.columns):
+        for column, nats in (("perplexity", loss), ("ppl_ratio", loss - loss.iloc[0])):  # nats per token, [plan, text]
+            table[column] = np.exp(nats.mean(axis=1))
+            error[column] = table[column] * nats.sem(axis=1)
+    return table.join(error.add_suffix("_stderr")).rename_axis(columns=None)
 
 
 def format_table(
@@ -108,11 +155,15 @@ def format_table(
 
 
 def save_table(df: pd.DataFrame, name: str, caption: str, out_dir, provenance: dict, **options) -> None:
-    """Write `<out_dir>/<name>` as .md, .tex, .csv, .txt (caption), .json (provenance); options as in format_table."""
-    files = {"md": f"{caption.strip()}\n\n" + format_table(df, "markdown", **options)}
+    """Write `<out_dir>/<name>` as .md, .tex, .csv, .txt (caption), .json (provenance); options as in format_table.
+
+    Line breaks in the caption become spaces.
+    """
+    caption = " ".join(caption.split())
+    files = {"md": f"{caption}\n\n" + format_table(df, "markdown", **options)}
     files["tex"] = format_table(df, "latex", **options)
     files["csv"] = format_table(df, "csv", **options)
-    files["txt"] = caption.strip() + "\n"
+    files["txt"] = caption + "\n"
     files["json"] = provenance_json(name, provenance)
     write_atomic({f"{out_dir}/{name}.{kind}": content for kind, content in files.items()})
 

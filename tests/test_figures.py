@@ -298,6 +298,39 @@ def beside() -> pd.DataFrame:
     return pd.concat([ours, printed], ignore_index=True)
 
 
+def test_published_drops():
+    rows = figures.published_drops()
+    assert len(rows) == sum(len(paper.table(f"tab0{k}")) for k in (1, 2, 3)) - 5  # five models, a baseline each
+    assert set(rows["method"]) == {"Attention", "MLP", "Block"} and set(rows["source"]) == {"paper"}
+    row = rows[(rows["model"] == "Llama-2-70B") & (rows["row"] == "Attn-40")].iloc[0]
+    assert row["n_dropped"] == 40 and row["share"] == 50 and np.isclose(row["percent"], 100 * 71.5 / 73.9)
+
+
+def test_by_plan():
+    """Averages, percentages and errors from numbers made up so that they can be checked by hand."""
+    values = {("Baseline", "piqa"): 0.6, ("Baseline", "boolq"): 0.4, ("Attn-8", "piqa"): 0.5, ("Attn-8", "boolq"): 0.4}
+    rows = [
+        {"plan": plan, "task": task, "metric": metric, "value": value - (metric == "acc") * 0.1, "stderr": 0.03}
+        for (plan, task), value in values.items()
+        for metric in (("acc", "acc_norm") if task == "piqa" else ("acc",))
+    ]
+    for row in rows:
+        row["value"] += 0.1 * (row["task"] == "boolq")  # it has no acc_norm, so its acc is what counts
+    losses = [(3.0, 3.1), (4.0, 4.3)]  # nats per token of the two plans on two texts
+    texts = [pd.DataFrame({"plan": ["Baseline", "Attn-8"], "log_perplexity": loss}) for loss in losses]
+    table = figures.by_plan(pd.DataFrame(rows), texts)
+    assert list(table.index) == ["Baseline", "Attn-8"]
+    assert list(table.columns[:6]) == ["piqa", "boolq", "avg", "percent", "perplexity", "ppl_ratio"]
+    row = table.loc["Attn-8"]
+    assert np.isclose(row["avg"], 45) and np.isclose(row["avg_stderr"], 3 / np.sqrt(2))
+    assert np.isclose(row["percent"], 90)
+    assert np.isclose(row["percent_stderr"], 90 * np.hypot(1 / 45, 1 / 50) * 3 / np.sqrt(2))
+    assert np.isclose(row["perplexity"], np.exp(3.7)) and np.isclose(row["ppl_ratio"], np.exp(0.2))
+    assert np.isclose(row["ppl_ratio_stderr"], np.exp(0.2) * 0.1)
+    assert table.loc["Baseline", "percent_stderr"] == 0 and table.loc["Baseline", "ppl_ratio_stderr"] == 0
+    assert list(figures.by_plan(pd.DataFrame(rows))) == list(table)[:4] + [f"{c}_stderr" for c in list(table)[:4]]
+
+
 @pytest.mark.parametrize("fmt", ["markdown", "latex", "csv"])
 def test_no_cell_is_blank(fmt):
     df = beside()

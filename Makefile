@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup reproduce smoke test drop lab report clean
+.PHONY: help setup reproduce smoke test drop serve lab report clean
 
 PROFILE ?= embedded
 VENV := .venv
@@ -87,10 +87,14 @@ drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] OUT=directory: sc
 	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb $(OVERRIDES) \
 		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)'
 
+serve: $(STAMP) ## make serve MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [PORT=8080]: an OpenAI-compatible server on the dropped model
+	@$(OFFLINE) $(PY) notebooks/serve.py --model '$(MODEL)' --attn '$(ATTN)' --mlp '$(MLP)' --block '$(BLOCK)' \
+		--port '$(PORT)'
+
 # -- people -----------------------------------------------------------------------------------------------------------
 test: $(STAMP) ## ruff and pytest
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest -q
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 
 lab: $(STAMP) ## Jupyter, in notebooks/
 	@$(PY) -m jupyterlab notebooks $$([ "$$(id -u)" != 0 ] || echo --allow-root)

@@ -7,7 +7,6 @@ import pandas as pd
 
 from .plan import DropPlan
 from .prune import dropped
-from .sweep import perplexity_sweep  # noqa: F401
 from .tasks import load_tasks, pool
 
 

@@ -12,28 +12,43 @@ import pandas as pd
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from . import style
 from .paper import write_atomic
-from .tables import CHANCE, NAMES, by_plan, format_table, provenance_json, published_drops, save_table
+from .tables import (
+    CHANCE,
+    NAMES,
+    by_plan,
+    compare,
+    format_table,
+    provenance_json,
+    published_drops,
+    record_worst,
+    save_table,
+)
 
 __all__ = [
     "CHANCE",
     "NAMES",
     "by_plan",
+    "compare",
     "format_table",
     "legend_above",
     "plot_bars",
+    "plot_checkpoints",
     "plot_drop_curves",
     "plot_dropping_order",
     "plot_importance",
+    "plot_over_training",
     "plot_sample_size",
     "plot_schematic",
     "plot_scores",
     "published_drops",
+    "record_worst",
     "save_figure",
     "save_table",
+    "training_axis",
 ]
 
 
@@ -95,6 +110,81 @@ def plot_sample_size(df: pd.DataFrame, ax) -> None:
     plot_importance(df, ax, rows="n_samples", notes=notes)
     for axis in np.atleast_1d(ax).flat:
         axis.set_ylabel("Samples")
+
+
+def plot_checkpoints(df: pd.DataFrame, ax) -> None:
+    """Figure 7: heat maps of importance, one column a checkpoint of a training run and one row a layer.
+
+    `df`: `kind`, `tokens` (seen in training), `layer`, `score`. `ax`: two rows of Axes, one column per kind in the
+    order block, MLP, attention: layer 0 is far above all others, so the lower row shows it apart, on its own scale.
+    """
+    _need(df, "plot_checkpoints", "kind", "tokens", "layer", "score")
+    kinds, axes = [k for k in ("block", "mlp", "attn") if k in set(df["kind"])], np.asarray(ax)
+    if axes.shape != (2, len(kinds)):
+        raise ValueError(
+            f"plot_checkpoints: Axes of shape {axes.shape} for {len(kinds)} kinds ({', '.join(kinds)}); "
+            f"give 2 rows of {len(kinds)}, as from plt.subplots(2, {len(kinds)})"
+        )
+    apart = df["layer"] == 0
+    positive = df.loc[~apart & (df["score"] > 0), "score"]
+    low, high = positive.quantile([0.02, 0.99])
+    for row, part, look in (
+        (axes[0], df[~apart], {"norm": LogNorm(low, max(high, low * 1.01), clip=True), "cmap": "YlGnBu"}),
+        (axes[1], df[apart], {"vmin": 0, "vmax": max(1, df.loc[apart, "score"].max()), "cmap": "YlOrBr"}),
+    ):
+        for axis, kind in zip(row, kinds, strict=True):
+            grid = part[part["kind"] == kind].pivot(index="layer", columns="tokens", values="score")
+            edges = np.append(grid.index, grid.index[-1] + 1) - 0.5
+            values = grid if row is axes[1] else np.maximum(grid, low)
+            columns = np.arange(grid.shape[1] + 1) - 0.5
+            mesh = axis.pcolormesh(columns, edges, values, edgecolors="white", linewidth=0.3, **look)
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0, labelbottom=row is axes[1], labelleft=axis is row[0])
+            axis.set_yticks([0]) if row is axes[1] else axis.yaxis.set_major_locator(_whole())
+            axis.invert_yaxis()
+            step = -(-grid.shape[1] // 6)  # every so many are named, the last one always
+            at = range((grid.shape[1] - 1) % step, grid.shape[1], step)
+            axis.set_xticks(at, [_tokens(grid.columns[i]) for i in at])
+            axis.set_title(style.KINDS[kind] if row is axes[0] else "")
+        bar = row[0].figure.colorbar(mesh, ax=list(row), pad=0.02, aspect=25 if row is axes[0] else 4)
+        if row is axes[0]:
+            bar.set_label("Importance (1 − cosine)")
+            _plain_log_ticks(bar.ax.yaxis)
+    axes[0, 0].set_ylabel("Layer")
+    axes[1, len(kinds) // 2].set_xlabel("Training tokens")
+
+
+def plot_over_training(df: pd.DataFrame, ax, value: str, ylabel: str, log: bool = False) -> None:
+    """A number against training tokens, one line a kind: its mean, with a band from the 10 % to the 90 % quantile.
+
+    `df`: `kind`, `tokens` and the column named by `value`, one row per layer, run or both. Step 0 stands left of the
+    log axis.
+    """
+    _need(df, "plot_over_training", "kind", "tokens", value)
+    for kind in [k for k in ("block", "mlp", "attn") if k in set(df["kind"])]:
+        by_tokens, look = df[df["kind"] == kind].groupby("tokens")[value], style.method(kind)
+        low, high = by_tokens.quantile(0.1), by_tokens.quantile(0.9)
+        ax.fill_between(low.index, low, high, color=look["color"], alpha=0.16, linewidth=0)
+        ax.plot(low.index, by_tokens.mean(), label=style.KINDS[kind], **look)
+    training_axis(ax, df["tokens"])
+    ax.set(ylabel=ylabel)
+    if log:
+        ax.set_yscale("log")
+
+
+def training_axis(ax, tokens) -> None:
+    """Make x a log axis of training tokens on which step 0 has a place."""
+    first = min(n for n in tokens if n > 0)
+    if min(tokens) == 0:
+        ax.set_xscale("symlog", linthresh=first, linscale=0.5)
+    else:
+        ax.set_xscale("log")
+    decades = [10.0**i for i in range(1, 15) if first <= 10.0**i <= max(tokens)]
+    ax.set_xticks([0] * (min(tokens) == 0) + decades, minor=False)
+    ax.xaxis.set_major_formatter(lambda value, position: _tokens(value))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set(xlabel="Training tokens")
 
 
 def plot_scores(df: pd.DataFrame, ax, log: bool = True) -> None:
@@ -311,6 +401,13 @@ def _band(ax, x, y, stderr, color, log: bool = False) -> None:
         # on a log axis as wide below as above, so that it never reaches zero
         low, high = (y / np.exp(stderr / y), y * np.exp(stderr / y)) if log else (y - stderr, y + stderr)
         ax.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
+
+
+def _tokens(n: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:g}"
 
 
 def _whole() -> MaxNLocator:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm  # not tqdm.auto: a widget inside a kernel never reaches the terminal
 
 from .anatomy import Anatomy, anatomy
 from .calibration import Calibration

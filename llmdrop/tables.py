@@ -8,8 +8,8 @@ import pandas as pd
 
 from . import style
 from .models import GEOMETRIES
+from .paper import claims, gamma, record_claim, write_atomic
 from .paper import table as printed_table
-from .paper import write_atomic
 
 NAMES = {
     "model": "Model",
@@ -27,13 +27,14 @@ NAMES = {
     "winogrande": "WinoGrande",
     "avg": "Avg.",
     "perplexity": "PPL",
+    "ppl_ratio": "PPL ×",
     "speedup": "SpeedUp",
     "gamma": "γ",
 }
 # percent right by guessing
 CHANCE = {"boolq": 50, "piqa": 50, "rte": 50, "winogrande": 50, "hellaswag": 25, "openbookqa": 25, "mmlu": 25}
 CHANCE |= {"arc_challenge": 25, "arc_easy": 25, "logiqa": 25, "commonsense_qa": 20, "social_iqa": 100 / 3}
-DIGITS = {"speedup": 2, "gamma": 2, "perplexity": 2}  # the others 1, as in the paper
+DIGITS = {"speedup": 2, "gamma": 2, "perplexity": 2, "ppl_ratio": 2}  # the others 1, as in the paper
 _LATEX = {"\\": r"\textbackslash{}", "γ": r"$\gamma$", "±": r"$\pm$", "−": "$-$", "–": "--", "×": r"$\times$"}
 _LATEX |= {"≥": r"$\geq$", "≤": r"$\leq$", "ρ": r"$\rho$", "’": "'"} | {c: "\\" + c for c in "&%$#_{}"}
 _LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$"}
@@ -54,13 +55,14 @@ def published_drops() -> pd.DataFrame:
     return rows.assign(method=rows["row"].map(style.name), source="paper").dropna(subset="n_dropped")
 
 
-def by_plan(rows: pd.DataFrame, texts: Iterable[pd.DataFrame] = ()) -> pd.DataFrame:
+def by_plan(rows: pd.DataFrame, texts: Iterable[pd.DataFrame] = (), speed: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a plan from measurements whose first plan is the baseline; each column `x` with its `x_stderr`.
 
     rows: as from `evaluate_sweep`. They give a column per task and the mean `avg`, in percent right (acc_norm where a
     task has it, else acc), and `percent`: avg in percent of the baseline's. Its error takes the two as independent,
     which overstates it: all plans answer the same questions. texts: frames as from `perplexity_sweep`, one a text. They
     give `perplexity` and `ppl_ratio`, relative to the baseline's, with the error of the differences text by text.
+    speed: as from `compare_speed`. Gives `speedup`, its error half the range over rounds, and the paper's `gamma`.
     """
     plans, tasks = list(dict.fromkeys(rows["plan"])), list(dict.fromkeys(rows["task"]))
     rows = rows.sort_values("metric").drop_duplicates(["plan", "task"], keep="last")  # acc before acc_norm
@@ -76,7 +78,37 @@ def by_plan(rows: pd.DataFrame, texts: Iterable[pd.DataFrame] = ()) -> pd.DataFr
         for column, nats in (("perplexity", loss), ("ppl_ratio", loss - loss.iloc[0])):  # nats per token, [plan, text]
             table[column] = np.exp(nats.mean(axis=1))
             error[column] = table[column] * nats.sem(axis=1)
+    if speed is not None:
+        timed = speed.set_index("plan").loc[plans]
+        table["speedup"], error["speedup"] = timed["speedup"], (timed["speedup_high"] - timed["speedup_low"]) / 2
+        table["gamma"] = [
+            gamma(table["avg"].iloc[0], a, s) for a, s in zip(table["avg"], timed["speedup"], strict=True)
+        ]
+        percent = (100 * (timed["speedup"] - 1)).abs().replace(0, np.nan)
+        error["gamma"] = np.hypot(error["avg"], error["avg"].iloc[0]) / percent
     return table.join(error.add_suffix("_stderr")).rename_axis(columns=None)
+
+
+def compare(table: pd.DataFrame, column: str, row: str, other: str | None = None) -> tuple[float, float]:
+    """`column` of one row, less that of the other row if given, and the standard error as if they were independent.
+
+    table: as from `by_plan`. NaN where it lacks one of the rows.
+    """
+    rows = table.reindex([row] if other is None else [row, other])
+    values, errors = rows[column].to_numpy(float), rows[f"{column}_stderr"].to_numpy(float)
+    return float(values[0] - values[1:].sum()), float(np.sqrt((errors**2).sum()))
+
+
+def record_worst(out_dir, found: Iterable[tuple[str, str, float, float]], detail: str) -> None:
+    """`record_claim` for each claim with the model that speaks most against it.
+
+    found: (claim id, model, measured, error), one for each claim and model; NaN for what a model cannot say.
+    """
+    found = pd.DataFrame(found, columns=["id", "model", "measured", "error"])
+    upper = claims().set_index("id")["tolerance"].str.startswith("<")  # an upper limit: the largest value is the worst
+    for id, rows in found.groupby("id", sort=False):
+        worst = rows.sort_values("measured", ascending=not upper[id]).iloc[0]  # NaN last
+        record_claim(out_dir, id, worst["measured"], worst["error"], detail=f"{worst['model']}: {detail}")
 
 
 def format_table(
@@ -135,6 +167,7 @@ def format_table(
         if not pd.api.types.is_float(value):
             return str(value)
         places, error = digits.get(column, 1), df.at[row, f"{column}_stderr"] if f"{column}_stderr" in df else None
+        places = min(places, max(0, 3 - int(np.log10(max(abs(value), 1)))))  # 4 digits say enough: 115.2, 1083
         text = f"{round(value, places) + 0.0:.{places}f}".replace("-", "−")  # + 0.0: never "−0.0"
         return text if error is None or pd.isna(error) else f"{text} ± {error:.{places}f}"
 

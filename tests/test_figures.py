@@ -328,7 +328,26 @@ def test_by_plan():
     assert np.isclose(row["perplexity"], np.exp(3.7)) and np.isclose(row["ppl_ratio"], np.exp(0.2))
     assert np.isclose(row["ppl_ratio_stderr"], np.exp(0.2) * 0.1)
     assert table.loc["Baseline", "percent_stderr"] == 0 and table.loc["Baseline", "ppl_ratio_stderr"] == 0
+    speed = pd.DataFrame({"plan": ["Baseline", "Attn-8"], "speedup": [1.0, 1.1], "speedup_low": [1.0, 1.08]})
+    timed = figures.by_plan(pd.DataFrame(rows), speed=speed.assign(speedup_high=[1.0, 1.14]))
+    assert np.isclose(timed.loc["Attn-8", "speedup_stderr"], 0.03) and np.isnan(timed.loc["Baseline", "gamma"])
+    assert np.isclose(timed.loc["Attn-8", "gamma"], 0.5)  # 5 points for 10 %
+    assert np.isclose(timed.loc["Attn-8", "gamma_stderr"], 0.3)  # hypot(3, 3) / sqrt(2) points for 10 %
     assert list(figures.by_plan(pd.DataFrame(rows))) == list(table)[:4] + [f"{c}_stderr" for c in list(table)[:4]]
+
+
+def test_compare_and_record_worst(tmp_path):
+    table = pd.DataFrame({"avg": [50.0, 45.0], "avg_stderr": [3.0, 4.0]}, index=["Baseline", "Attn-8"])
+    assert figures.compare(table, "avg", "Baseline", "Attn-8") == (5, 5)
+    assert figures.compare(table, "avg", "Attn-8") == (45, 4)
+    assert np.isnan(figures.compare(table, "avg", "Attn-8", "MLP-8")).all()
+    ids = ["tab01-attn8-keeps-95", "tab01-mlp8-below-95", "tab01-speedup-attn8"]  # >= 95, < 95, > 1
+    values = {"a": (99, 90, np.nan), "b": (96, 93, np.nan)}
+    found = [(id, model, value, 1.0) for model, row in values.items() for id, value in zip(ids, row, strict=True)]
+    figures.record_worst(tmp_path, found, "a test")
+    claims = paper.joined_claims(tmp_path).set_index("id").loc[ids]
+    assert list(claims["measured"][:2]) == [96, 93] and list(claims["verdict"]) == ["holds", "holds", "not run"]
+    assert list(claims["detail"][:2]) == ["b: a test"] * 2
 
 
 @pytest.mark.parametrize("fmt", ["markdown", "latex", "csv"])

@@ -1,7 +1,8 @@
 """Quality of dropped models on lm-eval's benchmarks, many plans at a time."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import pandas as pd
 
@@ -53,7 +54,8 @@ def evaluate_sweep(
 
     rows = []
     for name, parts in load_tasks(tasks, data_dir, num_fewshot).items():
-        lm = SweepLM(model, tokenizer, plans, batch_size, progress and f"{name}")
+        with _quiet():
+            lm = SweepLM(model, tokenizer, plans, batch_size, progress and name)
         for plan_name, plan in plans.items():
             lm.current = plan_name
             generates = any(task.OUTPUT_TYPE == "generate_until" for task in parts.values())
@@ -70,11 +72,18 @@ def _run(lm, parts: dict, limit: int | None) -> dict:
     """lm_eval.evaluate without its log lines; standard errors by formula or 100 bootstrap rounds."""
     from lm_eval import evaluate as lm_evaluate
 
+    with _quiet():
+        return lm_evaluate(lm, parts, limit=limit, bootstrap_iters=100, log_samples=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's log lines: it warns about being given a model instead of a name, which is the point here."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return lm_evaluate(lm, parts, limit=limit, bootstrap_iters=100, log_samples=False)
+        yield
     finally:
         logger.setLevel(level)
 

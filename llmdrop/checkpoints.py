@@ -79,7 +79,8 @@ def score_checkpoints(
     values = (store or Store()).get_many("checkpoint", wanted, compute, facts)
     frames = [ImportanceScores.from_json(json.dumps(value)).to_frame() for value in values]
     for name, frame in zip(places, frames, strict=True):
-        for i, value in enumerate((model, name, revisions[name])):
+        run = Path(model).name if Path(model).is_dir() else model
+        for i, value in enumerate((run, name, revisions[name])):
             frame.insert(i, ("run", "step", "tokens")[i], value)
     depths = {name: frame["layer"].nunique() for name, frame in zip(places, frames, strict=True)}
     if len(set(depths.values())) > 1:

@@ -175,7 +175,10 @@ def plot_over_training(df: pd.DataFrame, ax, value: str, ylabel: str, log: bool 
     ax.set(ylabel=ylabel)
     if log:
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda number, position: f"{number:g}")
+        _plain_log_ticks(ax.yaxis)
+        low, high = ax.get_ylim()
+        if high > 100 * low:  # decades are labels enough
+            ax.yaxis.set_major_locator(LogLocator())
 
 
 def plot_losses(df: pd.DataFrame, ax, baselines: dict[str, float]) -> None:

@@ -29,6 +29,8 @@ from .results import Store
 from .scoring import ImportanceScores, score
 from .text import Text
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels need it before the first of them
+
 
 def checkpoint_steps(steps: int, n: int) -> list[int]:
     """Step 0, the last, and n - 2 others evenly spaced on a log scale between them (fewer where they coincide)."""
@@ -162,8 +164,7 @@ def _train(
     if device == "cpu":
         torch.set_num_threads(1)  # sums in one order, whatever the machine is told
     else:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     quiet = multiprocessing.parent_process() is not None
     try:
         for step in tqdm(range(first, steps + 1), f"seed {seed}", steps + 1, initial=first, disable=quiet):
@@ -214,9 +215,10 @@ def _measure(model, valid: Calibration, batch_size: int) -> dict:
     finally:
         hook.remove()
     for states, ids in zip(hidden, valid.input_ids.split(batch_size), strict=True):
-        logits = model.lm_head(states[:, :-1]).float()  # [B, T - 1, V]
-        loss = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:].to(logits.device), reduction="none")
-        losses += loss.mean(1).tolist()
+        logits = model.lm_head(states[:, :-1]).float().flatten(0, 1)  # [B * (T - 1), V]
+        targets = ids[:, 1:].to(logits.device).flatten()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        losses += loss.view(len(ids), -1).mean(1).tolist()
     return {
         "valid_loss": float(np.mean(losses)),
         "valid_stderr": float(np.std(losses, ddof=1) / math.sqrt(len(losses))),

@@ -277,7 +277,7 @@ def test_directories_are_scored_once(scored, run, monkeypatch, tmp_path):
     shutil.copytree(run, copy)
     found = scored(model=copy)
     assert found["tokens"].unique().tolist() == [10, 20, 30] and found["step"].unique().tolist()[0] == "step1"
-    assert len(found) == 3 * 3 * 3 and found["score"].notna().all()
+    assert len(found) == 3 * 3 * 3 and found["score"].notna().all() and found["run"].eq("copy").all()
     monkeypatch.setattr(checkpoints, "load_model", never)
     pd.testing.assert_frame_equal(found, scored(model=copy))
     os.utime(copy / "step2/model.safetensors")  # it may have changed

@@ -24,7 +24,7 @@ help: ## this list
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR=   override those parameters in every notebook that has them"
-	@echo "  make -j2 reproduce   two notebooks at a time"
+	@echo "  JOBS=1   one notebook at a time (smoke and embedded: two, where there are two cores)"
 
 # -- environment ------------------------------------------------------------------------------------------------------
 setup: $(STAMP) ## the environment in .venv, remade when pyproject.toml or constraints.txt changed
@@ -54,7 +54,10 @@ PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OV
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
 OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(filter smoke embedded,$(PROFILE)),HF_HUB_OFFLINE=1))
-JOBS = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKEFLAGS)),$(words $(NAMES)),1))
+# Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use).
+GIVEN := $(filter -j%,$(MAKEFLAGS))
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+JOBS := $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(filter smoke embedded,$(PROFILE)),$(if $(filter-out 1,$(CORES)),2,1),1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
 # The notebooks are made by a second make, so that one failing neither stops the others nor the report.
@@ -65,7 +68,8 @@ ifneq ($(filter-out 0,$(FRESH)),)
 	@cd $(DONE) && rm -f $$(sed 's/$$/.ipynb/' selected)
 endif
 	@status=0; names=$$(tr '\n' ' ' < $(DONE)/selected); \
-	$(OFFLINE) $(MAKE) -k --no-print-directory SELECTED="$$names" $$(printf '$(DONE)/%s.ipynb ' $$names) || status=1; \
+	set -- $$names; jobs=$$(( $$# < $(JOBS) ? $$# : $(JOBS) )); \
+	$(OFFLINE) $(MAKE) -k $(if $(GIVEN),,-j$$jobs) --no-print-directory JOBS=$$jobs SELECTED="$$names" $$(printf '$(DONE)/%s.ipynb ' $$names) || status=1; \
 	$(REPORT) || status=1; \
 	for name in $$names; do [ ! -e $(DONE)/$$name.failed.ipynb ] || echo "failed: $$name" >&2; done; \
 	exit $$status

@@ -6,6 +6,7 @@ a trie over layers: plans that agree on layers 0..i share the residual stream up
 runs only on the positions that are scored. Causal attention makes all of this exact.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from .calibration import Calibration
 from .plan import DropPlan
 from .prune import stub_sublayer
 
-ROW_TOKENS = 512  # attention over a row is quadratic; beyond this, sharing one more prefix no longer pays
+# Tokens that keep the device busy: longer rows only cost more attention, which is quadratic in them.
+ROW_TOKENS = {"cpu": 256, "cuda": 2048}
+LONGEST_ROW = 4096
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,21 @@ class Row:
     targets: list[tuple[int, list[int], list[int]]]  # (item, nodes whose prediction is read, tokens to predict)
 
 
-def pack(items: Sequence[Item], row_tokens: int = ROW_TOKENS) -> Iterator[Row]:
-    """Fill rows of about `row_tokens` nodes (more only where one item is longer) with the items in lexical order."""
+def pack(items: Sequence[Item], row_tokens: int = 256, pairs_per_token: int = 0) -> Iterator[Row]:
+    """Fill rows of about `row_tokens` nodes with the items in lexical order, no node twice in a row.
+
+    A row grows longer for one long item, and where items share a long prefix of s tokens (few-shot examples), which
+    the next row would have to compute again: up to s + sqrt(s² + s p) nodes, the length at which an item costs least
+    if the rest of a layer costs, per token, as much as p = `pairs_per_token` pairs of tokens in attention.
+    """
     row, path = Row([], [], [], []), []  # path: (token, node) from the root to the last item's last token
     for index in sorted(range(len(items)), key=lambda k: items[k].tokens):
         tokens, inputs = items[index].tokens, items[index].tokens[:-1]  # the last token is predicted, never read
         shared = 0
         while shared < min(len(path), len(inputs)) and path[shared][0] == inputs[shared]:
             shared += 1
-        if row.ids and len(row.ids) + len(inputs) - shared > row_tokens:
+        best = shared + math.sqrt(shared**2 + shared * pairs_per_token)
+        if row.ids and len(row.ids) + len(inputs) - shared > max(row_tokens, min(best, LONGEST_ROW)):
             yield row
             row, path, shared = Row([], [], [], []), [], 0
         del path[shared:]
@@ -79,15 +88,17 @@ def loglikelihoods(
     model: nn.Module,
     plans: Sequence[DropPlan],
     items: Sequence[Item],
-    row_tokens: int = ROW_TOKENS,
+    row_tokens: int | None = None,
     progress: bool | str = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of log p(token) over each item's continuation, and whether greedy decoding would have produced it.
 
     model: undropped (or dropped: then every plan's indices still mean the undropped model). items: tokens and number
     scored, 1 <= n_scored < len(tokens). Returns two arrays [n_plans, n_items], float64 and bool. Log-softmax in
-    float32. Memory: besides the model, at most one residual stream [row_tokens, C] per layer at which plans part,
-    and [row_tokens, vocabulary] logits. Raises ValueError for a model whose attention takes no explicit mask.
+    float32. Memory: besides the model, at most one residual stream [row, C] per layer at which plans part, a mask
+    [row, row] and logits [256, vocabulary]; rows are `row_tokens` long (by default 256 on CPUs, 2048 on CUDA), or up
+    to 4096 where that lets more questions share their few-shot examples, or as long as the longest item. Raises
+    ValueError for a model whose attention takes no explicit mask.
     """
     check_packable(model)
     for item in items:
@@ -99,7 +110,8 @@ def loglikelihoods(
         DropPlan(plan.attn, plan.mlp, parts.n_layers)  # raises for indices the model does not have
     sums = np.zeros((len(plans), len(items)))
     greedy = np.ones((len(plans), len(items)), dtype=bool)
-    rows = list(pack(items, row_tokens))
+    row_tokens = row_tokens or ROW_TOKENS.get(model.device.type, 256)
+    rows = list(pack(items, row_tokens, pairs_per_token=6 * model.config.hidden_size))  # 12 C² of weights to 2 C a pair
     label = progress if isinstance(progress, str) else "evaluate"
     training = model.training
     model.eval()
@@ -224,15 +236,18 @@ def _head(model, parts: Anatomy, hidden: torch.Tensor, place: torch.Tensor, want
     logp, best = [], []
     head = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma-2
-    for start in range(0, len(place), 512):  # [512, vocabulary] in float32 at a time
-        part = slice(start, start + 512)
+    for start in range(0, len(place), 256):  # small enough for the allocator to reuse its memory
+        part = slice(start, start + 256)
         rows, inverse = torch.unique(place[part], return_inverse=True)
         logits = head(normed[rows.to(normed.device)]).float()
         if cap:
             logits = torch.tanh(logits / cap) * cap
         token = wanted[part].to(logits.device)
         inverse = inverse.to(logits.device)
-        best.append((logits.argmax(-1)[inverse] == token).cpu())
+        highest = (logits.amax(-1)[inverse] == logits[inverse, token]).nonzero()[:, 0]
+        first = torch.zeros_like(inverse, dtype=torch.bool)
+        first[highest] = logits[inverse[highest]].argmax(-1) == token[highest]  # argmax is slow, and settles ties
+        best.append(first.cpu())
         # log_softmax, not logsumexp: its rounding is lm-eval's rounding (a bias of 1e-5 a token in float32)
         logp.append(logits.log_softmax(-1)[inverse, token].double().cpu())
     return torch.cat(logp).numpy(), torch.cat(best).numpy()

@@ -74,7 +74,8 @@ def project(first_run, tmp_path):
 def make(project: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
     """Run make with this Python as its environment, stdout and stderr together."""
     env = {k: v for k, v in os.environ.items() if k not in FOREIGN and not k.startswith(("OMP_", "HF_HUB"))}
-    command = ["make", f"PY={sys.executable}", "STAMP=stamp", *args]
+    one = [] if any(arg.startswith(("-j", "JOBS")) for arg in args) else ["JOBS=1"]  # so that the order is known
+    command = ["make", f"PY={sys.executable}", "STAMP=stamp", *one, *args]
     streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return subprocess.run(command, cwd=project, env=env | environment, text=True, timeout=300, **streams)
 
@@ -93,6 +94,16 @@ def made(project: Path, *args: str, **environment: str) -> list[str]:
 
 def done(project: Path, name: str, profile: str = "embedded") -> Path:
     return project / f"build/notebooks/{profile}/{name}.ipynb"
+
+
+def test_two_at_a_time_on_two_cores(project):
+    """By default on a CPU, a thread each; never for profiles that time a GPU."""
+    for profile, jobs in (("embedded", min(os.cpu_count(), 2)), ("paper", 1)):
+        command = ["make", "-pn", "STAMP=stamp", f"PROFILE={profile}", "help"]
+        rules = subprocess.run(command, cwd=project, capture_output=True, text=True).stdout
+        assert f"\nJOBS := {jobs}\n" in rules
+    run = make(project, "reproduce", "FRESH=1", "JOBS=2")
+    assert run.returncode == 0 and sorted(executed(run.stdout)) == ["one", "three", "two"]
 
 
 def test_help(project):

@@ -85,6 +85,16 @@ def test_rows_hold_every_item_once_and_share_every_prefix(sequences, row_tokens)
     assert sorted(seen) == list(range(len(items)))
 
 
+def test_few_shot_examples_are_computed_for_many_questions_at_once():
+    shots = tuple(range(2, 302))
+    items = [Item((*shots, *range(400 + 20 * k, 420 + 20 * k), 1), 1) for k in range(40)]
+    lengths = [len(row.ids) for row in pack(items, 256, pairs_per_token=3456)]
+    assert sum(lengths) == 300 + 40 * 20, "one row was enough"
+    assert len(list(pack(items, 256))) == 3, "rows of twice the prefix, where attention is all that costs"
+    apart = [Item(tuple(range(30 * k, 30 * k + 30)), 1) for k in range(40)]
+    assert max(len(row.ids) for row in pack(apart, 256, pairs_per_token=3456)) <= 256, "nothing to share"
+
+
 def test_nothing_is_computed_twice():
     model, calls = tiny("llama"), []
     for i, layer in enumerate(model.model.layers):

@@ -16,7 +16,7 @@ class Residual:
 
     Its state on disk is a record (the number of finished layers, their sums, which of two files goes with them) and
     that file; the other one is written meanwhile. In memory it is copied to disk after a layer, unless the last copy
-    took so long that copies would take more than a tenth of the time. Copies carry a checksum instead of waiting for
+    took longer than 0.2 s and copies would take more than a tenth of the time. Copies carry a checksum instead of waiting for
     the disk: what a power failure left half-written is not taken up.
     """
 
@@ -48,7 +48,8 @@ class Residual:
     def save(self, n_done: int, sums: torch.Tensor) -> None:
         """After a layer (or the embedding, n_done=0): what was put is what is got from now on. OSError: disk full."""
         other = 1 - self.slot
-        if self.place != "file" and time.monotonic() - self.saved_at < 10 * self.seconds:
+        slow = self.seconds > 0.2 and time.monotonic() - self.saved_at < 10 * self.seconds
+        if self.place != "file" and slow:
             return
         start, checksum = time.monotonic(), 0
         try:

@@ -23,6 +23,7 @@ from .prune import apply_plan
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
+FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's files keep what transformers 4 called it
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def open_checkpoint(
         apply_plan(model, theirs)
     prefix, names = f"{model.base_model_prefix}.", {}
     for old, new in renamed(before, model).items():
-        raw = old if old in entries else old.removeprefix(prefix)  # a bare decoder's checkpoint has no prefix
-        if raw in entries:
+        spellings = old, old.removeprefix(prefix), FORMER_NAMES.get(old)  # a bare decoder's checkpoint has no prefix
+        raw = next((spelling for spelling in spellings if spelling in entries), None)
+        if raw:
             names[new] = raw
     after = model.state_dict(keep_vars=True)
     there = {id(after[new]) for new in names}

@@ -48,9 +48,10 @@ def drop_checkpoint(
     before = checkpoint.model.state_dict(keep_vars=True)
     apply_plan(checkpoint.model, plan)
     kept = _kept_names(checkpoint, renamed(before, checkpoint.model))
+    tokenizer = _tokenizer(checkpoint.folder)
     with _partial(destination) as folder:
-        _write_config(checkpoint, folder)
         try:
+            _write_config(checkpoint, tokenizer, folder)
             _write_shards(checkpoint, kept, folder, link, progress)
         except OSError as error:
             raise OSError(
@@ -68,11 +69,17 @@ def _kept_names(checkpoint: Checkpoint, moved: dict[str, str]) -> dict[str, str]
     for old, new in moved.items():
         raw = checkpoint.names.get(old)
         if raw is not None:
-            kept[raw] = new if raw == old else new.removeprefix(prefix)
+            bare = old == prefix + raw
+            kept[raw] = new.removeprefix(prefix) if bare else new if raw == old else raw
     return kept
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
+def _tokenizer(folder: Path):
+    there = any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model"))
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if there else None
+
+
+def _write_config(checkpoint: Checkpoint, tokenizer, folder: Path) -> None:
     """config.json, tokenizer and modeling file exactly as `save_model` writes them."""
     model = checkpoint.model
 
@@ -82,8 +89,6 @@ def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
         model.config.save_pretrained(path)
 
     model.save_pretrained = save_config  # of a model without weights nothing else can be saved
-    has_tokenizer = any(any(checkpoint.folder.glob(p)) for p in ("tokenizer*", "vocab*", "*.model"))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False) if has_tokenizer else None
     write_hf(model, tokenizer, folder)
     if (checkpoint.folder / "generation_config.json").exists():
         shutil.copyfile(checkpoint.folder / "generation_config.json", folder / "generation_config.json")
@@ -97,7 +102,7 @@ def _write_shards(checkpoint: Checkpoint, kept: dict[str, str], folder: Path, li
             shards[file] = stays, all(kept.get(raw) == raw for raw in entries)
     total = sum(entry.n_bytes for stays, _ in shards.values() for _, entry in stays)
     weight_map = {}
-    with tqdm(None, "drop", total, True, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(desc="drop", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         for k, (stays, unmoved) in enumerate(shards.values(), start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{k:05d}-of-{len(shards):05d}.safetensors"
             if not (link and unmoved and _linked(stays[0][1].file, folder / name)):

@@ -110,17 +110,9 @@ def _score(source: Checkpoint, calibration, batch_size, with_residual, progress,
         stream.save(0, sums)
     feed = _isolate(source, parts, rest, stream, device)
     reader = _Reader([layers[i] for i in present], device)
-    total = table.n_bytes + sum(sizes)
-    with (
-        reader,
-        tqdm(
-            *(None, "score", total, True),
-            initial=table.n_bytes + sum(sizes[:done]),
-            unit="B",
-            unit_scale=True,
-            disable=not progress,
-        ) as bar,
-    ):
+    total, behind = table.n_bytes + sum(sizes), table.n_bytes + sum(sizes[:done])
+    bar = tqdm(desc="score", total=total, initial=behind, unit="B", unit_scale=True, disable=not progress)
+    with reader, bar:
         reader.start(done)
         for k in range(done, len(present)):
             i = present[k]

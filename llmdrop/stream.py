@@ -205,7 +205,8 @@ class _Feed(nn.Module):
 
     def __init__(self, stream: Residual, device: torch.device):
         super().__init__()
-        self.stream, self.weight = stream, nn.Parameter(torch.zeros((), device=device), requires_grad=False)
+        self.stream = stream
+        self.weight = nn.Parameter(torch.zeros((), dtype=stream.dtype, device=device), False)
 
     def begin(self, layer: nn.Module, first: bool, last: bool) -> None:
         """first: let the decoder do what it does to embeddings (positions, Gemma-2's scale). last: keep no output."""

@@ -55,7 +55,7 @@ def forward(args) -> dict:
     from synthetic import config
     from transformers import AutoModelForCausalLM
 
-    layers = args.layers // 4
+    layers = max(1, args.layers // 4)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config(layers), dtype=getattr(torch, args.dtype)).eval().base_model
     weights = {name: torch.full(p.shape, 0.01, dtype=p.dtype) for name, p in model.named_parameters()}

@@ -261,7 +261,7 @@ def test_processes_together_give_the_scores_of_one(world, saved, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropping_on_disk_equals_dropping_in_memory(family, saved, tmp_path, tokenizer):
     _, path = saved(family)
-    for k, plan in enumerate(PLANS):
+    for k, plan in enumerate(PLANS if family == "llama" else PLANS[2:4]):
         expected = save_model(apply_plan(load_model(path, device="cpu")[0], plan), tokenizer, tmp_path / f"memory-{k}")
         got = drop_checkpoint(path, plan, tmp_path / f"disk-{k}", progress=False)
         assert config(got) == config(expected)

@@ -71,7 +71,7 @@ def score_checkpoint(
     if distributed and device == "auto":
         from accelerate import PartialState
 
-        device = str(PartialState().device)
+        device = str(PartialState().device) if torch.cuda.is_available() else "cpu"
     device = torch.device(check_device(device))
     source = open_checkpoint(checkpoint, dtype, attn_implementation)
     n_layers = anatomy(source.model).n_layers

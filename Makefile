@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup reproduce smoke test drop serve lab report clean
+.PHONY: help setup reproduce smoke test drop evaluate serve lab report clean
 
 PROFILE ?= embedded
 VENV := .venv
@@ -90,6 +90,18 @@ report: $(STAMP) ## figures/PROFILE/index.html and claims.csv from what has been
 drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] OUT=directory: score, drop, save and check one model
 	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb $(OVERRIDES) \
 		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)'
+
+# lm-eval's own data parallelism: accelerate starts GPUS processes, each with the whole model and its share of questions.
+# A checkpoint with single sublayers dropped brings modeling_llmdrop.py along, which then runs; no other remote code does.
+GPUS ?= 1
+LAUNCH = $(if $(filter-out 1,$(GPUS)),accelerate.commands.launch --multi_gpu --num_processes $(GPUS) --num_machines 1 \
+	--mixed_precision no --dynamo_backend no -m)
+OWN_CODE = $(if $(wildcard $(MODEL)/modeling_llmdrop.py),$(comma)trust_remote_code=True)
+comma := ,
+evaluate: $(STAMP) ## make evaluate MODEL=… TASKS=piqa,… [GPUS=4] [LIMIT=] [BATCH=8]: lm-eval on a checkpoint, over GPUs
+	@$(PY) -m $(LAUNCH) lm_eval run --model hf --model_args pretrained=$(MODEL),dtype=$(or $(DTYPE),bfloat16)$(OWN_CODE) \
+		--tasks $(TASKS) --batch_size $(or $(BATCH),8) $(if $(LIMIT),--limit $(LIMIT)) \
+		--output_path build/evaluate
 
 serve: $(STAMP) ## make serve MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [PORT=8080]: an OpenAI-compatible server on the dropped model
 	@$(OFFLINE) $(PY) notebooks/serve.py --model '$(MODEL)' --attn '$(ATTN)' --mlp '$(MLP)' --block '$(BLOCK)' \

@@ -11,7 +11,9 @@ from .prune import apply_plan, dropped
 from .results import Store
 from .roofline import predict_speed
 from .scoring import ImportanceScores, score
+from .slim import drop_checkpoint
 from .speed import compare_speed, kv_cache_bytes, measure_speed
+from .stream import score_checkpoint
 from .sweep import perplexity, perplexity_sweep
 
 __version__ = "0.1.0"

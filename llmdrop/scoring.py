@@ -75,7 +75,14 @@ class ImportanceScores:
 
 @torch.inference_mode()
 def score(
-    model, calibration, batch_size: int = 8, with_residual: bool = True, gap: bool = False, progress: bool = True
+    model,
+    calibration,
+    batch_size: int = 8,
+    with_residual: bool = True,
+    gap: bool = False,
+    progress: bool = True,
+    stream_weights: bool = False,
+    distributed: bool = False,
 ) -> ImportanceScores:
     """Score all Attention layers, MLP layers and Blocks in one forward pass over the calibration tokens.
 
@@ -85,8 +92,37 @@ def score(
     y_mlp = x + mlp(x). with_residual=False compares x with f(x) alone (Table 6). gap=True also fills the gap matrix
     (needs the residual streams of one batch at a time; otherwise nothing is kept and memory does not depend on the
     number of samples). Standard errors treat samples as independent. The language-model head is never computed.
+    stream_weights=True: `model` is the name of a checkpoint, of which one layer at a time is in memory, see
+    `score_checkpoint`. distributed=True: called in every process of torchrun or accelerate launch; samples are split
+    over the processes and all get the same scores.
 
     Raises ValueError for unknown architectures, an empty calibration set or a batch size below 1.
+    """
+    if stream_weights:
+        from .stream import score_checkpoint
+
+        if gap:
+            raise ValueError("gap=True compares every two layers, so it needs the model in memory: no stream_weights")
+        return score_checkpoint(model, calibration, batch_size, with_residual, progress, distributed)
+    if distributed:
+        from .parallel import over_processes
+
+        def part(share):
+            return sample_sums(model, share, batch_size, with_residual, gap, progress)
+
+        return summarise(*over_processes(part, calibration, anatomy(model).n_layers), calibration)
+    sums, gaps = sample_sums(model, calibration, batch_size, with_residual, gap, progress)
+    return summarise(sums, gaps, calibration)
+
+
+@torch.inference_mode()
+def sample_sums(
+    model, calibration, batch_size: int, with_residual: bool = True, gap: bool = False, progress: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `score` averages, summed over the tokens of each sample: [n_layers, 6, n_samples] and [n_layers, n_layers].
+
+    The six: cosine and relative magnitude of attention, of MLP, of block; NaN where dropped. The second is None without
+    gap.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
@@ -124,7 +160,7 @@ def score(
             streams.append((i + 1, unit))
 
     sums = torch.full((parts.n_layers, 6, n), torch.nan, dtype=torch.float64)
-    gaps = np.zeros((parts.n_layers, parts.n_layers))
+    gaps = torch.zeros((parts.n_layers, parts.n_layers), dtype=torch.float64)
     training = model.training
     model.eval()
     try:
@@ -144,7 +180,13 @@ def score(
                 bar.update(len(batch_mask))
     finally:
         model.train(training)
+    return sums, gaps if gap else None
 
+
+def summarise(sums: torch.Tensor, gaps: torch.Tensor | None, calibration) -> ImportanceScores:
+    """Scores from what `sample_sums` gives, of all samples."""
+    ids, mask = calibration.input_ids, calibration.attention_mask
+    n = len(ids)
     tokens = (torch.full((n,), ids.shape[1]) if mask is None else mask.sum(1)).double()
     mean = sums.sum(2) / tokens.sum()  # [L, 6]
     residual = sums - mean.unsqueeze(2) * tokens  # ratio estimator: samples may differ in length
@@ -152,13 +194,13 @@ def score(
     if n < 2:
         stderr = torch.full_like(stderr, torch.nan)
     mean, stderr = mean.numpy(), stderr.numpy()
-    if gap:
-        gaps = np.where(np.triu(np.ones_like(gaps)) > 0, gaps / tokens.sum().item(), np.nan)
+    if gaps is not None:
+        gaps = np.where(np.triu(np.ones_like(gaps)) > 0, gaps.numpy() / tokens.sum().item(), np.nan)
     return ImportanceScores(
         **{kind: 1 - mean[:, 2 * k] for k, kind in enumerate(KINDS)},
         stderr={kind: stderr[:, 2 * k] for k, kind in enumerate(KINDS)},
         magnitude={kind: mean[:, 2 * k + 1] for k, kind in enumerate(KINDS)},
-        gap=gaps if gap else None,
+        gap=gaps,
         n_samples=n,
         n_tokens=int(tokens.sum()),
     )

@@ -6,6 +6,7 @@ and depends on nothing else: the same inputs give the same bytes.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -56,6 +57,36 @@ def label(key: str) -> str:
     return f"{'Figure' if key.startswith('fig') else 'Table'} {int(key[3:])}"
 
 
+def maker(key: str, notebook: str, written: set[str]) -> str:
+    """The notebook of an item: the one of ITEMS, or, where that is not written, one whose name begins with the item."""
+    return next((n for n in sorted(written) if n.startswith(key)), notebook) if notebook not in written else notebook
+
+
+def heading(notebook: Path) -> str:
+    """The first heading of a notebook, without its number in the paper; a name for what has none."""
+    cells = json.loads(notebook.read_text()).get("cells", []) if notebook.is_file() else []
+    found = re.match(r"# (.+)", "".join(cells[0]["source"])) if cells else None
+    return found[1] if found else notebook.stem.replace("_", " ").capitalize()
+
+
+def measured_text(claim: dict) -> str:
+    """"0.757 ± 0.021": the error with two digits, the number with as many decimals."""
+    value, error = claim["measured"], claim["error"]
+    if not _real(value):
+        return "not run"
+    if not _real(error):
+        return f"{value:.4g}".replace("-", "−")
+    decimals = min(max(0, 1 - math.floor(math.log10(error))), 6) if error > 0 else 0 if value == round(value) else 4
+    return f"{value:.{decimals}f}\u00a0±\u00a0{error:.{decimals}f}".replace("-", "−")
+
+
+def undecided(claim: dict) -> bool:
+    """Whether the limit of the claim is within two standard errors of what was measured."""
+    limit = re.match(r"[<>]=?\s*(-?[\d.]+)", claim["tolerance"])
+    known = limit and _real(claim["measured"]) and _real(claim["error"]) and claim["error"] > 0
+    return bool(known and abs(claim["measured"] - float(limit[1])) < 2 * claim["error"])
+
+
 def impersonal(text: str) -> str:
     """Without this machine's folders and memory addresses, so that a committed page is the same everywhere."""
     for folder, name in ((HERE.parent.resolve(), "."), (Path(sys.prefix), ".venv"), (Path.home(), "~")):
@@ -78,6 +109,7 @@ def read_output(figures: Path, stem: str) -> dict:
     table = ""
     if "md" in file:  # the formatted table: digits, errors and published rows as the notebook chose them
         table = markdown2html((figures / f"{stem}.md").read_text().strip().removeprefix(caption))
+        table = re.sub(r"<tr>(?=(?:(?!</tr>).)*▽)", '<tr class="low">', table, flags=re.DOTALL)  # grey, as in the paper
     elif "png" not in file and "csv" in file:
         table = pd.read_csv(figures / f"{stem}.csv").to_html(index=False, border=0, float_format="{:.4g}".format)
     details = [
@@ -135,7 +167,6 @@ def build(profile_file: Path, done: Path, figures: Path) -> Path:
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters["number"] = lambda x, digits=4: f"{x:.{digits}g}".replace("-", "−") if _real(x) else x
     template = environment.get_template("report.html.j2")
 
     (figures / "notebooks").mkdir(exist_ok=True)
@@ -153,28 +184,41 @@ def build(profile_file: Path, done: Path, figures: Path) -> Path:
 
     claims = paper.joined_claims(figures)
     claims.to_csv(figures / "claims.csv", index=False, lineterminator="\n")
+    shown = [row | dict(text=measured_text(row), undecided=undecided(row)) for row in claims.to_dict("records")]
 
     outputs = {p.stem: read_output(figures, p.stem) for p in sorted(figures.glob("*.csv")) if p.stem != "claims"}
     items = []
-    for key, title, notebook in ITEMS:
+    made_by = {key: maker(key, notebook, written) for key, _, notebook in ITEMS}
+    for key, title, _ in ITEMS:
+        notebook = made_by[key]
         mine = [output for stem, output in outputs.items() if owner(stem) == key]
-        shared = [k for k, _, n in ITEMS if n == notebook and any(owner(stem) == k for stem in outputs)]
+        shared = [k for k, n in made_by.items() if n == notebook and any(owner(stem) == k for stem in outputs)]
         items.append(
             dict(key=key, label=label(key), title=title, notebook=notebook, outputs=mine,
                  shown_with=shared[0] if shared and not mine else None)
         )  # fmt: skip
-    beyond = [output for stem, output in outputs.items() if owner(stem) is None]
+    free = {stem: output for stem, output in outputs.items() if owner(stem) is None}
+    beyond = []  # the profile's other notebooks, then whatever was left by none of them
+    for notebook in [n for n in notebooks if n not in made_by.values()]:
+        mine = [free.pop(stem) for stem in list(free) if stem.startswith(notebook)]
+        title = heading(profile_file.parent.parent / f"{notebook}.ipynb")
+        beyond.append(dict(key=notebook, title=title, notebook=notebook, outputs=mine))
+    for stem, output in free.items():
+        beyond.append(dict(key=stem, title=stem.replace("_", " ").capitalize(), notebook=None, outputs=[output]))
+    profiles = [p.stem for p in sorted(profile_file.parent.glob("*.yaml")) if p.stem not in (name, "smoke")]
+    others = [other for other in profiles if (figures.parent / other / "index.html").is_file()]
     index = template.render(
         page=None, title=f"llmdrop · {name}", about=profile.get("about", ""),
-        claims=claims.to_dict("records"), counts=claims["verdict"].value_counts().to_dict(), errata=paper.ERRATA,
-        paper=paper.PAPER, items=items, beyond=beyond, notebooks=notebooks, written=written, label=label, **pages,
+        claims=shown, never_run=not outputs, counts=claims["verdict"].value_counts().to_dict(), errata=paper.ERRATA,
+        paper=paper.PAPER, items=items, beyond=beyond, others=others,
+        notebooks=notebooks, written=written, label=label, **pages,
     )  # fmt: skip
     (figures / "index.html").write_text(index)
     return figures / "index.html"
 
 
 def _real(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ def run(source: Path, target: Path, values: dict, label: str) -> int:
             cells = papermill.iorw.load_notebook_node(str(source)).cells
             index = next((i for i, cell in enumerate(cells) if cell.source == error.source), error.cell_index)
             code = "".join(f"    {line}\n" for line in error.source.splitlines())
+            if error.ename == "FileNotFoundError":  # a model or data that cannot be had: the code is not to blame
+                code = ""
             message = f"  cell {index} of {source}:\n{code}  {error.ename}: {error.evalue}"
         if temporary.exists():
             os.replace(temporary, failed)

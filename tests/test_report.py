@@ -53,7 +53,8 @@ def project(tmp_path_factory):
     columns = ["Model", "Method", "Source", "ARC-C", "BoolQ", "HellaSwag", "MMLU", "OBQA", "PIQA", "RTE", "WinoGrande"]
     lines = ["made up", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for method in ("Baseline", "Attn-4", "Attn-8"):
-        lines.append(f"| SmolLM2 | {method} | ours |" + " 64.0 ± 3.4 |" * (len(columns) - 3))
+        low = "▽ " if method == "Attn-8" else ""
+        lines.append(f"| SmolLM2 | {method} | ours |" + f" 64.0 ± 3.4 {low}|" * (len(columns) - 3))
         lines.append(f"| *Llama-2-13B* | *{method}* | *paper* |" + " *68.2* |" * (len(columns) - 3))
     (figures / "tab01_03_drop_modules.md").write_text("\n".join(lines) + "\n\nItalics: as printed in the paper.\n")
     (figures / "tab01_03_drop_modules.csv").write_text("method,avg\nBaseline,64.0\n")
@@ -98,8 +99,9 @@ def test_every_item_of_the_paper_is_there(project):
     assert "Later" in sections["fig07"]
     assert "Not part of this profile" in sections["tab04"]
     assert "<em>68.2</em>" in sections["tab01"] and sections["tab01"].count("made up") == 1
+    assert sections["tab01"].count('<tr class="low">') == 1  # grey, and only the row that is
     assert "<td>piqa</td>" in sections["tab05"]
-    assert "quickstart_speed.pdf" in sections["quickstart_speed"]
+    assert "quickstart_speed.pdf" in sections["quickstart"] and ">Quickstart<" in sections["quickstart"]
 
 
 def test_not_run_names_the_command(project, tmp_path):
@@ -108,6 +110,35 @@ def test_not_run_names_the_command(project, tmp_path):
     page = rebuild(tmp_path).read_text()
     assert "make reproduce PROFILE=embedded ONLY=tab01_03_drop_modules" in page
     assert page.count(">not run</span>") == len(report.paper.claims())
+    assert "has not been run here. Run it: <code>make reproduce PROFILE=embedded</code>" in page
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in report.ITEMS])
+def test_every_item_finds_its_notebook(key):
+    """By name, or by a name that begins with the item; and no notebook of a profile is left out of the page."""
+    written = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    notebook = report.maker(key, dict((k, n) for k, _, n in report.ITEMS)[key], written)
+    number = f"{int(key[3:]):02d}"
+    assert notebook not in written or re.match(rf"{key[:3]}(\d\d_)?\d\d_", notebook), notebook
+    assert report.maker(key, "none", {"quickstart", f"{key[:3]}{number}_x"}) == f"{key}_x"
+
+
+def test_headings_are_the_notebooks_own():
+    assert report.heading(ROOT / "notebooks/speedups.ipynb").startswith("Speed: ")
+    assert report.heading(ROOT / "notebooks/none_such.ipynb") == "None such"
+
+
+def test_numbers_have_the_digits_of_their_errors():
+    cases = {(0.98764, 0.0123): "0.988 ± 0.012", (-4.25, 3.31): "−4.2 ± 3.3", (100.4, 18.3): "100 ± 18"}
+    cases |= {(0.0, 0.0): "0 ± 0", (90.0, None): "90", (None, None): "not run", (1.19, float("nan")): "1.19"}
+    for (measured, error), text in cases.items():
+        assert report.measured_text(dict(measured=measured, error=error)).replace("\u00a0", " ") == text
+
+
+def test_a_verdict_within_the_error_is_undecided():
+    claim = dict(tolerance=">= 95 % of baseline", measured=97.0, error=1.1)
+    assert report.undecided(claim) and not report.undecided(claim | dict(error=0.9))
+    assert not report.undecided(claim | dict(error=None)) and not report.undecided(claim | dict(measured=None))
 
 
 def test_claims_are_joined(project):
@@ -117,7 +148,7 @@ def test_claims_are_joined(project):
     assert {"id", "statement", "where", "published", "measured", "tolerance", "verdict", "notebook"} <= set(claims)
     assert list(claims["verdict"][:3]) == ["holds", "differs", "not run"]
     page = (project / "figures" / "index.html").read_text()
-    assert "0.9876 ± 0.012" in page and ">1 hold</span>" in page and ">1 differ</span>" in page
+    assert "0.988\u00a0±\u00a00.012" in page and ">1 hold</span>" in page and ">1 differ</span>" in page
 
 
 def test_the_same_inputs_give_the_same_bytes(project):

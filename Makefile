@@ -55,9 +55,9 @@ REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
 OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(filter smoke embedded,$(PROFILE)),HF_HUB_OFFLINE=1))
 # Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use).
-GIVEN := $(filter -j%,$(MAKEFLAGS))
+GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-JOBS := $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(filter smoke embedded,$(PROFILE)),$(if $(filter-out 1,$(CORES)),2,1),1))
+JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(filter smoke embedded,$(PROFILE)),$(if $(filter-out 1,$(CORES)),2,1),1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
 # The notebooks are made by a second make, so that one failing neither stops the others nor the report.

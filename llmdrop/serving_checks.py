@@ -62,18 +62,16 @@ def compare(engine, model, prompts: Sequence[Sequence[int]], new_tokens: int, to
 def check_all(model, tokenizer, plans: Mapping[str, DropPlan], prompts, new_tokens: int, threads: int = 1, store=None):
     """`check_export` every plan in every engine that is here, through the results store.
 
-    Returns rows engine, setting ("exact"; for llama.cpp also "default": as people serve), plan, and those of `compare`.
+    Returns the rows of `check_export` with engine and plan.
     """
     key, rows = model_key(model, 0, *MODULES) | {"prompts": prompts, "new_tokens": new_tokens}, []
     for engine, version in engines().items():
-        for setting in ("exact", "default") if engine == "llama.cpp" else ("exact",):
-            how = dict(threads=threads, exact=setting == "exact", parallel=len(prompts))
-            for label, plan in plans.items():
-                check = partial(check_export, engine, model, tokenizer, plan, prompts, new_tokens, **how)
-                full = key | {"engine": [engine, version], "setting": setting, "plan": plan.to_json()}
-                facts = partial(provenance, model, engine=[engine, version])
-                found = (store or Store()).get("serving-exact", full, check, f"{engine}-{setting}-{label}", facts)
-                rows.append({"engine": engine, "setting": setting, "plan": label} | found)
+        for label, plan in plans.items():
+            check = partial(check_export, engine, model, tokenizer, plan, prompts, new_tokens, threads)
+            full = key | {"engine": [engine, version], "plan": plan.to_json()}
+            facts = partial(provenance, model, engine=[engine, version])
+            found = (store or Store()).get("serving-exact", full, check, f"{engine}-{label}", facts)
+            rows += [{"engine": engine, "plan": label} | row for row in found]
     return pd.DataFrame(rows)
 
 
@@ -130,51 +128,44 @@ class InPlace:
         return out
 
 
-@contextmanager
-def start(engine: str, model, tokenizer, plan: DropPlan, weights: str = "f32", **settings) -> Iterator:
-    """Export one plan of an undropped model for `engine`, one of `engines()`, and serve it there in a `with` block.
+def export(engine: str, model, tokenizer, plan: DropPlan, folder, weights: str = "f32") -> Path:
+    """Write one plan of an undropped model in the form `engine` reads; weights: of a GGUF. ValueError if it cannot."""
+    with dropped(model, plan):
+        if engine == "llama.cpp":
+            return save_model(model, tokenizer, Path(folder, "m.gguf"), format="gguf", weights=weights)
+        return save_model(model, tokenizer, Path(folder, "m"), format="nemotron-nas" if engine == "vLLM" else "hf")
 
-    weights: of a GGUF. settings: threads, context, exact, parallel. Raises ValueError where the engine cannot have it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        with dropped(model, plan):
-            if engine == "llama.cpp":
-                path = save_model(model, tokenizer, Path(folder, "m.gguf"), format="gguf", weights=weights)
-            else:
-                form = "nemotron-nas" if engine == "vLLM" else "hf"
-                path = save_model(model, tokenizer, Path(folder, "m"), format=form)
-        if engine == "transformers":
-            yield Alone(path, model)
-        else:
-            with {"llama.cpp": serving, "vLLM": serving_vllm}[engine].serve(path, **settings) as running:
-                yield running
+
+@contextmanager
+def start(engine: str, path, model, **settings) -> Iterator:
+    """Run an export in an engine in a `with` block; settings (transformers has none): as of `serving.serve`."""
+    if engine == "transformers":
+        yield Alone(path, model)
+    else:
+        with {"llama.cpp": serving, "vLLM": serving_vllm}[engine].serve(path, **settings) as running:
+            yield running
 
 
 def check_export(
-    engine: str,
-    model,
-    tokenizer,
-    plan: DropPlan,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    threads: int = 1,
-    exact: bool = True,
-    parallel: int = 1,
-) -> dict:
-    """`compare` one plan of an undropped model in one engine, or {"refused": why} where the engine cannot have it.
+    engine: str, model, tokenizer, plan: DropPlan, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int = 1
+) -> list[dict]:
+    """`compare` one plan of an undropped model in one engine: rows of setting and what `compare` returns.
 
-    exact: float32 throughout. False: as people serve it, but in llama.cpp with float32 weights all the same.
+    Settings are "exact", float32 throughout, and for llama.cpp also "default": flash attention and a float16 cache, as
+    people serve, but float32 weights all the same. A plan that the engine cannot have gives one row {"refused": why}.
     """
-    length = -(-(max(map(len, prompts)) + new_tokens) // 64) * 64
-    context = length * (parallel if engine == "llama.cpp" else 1)  # there all requests share it
-    settings = dict(threads=threads, context=context, exact=exact, parallel=parallel)
-    with ExitStack() as stack:
+    length, rows = -(-(max(map(len, prompts)) + new_tokens) // 64) * 64, []
+    how = dict(threads=threads, parallel=len(prompts))
+    how["context"] = length * (len(prompts) if engine == "llama.cpp" else 1)  # there all requests share it
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            running = stack.enter_context(start(engine, model, tokenizer, plan, **settings))
+            path = export(engine, model, tokenizer, plan, folder)
         except ValueError as error:
-            return {"refused": str(error)}
-        with dropped(model, plan):
-            return compare(running, model, prompts, new_tokens)
+            return [{"refused": str(error)}]
+        for setting in ("exact", "default") if engine == "llama.cpp" else ("exact",):
+            with start(engine, path, model, exact=setting == "exact", **how) as running, dropped(model, plan):
+                rows.append({"setting": setting} | compare(running, model, prompts, new_tokens))
+    return rows
 
 
 def compare_serving(
@@ -197,16 +188,19 @@ def compare_serving(
     """
     rows: dict[str, list] = {}
     with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         context, running, sizes = -(-(len(prompt) + new_tokens) // 256) * 256, {}, {}
         for name, plan in plans.items():
-            how = dict(weights=weights, threads=threads, context=context, parallel=1)
             if engine == "transformers":
                 running[name] = InPlace(model, plan)
                 continue
             try:
-                running[name] = stack.enter_context(start(engine, model, tokenizer, plan, **how))
+                path = export(engine, model, tokenizer, plan, Path(folder, name), weights)
             except ValueError as error:
                 print(f"{engine} cannot have {name}: {error}")
+                continue
+            server = start(engine, path, model, threads=threads, context=context, parallel=1)
+            running[name] = stack.enter_context(server)
         for k in range(rounds + 1):
             for name, server in running.items():
                 out = server.complete(prompt, new_tokens)

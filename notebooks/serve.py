@@ -54,7 +54,7 @@ def main() -> None:
         command = [*serving_vllm.program(), "--model", str(path), "--port", str(args.port), "--trust-remote-code"]
         command += ["--served-model-name", name]
     print(f"{plan.label} of {model.name_or_path}: {plan.to_json()}\n{' '.join(command)}\n\nTry it:\n")
-    body = '{"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 64}'
+    body = '{"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 64, "temperature": 0}'
     print(f"curl http://127.0.0.1:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from gguf import TokenType
@@ -22,7 +23,8 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def tokenizer_facts(tokenizer, vocab_size: int) -> dict:
-    """Metadata tokenizer.*: byte-level BPE as in Llama 3, SmolLM, GPT-2 and Qwen 2, chat template, special tokens.
+    """Metadata tokenizer.*: byte-level BPE as in Llama 3, SmolLM, GPT-2 and Qwen 2, SentencePiece's BPE as in Llama 2
+    and Mistral, with chat template and special tokens.
 
     The whole tokenizer.json goes along as tokenizer.huggingface.json (GGUF's own key), from which `read_tokenizer` gets
     exactly the same tokenizer back. Raises ValueError for what llama.cpp has no name for.
@@ -36,11 +38,11 @@ def tokenizer_facts(tokenizer, vocab_size: int) -> dict:
     vocab = tokenizer.get_vocab()
     if len(vocab) > vocab_size or max(vocab.values()) >= vocab_size:
         raise ValueError(f"the tokenizer has {max(vocab.values()) + 1} tokens, the model {vocab_size}: not a pair")
-    splits = tuple(_splits(whole["pre_tokenizer"]))
-    if whole["model"]["type"] != "BPE" or splits not in PRE_TOKENIZERS:
+    kind, splits, spaces = whole["model"]["type"], tuple(_splits(whole["pre_tokenizer"])), _marked_spaces(whole)
+    if kind != "BPE" or (spaces is None and splits not in PRE_TOKENIZERS):
         raise ValueError(
-            f"llama.cpp has no known form of this tokenizer ({whole['model']['type']}, split by {splits}); known are "
-            f"byte-level BPE as in {', '.join(PRE_TOKENIZERS.values())}. {way_out}"
+            f"llama.cpp has no known form of this tokenizer ({kind}, split by {splits}); known are byte-level BPE as "
+            f"in {', '.join(PRE_TOKENIZERS.values())}, and SentencePiece's BPE as in Llama 2. {way_out}"
         )
     added = {token["id"]: token for token in whole["added_tokens"]}
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
@@ -49,24 +51,50 @@ def tokenizer_facts(tokenizer, vocab_size: int) -> dict:
         tokens[i], types[i] = token, int(TokenType.NORMAL)
         if i in added:
             types[i] = int(TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED)
-    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"]["merges"])
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in whole["model"]["merges"]]
+    if spaces is None:
+        form = {"model": "gpt2", "pre": PRE_TOKENIZERS[splits], "merges": [" ".join(pair) for pair in pairs]}
+    else:  # the engine merges what scores highest: earlier merges made, up to a scale SentencePiece's own scores
+        ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(pairs)))}
+        scores = [float(-ranks.get(token, len(pairs))) for token in tokens]
+        for i, token in enumerate(tokens):
+            if token == whole["model"]["unk_token"]:
+                types[i] = int(TokenType.UNKNOWN)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                types[i] = int(TokenType.BYTE)
+        form = {"model": "llama", "pre": "default", "scores": scores}
     plain = tokenizer("a").input_ids
     template = tokenizer.chat_template
     facts = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": PRE_TOKENIZERS[splits],
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": list(pairs),
         "tokenizer.ggml.add_bos_token": plain[0] == tokenizer.bos_token_id,
         "tokenizer.ggml.add_eos_token": plain[-1] == tokenizer.eos_token_id,
-        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_space_prefix": bool(spaces),
         "tokenizer.chat_template": template.get("default") if isinstance(template, dict) else template,
         "tokenizer.huggingface.json": json.dumps(whole, ensure_ascii=False, separators=(",", ":")),
     }
+    facts |= {f"tokenizer.ggml.{key}": value for key, value in form.items()}
     return facts | {
         f"tokenizer.ggml.{name}_token_id": getattr(tokenizer, f"{key}_token_id") for key, name in _SPECIAL.items()
     }
+
+
+def _marked_spaces(whole: dict) -> bool | None:
+    """Of a tokenizer with ▁ for spaces and bytes for unknown characters, whether text gets a ▁ in front; else None.
+
+    Llama 2's has this as a normaliser or, in newer files, as a pre-tokenizer that does not split.
+    """
+    if not whole["model"].get("byte_fallback"):
+        return None
+    pre, normalizer = whole["pre_tokenizer"], whole["normalizer"]
+    if pre is None and normalizer is not None:
+        steps = {step["type"]: step for step in normalizer.get("normalizers", [normalizer])}
+        marks = set(steps) <= {"Replace", "Prepend"} and steps.get("Replace", {}).get("content") == "▁"
+        return "Prepend" in steps if marks else None
+    if normalizer is None and pre is not None and pre["type"] == "Metaspace" and not pre.get("split", True):
+        return pre["prepend_scheme"] != "never"
+    return None
 
 
 def _splits(pre: dict | None) -> list[str]:

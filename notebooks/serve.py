@@ -7,12 +7,12 @@ import shutil
 import sys
 
 import llmdrop
-from llmdrop import serving
+from llmdrop import serving, serving_vllm
 
 ENGINES = """no engine is installed that serves dropped models. One of these is enough:
   {install}
   llama-server on the PATH (llama.cpp's own; also in Homebrew, conda-forge, Nix)
-  vllm on the PATH (pip install vllm, in an environment of its own)"""
+  {vllm}"""
 
 
 def number(text: str) -> int:
@@ -26,10 +26,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=number, default=0, help="how many to drop")
     parser.add_argument("--port", type=lambda text: number(text) or 8080, default=8080)
     args = parser.parse_args()
-    vllm, server = shutil.which("vllm"), shutil.which("llama-server")
+    vllm, server = serving_vllm.installed(), shutil.which("llama-server")
     here = importlib.util.find_spec("xllamacpp") is not None
     if not (here or server or vllm):
-        sys.exit(ENGINES.format(install=serving.INSTALL))
+        sys.exit(ENGINES.format(install=serving.INSTALL, vllm=serving_vllm.INSTALL))
 
     model, tokenizer = llmdrop.load_model(args.model or "smollm2-135m")
     calibration = llmdrop.load_calibration("xsum", tokenizer, n_samples=16, seq_len=512)
@@ -51,9 +51,10 @@ def main() -> None:
     elif server:
         command = [server, "--model", str(path), "--port", str(args.port)]
     else:
-        command = [vllm, "serve", str(path), "--port", str(args.port), "--trust-remote-code"]
+        command = [*serving_vllm.program(), "--model", str(path), "--port", str(args.port), "--trust-remote-code"]
+        command += ["--served-model-name", name]
     print(f"{plan.label} of {model.name_or_path}: {plan.to_json()}\n{' '.join(command)}\n\nTry it:\n")
-    body = '{"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 64}'
+    body = '{"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 64, "temperature": 0}'
     print(f"curl http://127.0.0.1:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-BATCH, LENGTH = 2, 512
+BATCH, LENGTH = 1, 512
 
 
 def peak() -> int:

@@ -16,8 +16,8 @@ class Residual:
 
     Its state on disk is a record (the number of finished layers, their sums, which of two files goes with them) and
     that file; the other one is written meanwhile. In memory it is copied to disk after a layer, unless the last copy
-    took longer than 0.2 s and copies would take more than a tenth of the time. Copies carry a checksum instead of waiting for
-    the disk: what a power failure left half-written is not taken up.
+    took longer than 0.2 s and copies would take more than a tenth of the time. Copies carry a checksum instead of
+    waiting for the disk: what a power failure left half-written is not taken up.
     """
 
     RECORD = "progress.npz"

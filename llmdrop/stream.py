@@ -99,17 +99,17 @@ def _score(source: Checkpoint, calibration, batch_size, with_residual, progress,
     layers, rest, embedding_name = _weights_of(source, parts)
     present = [i for i, layer in enumerate(parts.layers) if layer is not None]
     types = getattr(model.config, "layer_types", None) and list(model.config.layer_types)
-    table = source[embedding_name]
+    table, dtype = source[embedding_name], model.dtype
     sizes = [sum(entry.n_bytes for entry in layers[i].values()) for i in present]
 
-    stream = Residual(folder, (n, length, embedding.embedding_dim), model.dtype, device, stream_on)
+    stream = Residual(folder, (n, length, embedding.embedding_dim), dtype, device, stream_on)
     done, sums = stream.resume()  # layers of `present`
     if done is None:
         done, sums = 0, torch.full((parts.n_layers, 6, n), torch.nan, dtype=torch.float64)
-        _embed(embedding, table, ids, stream, device, model.dtype)
+        _embed(embedding, table, ids, stream, device, dtype)
         stream.save(0, sums)
     feed = _isolate(source, parts, rest, stream, device)
-    reader = _Reader([layers[i] for i in present], device)
+    reader = _Reader([layers[i] for i in present], device, dtype)
     total, behind = table.n_bytes + sum(sizes), table.n_bytes + sum(sizes[:done])
     bar = tqdm(desc="score", total=total, initial=behind, unit="B", unit_scale=True, disable=not progress)
     with reader, bar:
@@ -118,7 +118,7 @@ def _score(source: Checkpoint, calibration, batch_size, with_residual, progress,
             i = present[k]
             bar.set_description(f"score: layer {k + 1} of {len(present)}")
             layer = parts.layers[i]
-            layer.load_state_dict({name: w.to(device, model.dtype) for name, w in reader.take(k).items()}, assign=True)
+            layer.load_state_dict(reader.take(k), assign=True)
             layer.to(device)
             _leave_only(model, parts, i, types and [types[k]])
             feed.begin(layer, first=k == 0, last=k == len(present) - 1)
@@ -233,12 +233,14 @@ class _Feed(nn.Module):
 
 
 class _Reader:
-    """Reads layers in order, one ahead, into two buffers that take turns."""
+    """Reads layers in order, one ahead, into one buffer, or two that take turns where weights are used as they lie."""
 
-    def __init__(self, layers: list[dict[str, Entry]], device: torch.device):
-        self.layers, self.pool = layers, ThreadPoolExecutor(2)
+    def __init__(self, layers: list[dict[str, Entry]], device: torch.device, dtype: torch.dtype):
+        self.layers, self.device, self.dtype, self.pool = layers, device, dtype, ThreadPoolExecutor(2)
         room = max(sum(-(-entry.n_bytes // 64) * 64 for entry in layer.values()) for layer in layers)
-        self.buffers = [torch.empty(room, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+        cuda, kinds = device.type == "cuda", {DTYPES[entry.dtype] for layer in layers for entry in layer.values()}
+        n_buffers = 1 if cuda or dtype not in kinds else 2
+        self.buffers = [torch.empty(room, dtype=torch.uint8, pin_memory=cuda) for _ in range(n_buffers)]
         self.pending: list[Future] = []
 
     def __enter__(self) -> "_Reader":
@@ -248,10 +250,10 @@ class _Reader:
         self.pool.shutdown(cancel_futures=True)
 
     def start(self, k: int) -> None:
-        """Begin to read layer k into its buffer, which holds layer k - 2 until now."""
+        """Begin to read layer k into its buffer; what that held is not in use any more."""
         self.tensors, self.pending, at = {}, [], 0
         for name, entry in self.layers[k].items() if k < len(self.layers) else ():
-            flat = self.buffers[k % 2][at : at + entry.n_bytes]
+            flat = self.buffers[k % len(self.buffers)][at : at + entry.n_bytes]
             self.pending.append(self.pool.submit(entry.read, flat))
             self.tensors[name] = flat.view(DTYPES[entry.dtype]).view(entry.shape)
             at += -(-entry.n_bytes // 64) * 64  # aligned for every dtype
@@ -260,7 +262,7 @@ class _Reader:
         """The weights of layer k, valid until `take(k + 1)`; layer k + 1 begins to be read."""
         for future in self.pending:
             future.result()
-        tensors = self.tensors
+        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in self.tensors.items()}
         self.start(k + 1)
         return tensors
 

@@ -196,8 +196,8 @@ def plot_losses(df: pd.DataFrame, ax, baselines: dict[str, float]) -> None:
     training_axis(ax, df["tokens"])
     for name, loss in baselines.items():
         ax.axhline(loss, color="0.35", lw=0.8, ls=(0, (4, 2)))
-        ax.annotate(name, (0.99, loss), (0, 1), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    ha="right", fontsize=6.5)  # fmt: skip
+        ax.annotate(name, (0.01, loss), (0, -1), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    va="top", fontsize=6.5)  # fmt: skip
     ax.set(ylabel="Loss (nats per token)")
 
 

@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  PROFILE=smoke|embedded|paper|geometry   which models, data and sizes (default: embedded)"
+	@echo "  PROFILE=smoke|embedded|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR=   override those parameters in every notebook that has them"

@@ -91,10 +91,10 @@ def _for_transformers_4(config: dict) -> dict:
 def write_nemotron_nas(model, tokenizer, folder: Path) -> None:
     """Write a Llama or Mistral into the existing `folder` for engines that have DeciLMForCausalLM: vLLM, and SGLang.
 
-    Weights keep their Llama names; config.json says layer by layer what is there. Serve it with `vllm serve folder`
-    where llmdrop is installed (it registers the config), else with --trust-remote-code (the config file is beside the
-    weights). Raises ValueError for what the engine cannot run: other architectures, mixed dtypes, no attention in the
-    first layer that is left.
+    Weights keep their Llama names; config.json says layer by layer what is there. Serve it with `python -m
+    vllm.entrypoints.openai.api_server --model folder` where llmdrop is installed (it registers the config), else with
+    --trust-remote-code (the config file is beside the weights). Raises ValueError for what the engine cannot run: other
+    architectures, mixed dtypes, no attention in the first layer that is left.
     """
     check_llama(model, "nemotron-nas")
     parts, config = anatomy(model), model.config

@@ -338,7 +338,7 @@ def plot_bars(
             ax.bar(where, rows["value"], width * 0.92, yerr=error, color=color, label=name, error_kw={"lw": 0.7})
             tops = rows["value"] + (0 if error is None else error.fillna(0))
             for left, top, value in zip(where, tops, rows["value"], strict=True):
-                label = f"{value:.1f}" if df["value"].max() > 2 else f"{value:.3f}"
+                label = f"{value:.1f}" if df["value"].max() > 2 else f"{value:.{2 if len(hues) > 3 else 3}f}"
                 ax.annotate(label, (left, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
         hollow = {"marker": "D", "ms": 3.2, "mfc": "white", "mec": style.PAPER_EDGE, "linestyle": ""}
         ax.plot(printed[x].map(at), printed["value"], label="_", **hollow)

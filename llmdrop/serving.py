@@ -29,12 +29,13 @@ def installed() -> str | None:
 
 def commands(path: str = "dropped") -> list[dict]:
     """How each engine is started on an export: rows of engine, format, command."""
+    vllm = f"python -m vllm.entrypoints.openai.api_server --model {path}"  # `vllm serve` fails in the CPU wheel
     rows = [
         ("llama.cpp (xllamacpp)", "gguf", f"python -m llmdrop.serving {path}.gguf --port 8080"),
         ("llama.cpp", "gguf", f"llama-server --model {path}.gguf --port 8080"),
         ("Ollama", "gguf", f"echo FROM ./{path}.gguf > Modelfile && ollama create {path} && ollama run {path}"),
-        ("vLLM, llmdrop beside it", "nemotron-nas", f"vllm serve {path}"),
-        ("vLLM alone", "nemotron-nas", f"vllm serve {path} --trust-remote-code"),
+        ("vLLM, llmdrop beside it", "nemotron-nas", vllm),
+        ("vLLM alone", "nemotron-nas", f"{vllm} --trust-remote-code"),
         ("transformers", "hf", f"AutoModelForCausalLM.from_pretrained('{path}', trust_remote_code=True)"),
     ]
     return [dict(zip(("engine", "format", "command"), row, strict=True)) for row in rows]

@@ -1,0 +1,172 @@
+"""Measure what a selector and a compensation leave of a model, item by item, so that methods can be paired."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import plan as plans
+from .calibration import Calibration, load_calibration
+from .compensate import compensated, corrections, fit
+from .evaluate import _quiet
+from .fingerprint import model_key, provenance, tokenizer_digest, version
+from .plan import DropPlan, drop_order
+from .results import Store, _name, _plan_key
+from .selectors import Choice, greedy, one_shot, taylor
+from .sweep import Item, loglikelihoods
+from .tasks import load_tasks, task_digest
+
+SCORED = {  # selectors that need one scoring pass and no more
+    "cosine": plans.cosine,
+    "cosine without residual": plans.cosine,
+    "relative magnitude": plans.relative_magnitude,
+    "last first": plans.reverse_order,
+}
+SEARCHED = ("perplexity one-shot", "KL one-shot", "perplexity greedy", "KL greedy", "Taylor", "compensated KL greedy")
+
+
+def mixture(
+    names: Sequence[str],
+    tokenizer,
+    n_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+    skip: int = 0,
+) -> Calibration:
+    """n_samples of every named source, taken in turn: text of several kinds (see `load_calibration`)."""
+    parts = [load_calibration(name, tokenizer, n_samples, seq_len, seed, data_dir, skip).input_ids for name in names]
+    ids = torch.stack(parts, 1).flatten(0, 1)
+    return Calibration(ids, f"{'+'.join(names)}, {n_samples} each, seed {seed}, skip {skip}")
+
+
+def choose(
+    store: Store, model, how: str, scored: Calibration, searched: Calibration, n: int, batch_size: int = 8
+) -> Choice:
+    """The first n attention layers to drop by the selector `how`, stored; `tokens` of it is the cost.
+
+    how: a key of SCORED, "random <seed>", or one of SEARCHED. scored: text for scoring passes and for the corrections
+    of "compensated KL greedy"; searched: the (shorter) text on which dropped models are run. Raises ValueError for
+    another name.
+    """
+    if how in SCORED or how.startswith("random "):
+        settings = {"with_residual": False} if how == "cosine without residual" else {}
+        scores = store.score(model, scored, batch_size, **settings)
+        select = SCORED[how] if how in SCORED else plans.random(int(how.split()[1]))
+        needed = 0.0 if how == "last first" or how.startswith("random ") else float(scored.n_tokens)
+        return Choice([("attn", i) for i in drop_order(scores, "attn", select)], needed)
+    if how not in SEARCHED:
+        raise ValueError(f"selector {how!r} is not one of {', '.join([*SCORED, *SEARCHED])}, or 'random <seed>'")
+
+    def compute() -> dict:
+        loss = "kl" if "KL" in how else "perplexity"
+        if how == "Taylor":
+            found = taylor(model, searched)
+        elif how.endswith("one-shot"):
+            found = one_shot(model, searched, "attn", loss, batch_size)
+        else:
+            extra = corrections(model, scored, ("attn",), batch_size) if how.startswith("compensated") else {}
+            found = greedy(model, searched, "attn", n, loss, extra, batch_size=batch_size)
+            found.tokens += scored.n_tokens if extra else 0
+        return {"order": found.order, "tokens": found.tokens, "losses": found.losses}
+
+    key = model_key(model, batch_size, "selectors", "compensate", "prune", "anatomy") | {"how": how, "n": n}
+    key |= {"scored": scored.digest if how.startswith("compensated") else None, "searched": searched.digest}
+    value = store.get("selector", key, compute, f"{_name(model)}-{how}", lambda: provenance(model, searched))
+    return Choice([tuple(item) for item in value["order"]], value["tokens"], value["losses"])
+
+
+def measure(
+    store: Store,
+    model,
+    tokenizer,
+    plan: DropPlan,
+    method: str,
+    fitted: Calibration,
+    texts: Mapping[str, Calibration],
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    data_dir: str | os.PathLike | None = None,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Every sample's and every question's result without the plan's layers, compensated by `method` on `fitted`.
+
+    Returns one row per item: where (a text or a task), item (its number), value (a text sample's mean negative
+    log-likelihood per token, in nats, or 1 for a right answer and 0 for a wrong one), n (tokens of the sample, or 1).
+    Items are the same for every plan and method, so that differences can be paired. Stored as a whole; a text or task
+    more is a new measurement.
+    """
+
+    def compute() -> list[dict]:
+        changes = fit(model, plan, fitted, method, batch_size)
+        with compensated(model, plan, changes):
+            rows = [row for name, text in texts.items() for row in _text_rows(model, name, text)]
+            for name in tasks:
+                rows += _task_rows(model, tokenizer, name, limit, data_dir, batch_size)
+        return rows
+
+    modules = ("beyond", "compensate", "sweep", "harness", "tasks", "prune", "anatomy")
+    key = model_key(model, batch_size, *modules) | _plan_key(plan) | {"method": method, "limit": limit}
+    key |= {"fitted": None if method == "none" else fitted.digest, "texts": {k: t.digest for k, t in texts.items()}}
+    key |= {"tasks": {name: task_digest(name, data_dir) for name in tasks}, "lm_eval": version("lm_eval")}
+    key |= {"tokenizer": tokenizer_digest(tokenizer)}
+    slug = f"{_name(model)}-{plan.label}-{method}"
+    return pd.DataFrame(store.get("compensated", key, compute, slug, lambda: provenance(model, fitted)))
+
+
+def _text_rows(model, name: str, text: Calibration) -> list[dict]:
+    items = [Item(tuple(ids.tolist()), len(ids) - 1) for ids in text.input_ids]
+    sums, _ = loglikelihoods(model, [DropPlan()], items, progress=False)
+    return [
+        {"where": name, "item": k, "value": -total / item.n_scored, "n": item.n_scored}
+        for k, (item, total) in enumerate(zip(items, sums[0], strict=True))
+    ]
+
+
+def _task_rows(model, tokenizer, name: str, limit, data_dir, batch_size: int) -> list[dict]:
+    """Right or wrong for every question, by acc_norm where a task has it, else acc."""
+    from lm_eval import evaluate as lm_evaluate
+
+    from .harness import SweepLM
+
+    parts, rows = load_tasks([name], data_dir)[name], []
+    lm = SweepLM(model, tokenizer, {"": DropPlan()}, batch_size, progress=False)
+    with _quiet():
+        samples = lm_evaluate(lm, parts, limit=limit, bootstrap_iters=0, log_samples=True)["samples"]
+    for part in parts:
+        for sample in samples[part]:
+            right = sample.get("acc_norm", sample.get("acc"))
+            rows.append({"where": name, "item": len(rows), "value": float(right), "n": 1})
+    return rows
+
+
+def share_left(
+    rows: pd.DataFrame, whole: pd.DataFrame, paper: pd.DataFrame, where: Sequence[str], rounds: int = 2000
+) -> tuple[float, float, float]:
+    """What is left of a loss: (loss - whole's) / (paper's - whole's), with a 95 % interval from a paired bootstrap.
+
+    rows, whole, paper: as from `measure`. The value is the mean over the texts and tasks named by `where`; samples of
+    every text are drawn with replacement, the same for all three. 1: nothing gained; 0: as good as the whole model.
+    """
+    random, shares = np.random.default_rng(0), []
+    for name in where:
+        mine, base, other = (frame[frame["where"] == name].sort_values("item") for frame in (rows, whole, paper))
+        weight = np.asarray(base["n"], dtype=float)
+        pick = np.vstack([np.arange(len(base)), random.integers(len(base), size=(rounds, len(base)))])
+        lost, most = ((np.asarray(f["value"]) - np.asarray(base["value"])) * weight for f in (mine, other))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares.append(lost[pick].sum(1) / most[pick].sum(1))
+    mean = np.mean(shares, axis=0)
+    low, high = np.nanquantile(mean[1:], [0.025, 0.975])
+    return float(mean[0]), float(low), float(high)
+
+
+def paired(rows: pd.DataFrame, other: pd.DataFrame, where: str, rounds: int = 2000) -> tuple[float, float, float]:
+    """Mean of rows' values less other's over the items of one text or task, and a 95 % interval, paired bootstrap."""
+    mine, theirs = (frame[frame["where"] == where].sort_values("item") for frame in (rows, other))
+    difference = np.asarray(mine["value"]) - np.asarray(theirs["value"])
+    pick = np.random.default_rng(0).integers(len(difference), size=(rounds, len(difference)))
+    low, high = np.quantile(difference[pick].mean(1), [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)

@@ -10,8 +10,9 @@ undropped model,
 h_t: what W reads at token t; s_t: the dropped model's stream after this sublayer, all earlier corrections included;
 r_t: the undropped model's stream at the same place, or, if the next sublayers are dropped, after those. The strength
 of the ridge is chosen per matrix on every fourth sample, which the regression did not see; where no strength helps on
-those, the matrix stays. Shapes do not change: the model is as fast as without, every format that holds the dropped
-model holds this one, and there is nothing to load besides.
+those, the matrix stays. Last, one factor on the final norm gives predictions their sharpness back. Shapes do not
+change: the model is as fast as without, every format that holds the dropped model holds this one, and there is
+nothing to load besides.
 
 The other methods put something small where a sublayer was, and stand here to be compared with: its mean output (one
 vector), the mean apart for a sample's first tokens (attention sinks), a diagonal, a linear map of the stream.
@@ -34,6 +35,7 @@ OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj"
 SINKS = 4  # first tokens of a sample that "sink mean" keeps apart, each with a mean of its own
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, in units of the mean of h_t^2
 HELD_OUT = 4  # every fourth sample chooses the strength
+SKETCH = 64  # random sums of dimensions on which it is chosen
 
 Changes = dict[tuple[str, int], torch.Tensor | nn.Module]  # (kind, layer) -> what to add to W, or what fills the gap
 
@@ -69,6 +71,11 @@ def compensated(model: nn.Module, plan: DropPlan, changes: Changes) -> Iterator[
 def _put(model: nn.Module, changes: Changes) -> list[tuple]:
     parts, undo = anatomy(model), []
     for (kind, i), change in changes.items():
+        if kind == "final":
+            for parameter in parts.decoder.get_submodule(parts.layout.final).parameters():  # a norm's weight, and bias
+                undo.append((parameter, "data", parameter.data))
+                parameter.data = (parameter.data.float() * float(change)).to(parameter.dtype)
+            continue
         layer, layout = parts.layers[i], parts.layout
         if isinstance(change, nn.Module):
             core = layout.attn_core if kind == "attn" else layout.mlp_core
@@ -193,6 +200,8 @@ def fit(
                     changes[kind, i] = change
                     rest = [y + h @ change.T.to(h.dtype) for y, h in zip(rest, read, strict=True)]
         at = end
+    if method == "refit" and changes:
+        changes["final", parts.n_layers] = _sharpness(model, parts, whole, rest, run.weights)
     return changes
 
 
@@ -307,27 +316,47 @@ def _samples(read, now, wanted, weights) -> Iterator[tuple[torch.Tensor, torch.T
 
 def _ridge(read, now, wanted, weights, strengths) -> torch.Tensor | None:
     """D [C, H] that brings the streams `now` + D h nearest to `wanted`, or None if no strength helps on held-out."""
-    sums = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]  # of h h', h e' and |e|^2: fitted, held out
+    width, device = now[0].shape[-1], now[0].device
+    signs = torch.randint(2, (width, min(width, SKETCH)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    signs = signs.to(device)  # strengths are compared on random sums of the stream's dimensions: far less to solve for
+    sums = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]  # of h h', h e' and |signs' e|^2: fitted, held out
     for k, (h, lacks) in enumerate(_samples(read, now, wanted, weights)):
         held = int(k % HELD_OUT == HELD_OUT - 1)
-        for total, value in zip(sums, (h.T @ h, h.T @ lacks, lacks.square().sum()), strict=True):
+        for total, value in zip(sums, (h.T @ h, h.T @ lacks, (lacks @ signs).square().sum()), strict=True):
             total[held] = total[held] + value.double()
     (fitted, held), (cross, cross_held), (_, error) = sums
     if not isinstance(held, torch.Tensor):
         raise ValueError(f"refit needs at least {HELD_OUT} calibration samples: every {HELD_OUT}th chooses the ridge")
-    eye = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device)
+    eye = torch.eye(len(fitted), dtype=fitted.dtype, device=device)
 
     def solved(gram, right, strength):  # [H, C]
         factor = torch.linalg.cholesky(gram + strength * gram.diagonal().mean() * eye)
         return torch.cholesky_solve(right, factor)
 
-    errors = []
+    few, few_held, errors = cross @ signs.double(), cross_held @ signs.double(), []
     for strength in strengths:
-        d = solved(fitted, cross, strength)
-        errors.append(float((error - 2 * (d * cross_held).sum() + (d * (held @ d)).sum()) / error))
+        d = solved(fitted, few, strength)
+        errors.append(float((error - 2 * (d * few_held).sum() + (d * (held @ d)).sum()) / error))
     if not min(errors) < 1:
         return None
     return solved(fitted + held, cross + cross_held, strengths[int(np.argmin(errors))]).T.float()
+
+
+def _sharpness(model, parts: Anatomy, whole, rest, weights) -> torch.Tensor:
+    """The factor of the final norm that brings predictions nearest to the whole model's: Newton's method on the KL."""
+    norm, head = parts.decoder.get_submodule(parts.layout.final), model.get_output_embeddings()
+    pairs = [(w[k], r[k], real[k]) for w, r, real in zip(whole, rest, weights, strict=True) for k in range(len(w))]
+    factor = torch.ones(())
+    for _ in range(3):
+        slope = curvature = 0.0
+        for wanted, found, real in pairs[HELD_OUT - 1 :: HELD_OUT]:
+            p, z = head(norm(wanted)).float().softmax(-1), head(norm(found)).float()
+            q = (factor.to(z.device) * z).softmax(-1)
+            mean = (q * z).sum(-1)
+            slope += float((real * (mean - (p * z).sum(-1))).sum())
+            curvature += float((real * ((q * z.square()).sum(-1) - mean.square())).sum())
+        factor = (factor - slope / max(curvature, 1e-12)).clamp(0.5, 2.0)
+    return factor
 
 
 def _fill(kind: str, method: str, now, wanted, weights, strengths) -> Fill:

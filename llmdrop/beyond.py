@@ -1,7 +1,7 @@
 """Measure what a selector and a compensation leave of a model, item by item, so that methods can be paired."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ import torch
 
 from . import plan as plans
 from .calibration import Calibration, load_calibration
-from .compensate import compensated, corrections, fit
+from .compensate import FILLS, combined, compensated, corrections, fit
 from .evaluate import _quiet
 from .fingerprint import model_key, provenance, tokenizer_digest, version
 from .plan import DropPlan, drop_order
@@ -43,19 +43,26 @@ def mixture(
 
 
 def choose(
-    store: Store, model, how: str, scored: Calibration, searched: Calibration, n: int, batch_size: int = 8
+    store: Store,
+    model,
+    how: str,
+    text: Calibration,
+    search: Calibration,
+    n: int,
+    shared: Callable[[str], dict] | None = None,
+    batch_size: int = 8,
 ) -> Choice:
-    """The first n attention layers to drop by the selector `how`, stored; `tokens` of it is the cost.
+    """The first n attention layers to drop by the selector `how`, stored; `tokens` of it is what choosing cost.
 
-    how: a key of SCORED, "random <seed>", or one of SEARCHED. scored: text for scoring passes and for the corrections
-    of "compensated KL greedy"; searched: the (shorter) text on which dropped models are run. Raises ValueError for
-    another name.
+    how: a key of SCORED, "random <seed>", or one of SEARCHED. text: for scoring passes and corrections. search: the
+    (shorter) text on which dropped models are run. shared("refit"): gives `corrections(model, text)`, where they serve
+    several measurements. Raises ValueError for another name.
     """
     if how in SCORED or how.startswith("random "):
         settings = {"with_residual": False} if how == "cosine without residual" else {}
-        scores = store.score(model, scored, batch_size, **settings)
+        scores = store.score(model, text, batch_size, **settings)
         select = SCORED[how] if how in SCORED else plans.random(int(how.split()[1]))
-        needed = 0.0 if how == "last first" or how.startswith("random ") else float(scored.n_tokens)
+        needed = 0.0 if how == "last first" or how.startswith("random ") else float(text.n_tokens)
         return Choice([("attn", i) for i in drop_order(scores, "attn", select)], needed)
     if how not in SEARCHED:
         raise ValueError(f"selector {how!r} is not one of {', '.join([*SCORED, *SEARCHED])}, or 'random <seed>'")
@@ -63,18 +70,20 @@ def choose(
     def compute() -> dict:
         loss = "kl" if "KL" in how else "perplexity"
         if how == "Taylor":
-            found = taylor(model, searched)
+            found = taylor(model, search)
         elif how.endswith("one-shot"):
-            found = one_shot(model, searched, "attn", loss, batch_size)
+            found = one_shot(model, search, "attn", loss, batch_size)
         else:
-            extra = corrections(model, scored, ("attn",), batch_size) if how.startswith("compensated") else {}
-            found = greedy(model, searched, "attn", n, loss, extra, batch_size=batch_size)
-            found.tokens += scored.n_tokens if extra else 0
+            extra = {}
+            if how.startswith("compensated"):
+                extra = shared("refit") if shared else corrections(model, text, batch_size=batch_size)
+            found = greedy(model, search, "attn", n, loss, extra, batch_size=batch_size)
+            found.tokens += text.n_tokens if extra else 0
         return {"order": found.order, "tokens": found.tokens, "losses": found.losses}
 
     key = model_key(model, batch_size, "selectors", "compensate", "prune", "anatomy") | {"how": how, "n": n}
-    key |= {"scored": scored.digest if how.startswith("compensated") else None, "searched": searched.digest}
-    value = store.get("selector", key, compute, f"{_name(model)}-{how}", lambda: provenance(model, searched))
+    key |= {"text": text.digest if how.startswith("compensated") else None, "search": search.digest}
+    value = store.get("selector", key, compute, f"{_name(model)}-{how}", lambda: provenance(model, search))
     return Choice([tuple(item) for item in value["order"]], value["tokens"], value["losses"])
 
 
@@ -89,18 +98,21 @@ def measure(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     data_dir: str | os.PathLike | None = None,
+    shared: Callable[[str], dict] | None = None,
     batch_size: int = 8,
 ) -> pd.DataFrame:
     """Every sample's and every question's result without the plan's layers, compensated by `method` on `fitted`.
 
     Returns one row per item: where (a text or a task), item (its number), value (a text sample's mean negative
     log-likelihood per token, in nats, or 1 for a right answer and 0 for a wrong one), n (tokens of the sample, or 1).
-    Items are the same for every plan and method, so that differences can be paired. Stored as a whole; a text or task
-    more is a new measurement.
+    Items are the same for every plan and method, so that differences can be paired. shared(method): gives
+    `corrections(model, fitted, method=method)`, which serves all plans of attention layers. Stored as a whole; a text
+    or task more is a new measurement.
     """
 
     def compute() -> list[dict]:
-        changes = fit(model, plan, fitted, method, batch_size)
+        alone = shared is not None and method in ("refit", *FILLS) and not plan.mlp
+        changes = combined(shared(method), plan) if alone else fit(model, plan, fitted, method, batch_size)
         with compensated(model, plan, changes):
             rows = [row for name, text in texts.items() for row in _text_rows(model, name, text)]
             for name in tasks:

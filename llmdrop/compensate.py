@@ -1,21 +1,21 @@
 """Lose less at the same speed: closed-form compensation for dropped sublayers, without training.
 
-After a drop, the layers that stay read a residual stream that the missing ones no longer write to. `refit` lets the
-weights that stay make up for it: walking down the model, the output matrix W of every live sublayer (h -> W h, the
-last thing it does) becomes W + D, where D is the ridge regression of what the residual stream lacks against the
-undropped model,
+A dropped sublayer leaves a gap in what is written to the residual stream. `refit` lets the weight matrix just before
+the gap (W, that ends the live sublayer there: h -> W h) write what is missing, as far as that can be told from h, what
+it reads: W becomes W + D, with D the ridge regression
 
-    D = argmin  sum_t w_t || s_t + D h_t - r_t ||^2 + ridge ||D||^2        w_t = 1 / ||r_t||^2
+    D = argmin  sum_t w_t || D h_t - f_t ||^2 + ridge ||D||^2        w_t = 1 / ||r_t||^2
 
-h_t: what W reads at token t; s_t: the dropped model's stream after this sublayer, all earlier corrections included;
-r_t: the undropped model's stream at the same place, or, if the next sublayers are dropped, after those. The strength
-of the ridge is chosen per matrix on every fourth sample, which the regression did not see; where no strength helps on
-those, the matrix stays. Last, one factor on the final norm gives predictions their sharpness back. Shapes do not
-change: the model is as fast as without, every format that holds the dropped model holds this one, and there is
-nothing to load besides.
+over calibration tokens t; f_t: what the gap's sublayers add in the undropped model; r_t: its stream after them. The
+ridge is chosen per matrix on every fourth sample, which the regression did not see; where none helps there, the matrix
+stays. An MLP's h is wide (1536 numbers a token in SmolLM2, for a stream of 576), so about half of what an attention
+layer adds can be told from it. Shapes do not change: the model is as fast as without, every format that holds the
+dropped model holds this one, and there is nothing to load besides.
 
-The other methods put something small where a sublayer was, and stand here to be compared with: its mean output (one
-vector), the mean apart for a sample's first tokens (attention sinks), a diagonal, a linear map of the stream.
+The other methods stand here to be compared with: "refit in turn" fits each gap in the model with the gaps above it,
+"refit all" brings every later matrix's output back to the undropped model's stream too; a `Fill` puts something small
+where a sublayer was: its mean output (one vector), with the first tokens' apart (attention sinks), a diagonal, a
+linear map of the stream.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,9 @@ from .calibration import Calibration
 from .plan import DropPlan
 from .prune import NoAttention, apply_plan, dropped, stub_sublayer
 
-METHODS = ("none", "mean", "sink mean", "diagonal", "linear", "refit before", "refit")
+FILLS = ("mean", "sink mean", "diagonal", "linear")
+REFITS = ("refit", "refit in turn", "refit all")
+METHODS = ("none", *FILLS, *REFITS)
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2")  # a sublayer's last matrix
 SINKS = 4  # first tokens of a sample that "sink mean" keeps apart, each with a mean of its own
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, in units of the mean of h_t^2
@@ -43,12 +45,12 @@ Changes = dict[tuple[str, int], torch.Tensor | nn.Module]  # (kind, layer) -> wh
 def compensate(model: nn.Module, plan: DropPlan, calibration: Calibration, method: str = "refit", **settings):
     """`apply_plan`, then compensate by `method` (see `fit`) in place; returns the model, ready for `save_model`.
 
-    Only methods that change weights and add nothing ("none", "refit", "refit before") end in a model that can be saved.
+    Only methods that change weights and add nothing ("none" and the refits) end in a model that can be saved.
     """
-    if method not in ("none", "refit", "refit before"):
+    if method in FILLS:
         raise ValueError(
-            f"method={method!r} adds modules that checkpoints do not hold; compensate for good with 'refit' or "
-            "'refit before', or try it with `compensated`"
+            f"method={method!r} adds modules that checkpoints do not hold; compensate for good with one of "
+            f"{', '.join(REFITS)}, or try it with `compensated`"
         )
     changes = fit(model, plan, calibration, method, **settings)
     apply_plan(model, plan)
@@ -71,11 +73,6 @@ def compensated(model: nn.Module, plan: DropPlan, changes: Changes) -> Iterator[
 def _put(model: nn.Module, changes: Changes) -> list[tuple]:
     parts, undo = anatomy(model), []
     for (kind, i), change in changes.items():
-        if kind == "final":
-            for parameter in parts.decoder.get_submodule(parts.layout.final).parameters():  # a norm's weight, and bias
-                undo.append((parameter, "data", parameter.data))
-                parameter.data = (parameter.data.float() * float(change)).to(parameter.dtype)
-            continue
         layer, layout = parts.layers[i], parts.layout
         if isinstance(change, nn.Module):
             core = layout.attn_core if kind == "attn" else layout.mlp_core
@@ -158,17 +155,20 @@ def fit(
 ) -> Changes:
     """What `method` changes in, or puts into, `model` without the plan's sublayers, from one pass over `calibration`.
 
-    model: undropped, and unchanged afterwards. method: "none"; "mean", "sink mean", "diagonal", "linear": a `Fill`
-    where each sublayer was, fitted one after the other, each in the model with those before it; "refit before":
-    changes of the last matrix before each gap; "refit": of every matrix after the first gap too. Calibration text of
-    several kinds carries over best to text of another. Takes the time of two forward passes, and the memory of both
-    models' residual streams and of one matrix's inputs over all of the calibration text.
+    model: undropped, and unchanged afterwards. method: one of METHODS, see above. Calibration text of several kinds
+    carries over best to text of another. Takes the time of one forward pass ("refit") or two, and the memory of the
+    residual streams of all of the calibration text, of one or both models, and of one matrix's inputs.
 
     Raises ValueError for an unknown method, layers dropped already, or an architecture that the method cannot serve.
     """
     parts = anatomy(model)
     gone = {(kind, i) for kind in ("attn", "mlp") for i in getattr(plan, kind)}
     _check(parts, plan, method)
+    if method in FILLS:
+        kinds = [kind for kind in ("attn", "mlp") if getattr(plan, kind)]
+        return combined(corrections(model, calibration, kinds, method, batch_size, strengths), plan)
+    if method == "none":
+        return {}
     sublayers = [(kind, i) for i in range(parts.n_layers) for kind in ("attn", "mlp")]
     run = _Walk(model, parts, calibration, batch_size)
     whole, rest = run.start, run.start  # streams of the undropped and the dropped model, equal up to the first gap
@@ -179,29 +179,26 @@ def fit(
         end = at + 1
         while end < len(sublayers) and sublayers[end] in gone:
             end += 1  # the gap behind this sublayer
-        if sublayers[at] in gone or method not in ("refit", "refit before"):
-            end = at + 1
         shared = rest is whole
-        if sublayers[at] in gone:
+        if sublayers[at] in gone:  # nothing live stands before it
             whole = run.through(whole, kind, i)
-            if method in ("mean", "sink mean", "diagonal", "linear"):
-                changes[kind, i] = fill = _fill(kind, method, rest, whole, run.weights, strengths)
-                rest = [x + fill.added(x) for x in rest]
+            rest, end = whole if method == "refit" else rest, at + 1
         elif shared and end == at + 1:
             rest = whole = run.through(whole, kind, i)
         else:
             read: list[torch.Tensor] = []
             rest = run.through(rest, kind, i, read)
-            for k in range(at, end):
+            whole = rest if shared else run.through(whole, kind, i)
+            for k in range(at + 1, end):
                 whole = run.through(whole, *sublayers[k])
-            if method == "refit" or (method == "refit before" and end > at + 1):
+            if method == "refit all" or end > at + 1:
                 change = _ridge(read, rest, whole, run.weights, strengths)
                 if change is not None:
                     changes[kind, i] = change
                     rest = [y + h @ change.T.to(h.dtype) for y, h in zip(rest, read, strict=True)]
+            if method == "refit":
+                rest = whole  # every gap on its own, in the undropped model
         at = end
-    if method == "refit" and changes:
-        changes["final", parts.n_layers] = _sharpness(model, parts, whole, rest, run.weights)
     return changes
 
 
@@ -210,27 +207,40 @@ def corrections(
     model: nn.Module,
     calibration: Calibration,
     kinds: Sequence[str] = ("attn",),
+    method: str = "refit",
     batch_size: int = 8,
     strengths: Sequence[float] = STRENGTHS,
 ) -> dict[tuple[str, int], Changes]:
-    """For each sublayer of these kinds, what "refit before" would change if only that one were dropped.
+    """For each sublayer of these kinds, what "refit" (or a fill) would change if only that one were dropped.
 
-    From one pass over the undropped model. They add up where several sublayers go, as long as the matrices stay: what
-    `selectors.greedy` needs to choose with compensation in mind. Layer 0's attention has nothing before it.
+    From one pass over the undropped model, whatever is dropped later: for a plan of attention layers alone (or of MLPs
+    alone), `combined` of these is what `fit` gives. It is what `selectors.greedy` needs to choose with compensation in
+    mind. Layer 0's attention has nothing before it to refit.
     """
+    if method != "refit" and method not in FILLS:
+        raise ValueError(f"method {method!r} does not fit layers one by one; those that do: refit, {', '.join(FILLS)}")
     parts = anatomy(model)
-    _check(parts, DropPlan(), "refit before")
+    _check(parts, DropPlan(mlp=[0]) if "mlp" in kinds else DropPlan(), method)
     run = _Walk(model, parts, calibration, batch_size)
     x, before, read_before, found = run.start, None, [], {}
     for at in ((kind, i) for i in range(parts.n_layers) for kind in ("attn", "mlp")):
         read: list[torch.Tensor] = []
-        y = run.through(x, at[0], at[1], read)
-        if before is not None and at[0] in kinds:
+        y = run.through(x, at[0], at[1], read if method == "refit" else None)
+        if at[0] in kinds and method in FILLS:
+            found[at] = {at: _fill(at[0], method, x, y, run.weights, strengths)}
+        elif at[0] in kinds and before is not None:
             change = _ridge(read_before, x, y, run.weights, strengths)
             if change is not None:
                 found[at] = {before: change}
         x, before, read_before = y, at, read
     return found
+
+
+def combined(found: dict[tuple[str, int], Changes], plan: DropPlan) -> Changes:
+    """Of `corrections`, those of the plan's sublayers, but for matrices that are dropped themselves."""
+    gone = [(kind, i) for kind in ("attn", "mlp") for i in getattr(plan, kind)]
+    each = ((at, change) for item in gone for at, change in found.get(item, {}).items())
+    return {at: change for at, change in each if at not in gone or isinstance(change, nn.Module)}
 
 
 def _check(parts: Anatomy, plan: DropPlan, method: str) -> None:
@@ -239,7 +249,7 @@ def _check(parts: Anatomy, plan: DropPlan, method: str) -> None:
     if parts.plan:
         raise ValueError(f"this model has {parts.plan.label} dropped already; fit on the undropped model")
     DropPlan(plan.attn, plan.mlp, parts.n_layers)  # raises for indices the model does not have
-    if method in ("refit", "refit before"):
+    if method in REFITS:
         for i in range(parts.n_layers):
             _output(parts, i, "attn"), _output(parts, i, "mlp")
     elif method != "none" and (parts.parallel or plan.blocks or (method == "sink mean" and plan.mlp)):
@@ -340,23 +350,6 @@ def _ridge(read, now, wanted, weights, strengths) -> torch.Tensor | None:
     if not min(errors) < 1:
         return None
     return solved(fitted + held, cross + cross_held, strengths[int(np.argmin(errors))]).T.float()
-
-
-def _sharpness(model, parts: Anatomy, whole, rest, weights) -> torch.Tensor:
-    """The factor of the final norm that brings predictions nearest to the whole model's: Newton's method on the KL."""
-    norm, head = parts.decoder.get_submodule(parts.layout.final), model.get_output_embeddings()
-    pairs = [(w[k], r[k], real[k]) for w, r, real in zip(whole, rest, weights, strict=True) for k in range(len(w))]
-    factor = torch.ones(())
-    for _ in range(3):
-        slope = curvature = 0.0
-        for wanted, found, real in pairs[HELD_OUT - 1 :: HELD_OUT]:
-            p, z = head(norm(wanted)).float().softmax(-1), head(norm(found)).float()
-            q = (factor.to(z.device) * z).softmax(-1)
-            mean = (q * z).sum(-1)
-            slope += float((real * (mean - (p * z).sum(-1))).sum())
-            curvature += float((real * ((q * z.square()).sum(-1) - mean.square())).sum())
-        factor = (factor - slope / max(curvature, 1e-12)).clamp(0.5, 2.0)
-    return factor
 
 
 def _fill(kind: str, method: str, now, wanted, weights, strengths) -> Fill:

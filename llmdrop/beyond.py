@@ -14,7 +14,8 @@ from .evaluate import _quiet
 from .fingerprint import model_key, provenance, tokenizer_digest, version
 from .plan import DropPlan, drop_order
 from .results import Store, _name, _plan_key
-from .selectors import Choice, greedy, one_shot, taylor
+from .roofline import predict_speed
+from .selectors import Choice, agreement, greedy, one_shot, taylor
 from .sweep import Item, loglikelihoods
 from .tasks import load_tasks, task_digest
 
@@ -182,3 +183,76 @@ def paired(rows: pd.DataFrame, other: pd.DataFrame, where: str, rounds: int = 20
     pick = np.random.default_rng(0).integers(len(difference), size=(rounds, len(difference)))
     low, high = np.quantile(difference[pick].mean(1), [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)
+
+
+def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFrame, texts, tasks) -> pd.DataFrame:
+    """One row per (choice, compensation, n): what `measure` gave, against the whole model and the paper's method.
+
+    found needs ("cosine", "none", n) for every n. Columns: left, low, high (`share_left` on the texts), lost (mean over
+    the texts, nats per token), lost_<text>, and gain_<task> with gain_<task>_stderr (points of accuracy over the
+    paper's method, paired).
+    """
+    rows = []
+    for (how, method, n), each in found.items():
+        paper = found["cosine", "none", n]
+        row = {"choice": how, "compensation": method, "n": n}
+        row["left"], row["low"], row["high"] = share_left(each, whole, paper, list(texts))
+        row |= {f"lost_{name}": paired(each, whole, name)[0] for name in texts}
+        row["lost"] = np.mean([row[f"lost_{name}"] for name in texts])
+        for task in tasks:
+            gain, low, high = paired(each, paper, task)
+            row[f"gain_{task}"], row[f"gain_{task}_stderr"] = 100 * gain, 100 * (high - low) / 3.92
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def leaderboard(model, choices: Mapping[str, Choice], counts, plain, fixed: Mapping) -> pd.DataFrame:
+    """One row per selector and number of layers: selector, n, tokens, lost, lost_stderr, refitted, speedup, overlap.
+
+    plain: log-perplexities of one text each, indexed by "Baseline" and "<selector>|<n>". fixed: {(selector, n): what
+    `measure` gave with the gaps refitted}. lost, refitted: nats per token, mean over the texts; speedup: `predict_speed`
+    at 2,048 tokens of prompt, 256 new; overlap: share of the first n layers in common with "cosine".
+    """
+    lost = pd.concat([each - each["Baseline"] for each in plain], axis=1)
+    whole, rows = np.mean([each["Baseline"] for each in plain]), []
+    base = predict_speed(model, prompt_len=2048, new_tokens=256).seconds
+    for how, choice in choices.items():
+        for n in counts:
+            row = {"selector": how, "n": n, "tokens": choice.tokens, "lost": lost.loc[f"{how}|{n}"].mean()}
+            row["lost_stderr"] = lost.loc[f"{how}|{n}"].sem()
+            after = fixed[how, n].groupby("where")["value"].mean().mean() if (how, n) in fixed else np.nan
+            row["refitted"] = after - whole
+            row["speedup"] = base / predict_speed(model, choice.plan(n), 1, 2048, 256).seconds
+            rows.append(row | {"overlap": agreement([choice.order, choices["cosine"].order], n)})
+    return pd.DataFrame(rows)
+
+
+def plot_losses(table: pd.DataFrame, axes) -> None:
+    """Nats lost, and the share left of the paper's loss with its interval, against layers dropped; from `losses`."""
+    groups = list(table.groupby(["choice", "compensation"], sort=False))
+    for k, ((how, method), part) in enumerate(groups):
+        look = {"label": f"{how}: {method}", "color": f"C{k}", "marker": "osv^DPX*"[k % 8]}
+        axes[0].plot(part["n"], part["lost"], **look)
+        error = [part["left"] - part["low"], part["high"] - part["left"]]
+        axes[1].errorbar(part["n"] + 0.25 * (k - (len(groups) - 1) / 2), part["left"], error, linestyle="", **look)
+    axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
+    for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
+        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])), ylim=(0, None))
+
+
+def plot_choices(table: pd.DataFrame, axes) -> None:
+    """Loss at the smallest n against the cost of choosing, hollow where refitted; and loss against speedup.
+
+    `table`: selector, n, tokens, lost, refitted, speedup. Selectors named "random ..." look alike.
+    """
+    for k, (how, part) in enumerate(table.groupby("selector", sort=False)):
+        blind = how.startswith("random")
+        look = {"color": "#7F7F7F" if blind else f"C{k % 6}", "marker": "x" if blind else "osv^DP*<>hdp"[k % 12]}
+        look["label"] = "random" if blind else how
+        cost = part["tokens"].clip(lower=100) / 1000  # a log axis has no zero
+        axes[0].plot(cost.head(1), part["lost"].head(1), linestyle="", **look)
+        axes[0].plot(cost.head(1), part["refitted"].head(1), linestyle="", mfc="white", **look | {"label": "_"})
+        axes[1].plot(part["speedup"], part["lost"], lw=0.7, ms=3, **look)
+    lowest = table["n"].min()
+    axes[0].set(xscale="log", xlabel="Cost of choosing (thousand tokens)", ylabel=f"Lost at {lowest} layers (nats)")
+    axes[1].set(yscale="log", xlabel="Predicted speedup", ylabel="Lost (nats per token)")

@@ -210,8 +210,8 @@ def leaderboard(model, choices: Mapping[str, Choice], counts, plain, fixed: Mapp
     """One row per selector and number of layers: selector, n, tokens, lost, lost_stderr, refitted, speedup, overlap.
 
     plain: log-perplexities of one text each, indexed by "Baseline" and "<selector>|<n>". fixed: {(selector, n): what
-    `measure` gave with the gaps refitted}. lost, refitted: nats per token, mean over the texts; speedup: `predict_speed`
-    at 2,048 tokens of prompt, 256 new; overlap: share of the first n layers in common with "cosine".
+    `measure` gave, refitted}. lost, refitted: nats per token, mean over the texts; speedup: by `predict_speed`, with
+    2,048 tokens of prompt and 256 new ones; overlap: share of the first n layers in common with "cosine".
     """
     lost = pd.concat([each - each["Baseline"] for each in plain], axis=1)
     whole, rows = np.mean([each["Baseline"] for each in plain]), []

@@ -7,8 +7,8 @@ it reads: W becomes W + D, with D the ridge regression
     D = argmin  sum_t w_t || D h_t - f_t ||^2 + ridge ||D||^2        w_t = 1 / ||r_t||^2
 
 over calibration tokens t; f_t: what the gap's sublayers add in the undropped model; r_t: its stream after them. The
-ridge is chosen per matrix on every fourth sample, which the regression did not see; where none helps there, the matrix
-stays. An MLP's h is wide (1536 numbers a token in SmolLM2, for a stream of 576), so about half of what an attention
+ridge is chosen per row of D on every fourth sample, which the regression did not see; where none helps there, the row
+of W stays. An MLP's h is wide (1536 numbers a token in SmolLM2, for a stream of 576), so about half of what an attention
 layer adds can be told from it. Shapes do not change: the model is as fast as without, every format that holds the
 dropped model holds this one, and there is nothing to load besides.
 
@@ -35,9 +35,8 @@ REFITS = ("refit", "refit in turn", "refit all")
 METHODS = ("none", *FILLS, *REFITS)
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2")  # a sublayer's last matrix
 SINKS = 4  # first tokens of a sample that "sink mean" keeps apart, each with a mean of its own
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, in units of the mean of h_t^2
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, in units of the mean of h_t^2
 HELD_OUT = 4  # every fourth sample chooses the strength
-SKETCH = 64  # random sums of dimensions on which it is chosen
 
 Changes = dict[tuple[str, int], torch.Tensor | nn.Module]  # (kind, layer) -> what to add to W, or what fills the gap
 
@@ -325,31 +324,38 @@ def _samples(read, now, wanted, weights) -> Iterator[tuple[torch.Tensor, torch.T
 
 
 def _ridge(read, now, wanted, weights, strengths) -> torch.Tensor | None:
-    """D [C, H] that brings the streams `now` + D h nearest to `wanted`, or None if no strength helps on held-out."""
-    width, device = now[0].shape[-1], now[0].device
-    signs = torch.randint(2, (width, min(width, SKETCH)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    signs = signs.to(device)  # strengths are compared on random sums of the stream's dimensions: far less to solve for
-    sums = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]  # of h h', h e' and |signs' e|^2: fitted, held out
+    """D [C, H] that brings the streams `now` + D h nearest to `wanted`, or None if it helps nowhere on held-out.
+
+    The strength is chosen for each dimension of the stream on its own: a few of them are so large that they would
+    decide for all the others. Dimensions that no strength helps stay as they are.
+    """
+    sums = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]  # of h h' [H, H], h e' [H, C] and e^2 [C]: fitted, held out
     for k, (h, lacks) in enumerate(_samples(read, now, wanted, weights)):
         held = int(k % HELD_OUT == HELD_OUT - 1)
-        for total, value in zip(sums, (h.T @ h, h.T @ lacks, (lacks @ signs).square().sum()), strict=True):
+        for total, value in zip(sums, (h.T @ h, h.T @ lacks, lacks.square().sum(0)), strict=True):
             total[held] = total[held] + value.double()
     (fitted, held), (cross, cross_held), (_, error) = sums
     if not isinstance(held, torch.Tensor):
         raise ValueError(f"refit needs at least {HELD_OUT} calibration samples: every {HELD_OUT}th chooses the ridge")
-    eye = torch.eye(len(fitted), dtype=fitted.dtype, device=device)
+    eye = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device)
 
-    def solved(gram, right, strength):  # [H, C]
+    def solved(gram, right, strength):  # [H, columns of right]
         factor = torch.linalg.cholesky(gram + strength * gram.diagonal().mean() * eye)
         return torch.cholesky_solve(right, factor)
 
-    few, few_held, errors = cross @ signs.double(), cross_held @ signs.double(), []
+    left = [error]  # of each dimension, with no change and with each strength
     for strength in strengths:
-        d = solved(fitted, few, strength)
-        errors.append(float((error - 2 * (d * few_held).sum() + (d * (held @ d)).sum()) / error))
-    if not min(errors) < 1:
+        d = solved(fitted, cross, strength)
+        left.append(error - 2 * (d * cross_held).sum(0) + (d * (held @ d)).sum(0))
+    best = torch.stack(left).argmin(0)  # [C]
+    if not best.any():
         return None
-    return solved(fitted + held, cross + cross_held, strengths[int(np.argmin(errors))]).T.float()
+    out = torch.zeros_like(cross)
+    for k in best.unique().tolist():
+        if k:
+            columns = best == k
+            out[:, columns] = solved(fitted + held, (cross + cross_held)[:, columns], strengths[k - 1])
+    return out.T.float()
 
 
 def _fill(kind: str, method: str, now, wanted, weights, strengths) -> Fill:

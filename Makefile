@@ -83,9 +83,10 @@ smoke: ## reproduce with a few samples each, in minutes
 report: $(STAMP) ## figures/PROFILE/index.html and claims.csv from what has been run
 	@$(REPORT)
 
-drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] OUT=directory: score, drop, save and check one model
+drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [COMPENSATE=1] OUT=directory: score, drop, save, check
 	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb $(OVERRIDES) \
-		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)'
+		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)' \
+		--set 'COMPENSATE=$(COMPENSATE)'
 
 serve: $(STAMP) ## make serve MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [PORT=8080]: an OpenAI-compatible server on the dropped model
 	@$(OFFLINE) $(PY) notebooks/serve.py --model '$(MODEL)' --attn '$(ATTN)' --mlp '$(MLP)' --block '$(BLOCK)' \

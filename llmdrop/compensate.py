@@ -8,7 +8,7 @@ it reads: W becomes W + D, with D the ridge regression
 
 over calibration tokens t; f_t: what the gap's sublayers add in the undropped model; r_t: its stream after them. The
 ridge is chosen per row of D on every fourth sample, which the regression did not see; where none helps there, the row
-of W stays. An MLP's h is wide (1536 numbers a token in SmolLM2, for a stream of 576), so about half of what an attention
+of W stays. An MLP's h is wide (1536 numbers a token in SmolLM2, for a stream of 576): about half of what an attention
 layer adds can be told from it. Shapes do not change: the model is as fast as without, every format that holds the
 dropped model holds this one, and there is nothing to load besides.
 
@@ -21,7 +21,6 @@ linear map of the stream.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -41,17 +40,17 @@ HELD_OUT = 4  # every fourth sample chooses the strength
 Changes = dict[tuple[str, int], torch.Tensor | nn.Module]  # (kind, layer) -> what to add to W, or what fills the gap
 
 
-def compensate(model: nn.Module, plan: DropPlan, calibration: Calibration, method: str = "refit", **settings):
-    """`apply_plan`, then compensate by `method` (see `fit`) in place; returns the model, ready for `save_model`.
+def compensate(model: nn.Module, plan: DropPlan, changes: Changes) -> nn.Module:
+    """`apply_plan`, with the changes that `fit` gave for the same model and plan, in place; returns the model.
 
-    Only methods that change weights and add nothing ("none" and the refits) end in a model that can be saved.
+    Raises ValueError for a `Fill`, which no checkpoint holds: changes of weights ("refit" and its kin) are saved and
+    loaded like any other model.
     """
-    if method in FILLS:
+    if any(isinstance(change, nn.Module) for change in changes.values()):
         raise ValueError(
-            f"method={method!r} adds modules that checkpoints do not hold; compensate for good with one of "
-            f"{', '.join(REFITS)}, or try it with `compensated`"
+            f"these changes add modules ({', '.join(FILLS)}), which checkpoints do not hold; fit with one of "
+            f"{', '.join(REFITS)}, or try these with `compensated`"
         )
-    changes = fit(model, plan, calibration, method, **settings)
     apply_plan(model, plan)
     _put(model, changes)
     return model

@@ -25,6 +25,7 @@ SCORED = {  # selectors that need one scoring pass and no more
     "relative magnitude": plans.relative_magnitude,
     "last first": plans.reverse_order,
 }
+EVERY = 4  # searches take the loss at every fourth token
 SEARCHED = ("perplexity one-shot", "KL one-shot", "perplexity greedy", "KL greedy", "Taylor", "compensated KL greedy")
 
 
@@ -73,12 +74,12 @@ def choose(
         if how == "Taylor":
             found = taylor(model, search)
         elif how.endswith("one-shot"):
-            found = one_shot(model, search, "attn", loss, batch_size)
+            found = one_shot(model, search, "attn", loss, EVERY, batch_size)
         else:
             extra = {}
             if how.startswith("compensated"):
                 extra = shared("refit") if shared else corrections(model, text, batch_size=batch_size)
-            found = greedy(model, search, "attn", n, loss, extra, batch_size=batch_size)
+            found = greedy(model, search, "attn", n, loss, extra, every=EVERY, batch_size=batch_size)
             found.tokens += text.n_tokens if extra else 0
         return {"order": found.order, "tokens": found.tokens, "losses": found.losses}
 

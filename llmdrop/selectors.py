@@ -38,10 +38,15 @@ class Choice:
 
 @torch.no_grad()
 def one_shot(
-    model: nn.Module, calibration: Calibration, target: str = "attn", loss: str = "kl", batch_size: int = 8
+    model: nn.Module,
+    calibration: Calibration,
+    target: str = "attn",
+    loss: str = "kl",
+    every: int = 1,
+    batch_size: int = 8,
 ) -> Choice:
-    """Lowest loss first, each sublayer dropped on its own. target: "attn", "mlp" or "joint"; loss: see `greedy`."""
-    search = _Search(model, calibration, loss, batch_size, {})
+    """Lowest loss first, each sublayer dropped alone. target: "attn", "mlp" or "joint"; loss, every: see `greedy`."""
+    search = _Search(model, calibration, loss, batch_size, {}, every)
     found = search.without((), _sublayers(model, target))
     return Choice(sorted(found, key=found.get), search.tokens, {f"{kind} {i}": v for (kind, i), v in found.items()})
 
@@ -56,6 +61,7 @@ def greedy(
     corrections: Mapping[Sublayer, Changes] | None = None,
     seconds: Mapping[str, float] | None = None,
     width: int | None = 6,
+    every: int = 1,
     batch_size: int = 8,
 ) -> Choice:
     """Drop one sublayer at a time, always the one whose loss is lowest beside those gone before.
@@ -65,14 +71,16 @@ def greedy(
     corrections: what each sublayer's own compensation would be (`compensate.corrections`), applied while it is gone, so
     that what compensation can make up for goes first. seconds: time that one sublayer of each kind takes
     ({"attn": ..., "mlp": ...}); the added loss is then counted per second saved. width: every step tries only so many
-    sublayers, those that added least when last tried (None: all). Streams before the first difference are shared.
+    sublayers, those that added least when last tried (None: all). every: the loss is taken at each `every`-th token
+    only, since the head of a large vocabulary costs as much as many layers. Streams before the first difference are
+    shared.
 
     Raises ValueError for an unknown loss or target, or n beyond what there is.
     """
     left = _sublayers(model, target)
     if not 0 <= n <= len(left):
         raise ValueError(f"cannot choose n={n} of {len(left)} sublayers")
-    search = _Search(model, calibration, loss, batch_size, corrections or {})
+    search = _Search(model, calibration, loss, batch_size, corrections or {}, every)
     worth = {item: (seconds or {}).get(item[0], 1.0) for item in left}
     order: list[Sublayer] = []
     base = search.loss(())
@@ -135,12 +143,12 @@ def _sublayers(model, target: str) -> list[Sublayer]:
 class _Search:
     """The model's loss without any set of sublayers; a run starts where it first differs from the last kept one."""
 
-    def __init__(self, model, calibration: Calibration, loss: str, batch_size: int, corrections: Mapping):
+    def __init__(self, model, calibration: Calibration, loss: str, batch_size: int, corrections: Mapping, every: int):
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
         self.model, self.parts, self.kind, self.corrections = model, anatomy(model), loss, corrections
         self.walk, self.tokens = _Walk(model, self.parts, calibration, batch_size), 0.0
-        self.n = calibration.n_tokens
+        self.n, self.every = calibration.n_tokens, every
         device = model.get_input_embeddings().weight.device
         self.ids = [ids.to(device) for ids in calibration.input_ids.split(batch_size)]
         self.dense: list[torch.Tensor] | None = None
@@ -188,7 +196,8 @@ class _Search:
         return x, streams
 
     def _predictions(self, x: torch.Tensor) -> torch.Tensor:
-        normed = self.parts.decoder.get_submodule(self.parts.layout.final)(x)
+        last = None if self.kind == "kl" else -1  # nothing is known to follow the last token
+        normed = self.parts.decoder.get_submodule(self.parts.layout.final)(x[:, : last : self.every])
         logits = self.model.get_output_embeddings()(normed).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma-2
         return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(-1)
@@ -198,9 +207,10 @@ class _Search:
         for k, (x, ids, real) in enumerate(zip(final, self.ids, self.walk.weights, strict=True)):
             predicted = self._predictions(x)
             if self.dense is not None:
-                each, weight = (self.dense[k].exp() * (self.dense[k] - predicted)).sum(-1), real
+                each, weight = (self.dense[k].exp() * (self.dense[k] - predicted)).sum(-1), real[:, :: self.every]
             else:
-                each, weight = -predicted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0], real[:, 1:] * real[:, :-1]
+                each = -predicted.gather(-1, ids[:, 1 :: self.every, None])[..., 0]
+                weight = (real[:, 1:] * real[:, :-1])[:, :: self.every]
             total, count = total + float((each * weight).double().sum()), count + float(weight.sum())
         return total / count
 

@@ -45,6 +45,19 @@ def test_perplexity_is_that_of_the_sweep():
     assert choice.losses["attn 2"] == pytest.approx(frame["log_perplexity"][0], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["kl", "perplexity"])
+def test_loss_at_every_third_token(kind):
+    model = tiny("llama")
+    with torch.no_grad():
+        whole = model(TEXT.input_ids, use_cache=False).logits.log_softmax(-1)
+        with dropped(model, DropPlan(mlp=[1])):
+            found = model(TEXT.input_ids, use_cache=False).logits.log_softmax(-1)
+    each = (whole.exp() * (whole - found)).sum(-1)
+    if kind == "perplexity":
+        each = -found[:, :-1].gather(-1, TEXT.input_ids[:, 1:, None])[..., 0]
+    assert one_shot(model, TEXT, "mlp", kind, 3).losses["mlp 1"] == pytest.approx(float(each[:, ::3].mean()), abs=1e-5)
+
+
 def test_greedy_takes_the_best_next_step():
     model = tiny("llama")
     choice = greedy(model, TEXT, "attn", 3, width=None)

@@ -146,8 +146,8 @@ def _task_rows(model, tokenizer, name: str, limit, data_dir, batch_size: int) ->
     from .harness import SweepLM
 
     parts, rows = load_tasks([name], data_dir)[name], []
-    lm = SweepLM(model, tokenizer, {"": DropPlan()}, batch_size, progress=False)
     with _quiet():
+        lm = SweepLM(model, tokenizer, {"": DropPlan()}, batch_size, progress=False)
         samples = lm_evaluate(lm, parts, limit=limit, bootstrap_iters=0, log_samples=True)["samples"]
     for part in parts:
         for sample in samples[part]:

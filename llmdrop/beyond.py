@@ -25,7 +25,7 @@ SCORED = {  # selectors that need one scoring pass and no more
     "relative magnitude": plans.relative_magnitude,
     "last first": plans.reverse_order,
 }
-EVERY = 4  # searches take the loss at every fourth token
+WIDTH, EVERY = 4, 4  # a search tries four layers a step, and takes the loss at every fourth token
 SEARCHED = ("perplexity one-shot", "KL one-shot", "perplexity greedy", "KL greedy", "Taylor", "compensated KL greedy")
 
 
@@ -79,7 +79,7 @@ def choose(
             extra = {}
             if how.startswith("compensated"):
                 extra = shared("refit") if shared else corrections(model, text, batch_size=batch_size)
-            found = greedy(model, search, "attn", n, loss, extra, every=EVERY, batch_size=batch_size)
+            found = greedy(model, search, "attn", n, loss, extra, None, WIDTH, EVERY, batch_size)
             found.tokens += text.n_tokens if extra else 0
         return {"order": found.order, "tokens": found.tokens, "losses": found.losses}
 

@@ -132,6 +132,14 @@ def test_compensated_checkpoint_loads_as_any_other(tmp_path):
     torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
 
 
+def test_a_fill_is_not_saved(tmp_path):
+    model, plan = tiny("llama"), DropPlan(attn=[2])
+    with compensated(model, plan, fit(model, plan, CALIBRATION, "mean")):
+        with pytest.raises(ValueError, match="no checkpoint holds it"):
+            llmdrop.save_model(model, None, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("family", sorted(REFUSED))
 def test_architectures_that_refit_cannot_serve(family):
     with pytest.raises(ValueError, match="cannot refit layer 0"):

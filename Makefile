@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  PROFILE=smoke|embedded|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
+	@echo "  PROFILE=smoke|embedded|beyond|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR=   override those parameters in every notebook that has them"
@@ -53,11 +53,11 @@ OVERRIDES = --set 'MODEL=$(MODEL)' --set 'DEVICE=$(DEVICE)' --set 'DATA_DIR=$(DA
 PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
-OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(filter smoke embedded,$(PROFILE)),HF_HUB_OFFLINE=1))
+OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(filter smoke embedded beyond,$(PROFILE)),HF_HUB_OFFLINE=1))
 # Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use).
 GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(filter smoke embedded,$(PROFILE)),$(if $(filter-out 1,$(CORES)),2,1),1))
+JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(filter smoke embedded beyond,$(PROFILE)),$(if $(filter-out 1,$(CORES)),2,1),1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
 # The notebooks are made by a second make, so that one failing neither stops the others nor the report.
@@ -87,9 +87,10 @@ smoke: ## reproduce with a few samples each, in minutes
 report: $(STAMP) ## figures/PROFILE/index.html and claims.csv from what has been run
 	@$(REPORT)
 
-drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] OUT=directory: score, drop, save and check one model
+drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [COMPENSATE=1] OUT=directory: score, drop, save, check
 	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb $(OVERRIDES) \
-		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)'
+		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)' \
+		--set 'COMPENSATE=$(COMPENSATE)'
 
 # lm-eval's own data parallelism: accelerate starts GPUS processes, each with the whole model and its share of questions.
 # A checkpoint with single sublayers dropped brings modeling_llmdrop.py along, which then runs; no other remote code does.

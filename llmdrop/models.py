@@ -204,6 +204,13 @@ def save_model(
     Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces an export there), ValueError for
     what a format cannot hold, OSError when the disk is full; the destination is complete or absent.
     """
+    from .compensate import Fill
+
+    if any(isinstance(module, Fill) for module in model.modules()):
+        raise ValueError(
+            "a Fill stands where a layer was, and no checkpoint holds it; save outside of `compensated`, or compensate "
+            "by a refit, which changes weights and nothing else"
+        )
     path = Path(path)
     if format == "gguf":
         from .gguf_export import write_gguf

@@ -39,5 +39,13 @@ def test_drop_notebook(tmp_path, smollm2):
     wanted = [llmdrop.plan_drop(scores, kind, n) for kind, n in (("attn", 1), ("mlp", 2), ("block", 1))]
     assert plan == wanted[0] | wanted[1] | wanted[2]
 
+    done = run(tmp_path, model, f"DEST={tmp_path / 'refitted'}", "ATTN=1", "COMPENSATE=1", "REFIT_SAMPLES=1")
+    assert done.returncode == 0, done.stderr
+    assert "refitted: perplexity" in done.stdout and "loads with equal logits" in done.stdout
+    refitted, _ = llmdrop.load_model(tmp_path / "refitted", device="cpu")
+    i = wanted[0].attn[0]
+    before = [part.layers[i - 1].mlp.down_proj.weight for part in map(llmdrop.anatomy, (whole, refitted))]
+    assert i == 0 or not before[0].equal(before[1])
+
     done = run(tmp_path, model, f"DEST={rest}", "ATTN=0")
     assert done.returncode == 1 and "nothing to drop" in done.stderr and rest.is_dir()

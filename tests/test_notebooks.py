@@ -95,10 +95,12 @@ def test_profile(path):
 
 
 def test_profiles_agree_with_the_notebooks():
-    assert {"smoke", "embedded", "paper", "geometry"} <= {p.stem for p in PROFILES}
+    assert {"smoke", "embedded", "paper", "geometry", "pretrain", "beyond"} <= {p.stem for p in PROFILES}
     listed = {p.stem: set(yaml.safe_load(p.read_text())) - SECTIONS for p in PROFILES}
-    assert listed["embedded"] == listed["smoke"], "smoke runs what embedded runs, with less"
-    assert {p.stem for p in NOTEBOOKS} - {"drop"} == listed["embedded"]
+    everything = listed["embedded"] | listed["beyond"]
+    assert not listed["embedded"] & listed["beyond"]
+    assert everything == listed["smoke"], "smoke runs what embedded and beyond run, with less"
+    assert {p.stem for p in NOTEBOOKS} - {"drop"} == everything
 
 
 @each_notebook

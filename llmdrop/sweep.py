@@ -42,14 +42,19 @@ class Row:
 
 
 def pack(items: Sequence[Item], row_tokens: int = ROW_TOKENS) -> Iterator[Row]:
-    """Fill rows of about `row_tokens` nodes (more only where one item is longer) with the items in lexical order."""
+    """Fill rows of about `row_tokens` nodes with the items in lexical order.
+
+    An item that shares most of its context with the row's last one (answers to one question, questions after the same
+    long few-shot prefix) joins it up to twice its own length: a row of its own would run the context again.
+    """
     row, path = Row([], [], [], []), []  # path: (token, node) from the root to the last item's last token
     for index in sorted(range(len(items)), key=lambda k: items[k].tokens):
         tokens, inputs = items[index].tokens, items[index].tokens[:-1]  # the last token is predicted, never read
         shared = 0
         while shared < min(len(path), len(inputs)) and path[shared][0] == inputs[shared]:
             shared += 1
-        if row.ids and len(row.ids) + len(inputs) - shared > row_tokens:
+        limit = max(row_tokens, 2 * len(inputs)) if 2 * shared >= len(inputs) else row_tokens
+        if row.ids and len(row.ids) + len(inputs) - shared > limit:
             yield row
             row, path, shared = Row([], [], [], []), [], 0
         del path[shared:]

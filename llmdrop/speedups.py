@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 import torch
 
+from .anatomy import anatomy
 from .fingerprint import provenance, speed_key
 from .geometry import Int4Linear, geometry_model
 from .models import GEOMETRIES, check_device, load_model
@@ -83,6 +84,8 @@ def explain_published(hardware: str = "RTX 6000 Ada") -> tuple[pd.DataFrame, pd.
     models: weight_bits, fits, its largest error; implied, its largest error; the gigabytes it needs; times: implied
     over fits, which is also how often each cached byte must move at the batch that fits; error_no_cache.
     """
+    if hardware not in HARDWARE:
+        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}")
     rows, models = [], []
     for name, group in published_speedups().groupby("model", sort=False):
         printed, bits = group.set_index("method")["published"], PUBLISHED_BITS.get(name, 16)
@@ -171,6 +174,7 @@ def measure_models(
         else:
             model, _ = load_model(name, dtype, device)
         rows = published[published["model"].eq(name) if shape else published["table"].eq("Table 1")]
+        rows = rows[rows["n_dropped"] < anatomy(model).n_layers]  # a model of few layers has not all of them
         batch = batch_size if isinstance(batch_size, int) else batch_size.get(name.split("@")[0], 1)
         deepest = rows[rows["method"].str.startswith("Attn")].sort_values("n_dropped")["method"].iloc[-1]
         runs = {"compiled" if compiled is True else compiled or "eager": (rows["method"].unique(), cache, compiled)}

@@ -205,10 +205,13 @@ def build(profile_file: Path, done: Path, figures: Path) -> Path:
         beyond.append(dict(key=notebook, title=title, notebook=notebook, outputs=mine))
     for stem, output in free.items():
         beyond.append(dict(key=stem, title=stem.replace("_", " ").capitalize(), notebook=None, outputs=[output]))
+    profiles = [p.stem for p in sorted(profile_file.parent.glob("*.yaml")) if p.stem not in (name, "smoke")]
+    others = [other for other in profiles if (figures.parent / other / "index.html").is_file()]
     index = template.render(
         page=None, title=f"llmdrop · {name}", about=profile.get("about", ""),
         claims=shown, never_run=not outputs, counts=claims["verdict"].value_counts().to_dict(), errata=paper.ERRATA,
-        paper=paper.PAPER, items=items, beyond=beyond, notebooks=notebooks, written=written, label=label, **pages,
+        paper=paper.PAPER, items=items, beyond=beyond, others=others,
+        notebooks=notebooks, written=written, label=label, **pages,
     )  # fmt: skip
     (figures / "index.html").write_text(index)
     return figures / "index.html"

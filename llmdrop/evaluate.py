@@ -8,7 +8,7 @@ import pandas as pd
 
 from .plan import DropPlan
 from .prune import dropped
-from .tasks import load_tasks, pool
+from .tasks import FEWSHOT_SEED, load_tasks, pool
 
 
 def evaluate(
@@ -58,6 +58,8 @@ def evaluate_sweep(
             lm = SweepLM(model, tokenizer, plans, batch_size, progress and name)
         for plan_name, plan in plans.items():
             lm.current = plan_name
+            for task in parts.values():  # every plan gets the same examples, as if it were alone
+                task.set_fewshot_seed(FEWSHOT_SEED)
             generates = any(task.OUTPUT_TYPE == "generate_until" for task in parts.values())
             if generates:
                 with dropped(model, plan):

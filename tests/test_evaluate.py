@@ -57,6 +57,20 @@ def test_rows_equal_stock_lm_eval(smollm2):
     assert alone.equals(dense)
 
 
+def test_every_plan_gets_the_same_examples(smollm2, monkeypatch):
+    """Else plans were compared on different few-shot prompts, and each prompt computed for every plan."""
+    asked = []
+
+    def answer(model, plans, items, progress):
+        asked.append(len(items))
+        return np.zeros((len(plans), len(items))), np.zeros((len(plans), len(items)), dtype=bool)
+
+    monkeypatch.setattr("llmdrop.harness.loglikelihoods", answer)
+    plans = {"Baseline": DropPlan(), "Attn": ATTN}
+    evaluate_sweep(*smollm2, plans, ["boolq"], limit=4, num_fewshot=2, progress=False)
+    assert asked == [8]  # 4 questions, 2 answers; nothing new for the second plan
+
+
 def test_perplexity_equals_its_definition(smollm2):
     model, tokenizer = smollm2
     text = load_calibration("xsum", tokenizer, n_samples=3, seq_len=48)

@@ -95,6 +95,16 @@ def test_few_shot_examples_are_computed_for_many_questions_at_once():
     assert max(len(row.ids) for row in pack(apart, 256, pairs_per_token=3456)) <= 256, "nothing to share"
 
 
+def test_a_context_longer_than_a_row_is_run_once():
+    """A 25-shot context for all its answers, a 5-shot prefix for several questions; unrelated ones stay apart."""
+    shots, other = tuple(range(900)), tuple(range(1000, 1900))
+    answers = [Item((*shots, 950, k, k), 2) for k in range(4)]
+    assert [len(row.ids) for row in pack(answers, 256, 3456)] == [900 + 1 + 4]
+    questions = [Item((*shots, *range(2000 + 100 * q, 2050 + 100 * q), k), 1) for q in range(30) for k in range(4)]
+    assert [len(row.ids) for row in pack(questions, 256, 3456)] == [900 + 30 * 50]
+    assert [len(row.ids) for row in pack([*answers, Item((*other, 5), 1)], 256, 3456)] == [905, 900]
+
+
 def test_nothing_is_computed_twice():
     model, calls = tiny("llama"), []
     for i, layer in enumerate(model.model.layers):

@@ -4,6 +4,7 @@ A score is local to its layer, so layers can take turns: all calibration tokens 
 [n, T, C] is kept, and layer i is released. Every byte of the weights is read once, none of the head's.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -125,6 +126,7 @@ def _score(source: Checkpoint, calibration, batch_size, with_residual, progress,
             sums[i] = sample_sums(model, calibration, batch_size, with_residual, progress=False)[0][i]
             feed.end()
             layer.to("meta")
+            _give_back()
             bar.update(sizes[k])
             if k + 1 < len(present):
                 stream.save(k + 1, sums)
@@ -265,6 +267,13 @@ class _Reader:
         tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in self.tensors.items()}
         self.start(k + 1)
         return tensors
+
+
+def _give_back() -> None:
+    """Free heap to the system, where the C library can (glibc): activations of many batches leave it full of holes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -126,7 +126,8 @@ class Store:
 
     def score(self, model, calibration, batch_size: int = 8, **settings) -> ImportanceScores:
         """`llmdrop.score`, stored. settings: with_residual, gap."""
-        settings = _with_defaults([score], settings, "model", "calibration", "batch_size", "progress")
+        apart = ("model", "calibration", "batch_size", "progress", "stream_weights", "distributed")  # not stored
+        settings = _with_defaults([score], settings, *apart)
         key = model_key(model, batch_size, "scoring", "hooks", "anatomy") | {"calibration": calibration.digest}
         value = self.get(
             "score",

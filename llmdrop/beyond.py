@@ -235,7 +235,7 @@ def plot_losses(table: pd.DataFrame, axes) -> None:
     for k, ((how, method), part) in enumerate(groups):
         look = {"label": f"{how}: {method}", "color": f"C{k}", "marker": "osv^DPX*"[k % 8]}
         axes[0].plot(part["n"], part["lost"], **look)
-        error = [(part["left"] - part["low"]).clip(lower=0), (part["high"] - part["left"]).clip(lower=0)]
+        error = [part["left"] - part["low"], part["high"] - part["left"]]
         axes[1].errorbar(part["n"] + 0.25 * (k - (len(groups) - 1) / 2), part["left"], error, linestyle="", **look)
     axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
     for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):

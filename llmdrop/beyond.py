@@ -11,6 +11,7 @@ from . import plan as plans
 from .calibration import Calibration, load_calibration
 from .compensate import FILLS, combined, compensated, corrections, fit
 from .evaluate import _quiet
+from .figures import _plain_log_ticks
 from .fingerprint import model_key, provenance, tokenizer_digest, version
 from .plan import DropPlan, drop_order
 from .results import Store, _name, _plan_key
@@ -257,3 +258,4 @@ def plot_choices(table: pd.DataFrame, axes) -> None:
     lowest = table["n"].min()
     axes[0].set(xscale="log", xlabel="Cost of choosing (thousand tokens)", ylabel=f"Lost at {lowest} layers (nats)")
     axes[1].set(yscale="log", xlabel="Predicted speedup", ylabel="Lost (nats per token)")
+    _plain_log_ticks(axes[1].yaxis)

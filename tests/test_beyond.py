@@ -6,7 +6,18 @@ import pytest
 from tiny import random_ids, tiny
 
 from llmdrop import Calibration, DropPlan, Store, dropped, perplexity
-from llmdrop.beyond import SCORED, SEARCHED, choose, losses, measure, mixture, paired, share_left
+from llmdrop.beyond import (
+    SCORED,
+    SEARCHED,
+    choose,
+    losses,
+    measure,
+    mixture,
+    paired,
+    plot_choices,
+    plot_losses,
+    share_left,
+)
 from llmdrop.compensate import compensated, corrections, fit
 
 
@@ -72,3 +83,19 @@ def test_mixture_takes_the_sources_in_turn(smollm2):
     both = mixture(["xsum", "wiki"], tokenizer, 2, 16)
     for k, name in enumerate(("xsum", "wiki")):
         assert both.input_ids[k::2].equal(mixture([name], tokenizer, 2, 16).input_ids)
+
+
+def test_figures_are_drawn(tmp_path):
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2)
+    base = {"choice": "cosine", "n": 8, "left": 1.0, "low": 1.0, "high": 1.0, "lost": 0.4}
+    better = base | {"compensation": "refit", "left": 0.5, "low": 0.4}
+    plot_losses(pd.DataFrame([base | {"compensation": "none"}, better]), axes)
+    assert len(axes[0].lines) == 2 and axes[1].get_ylabel().startswith("Share")
+    fig, axes = plt.subplots(1, 2)
+    base = {"n": 8, "tokens": 0.0, "lost": 0.4, "refitted": 0.2, "speedup": 1.1}
+    plot_choices(pd.DataFrame([base | {"selector": how} for how in ("random 0", "random 1", "cosine")]), axes)
+    fig.savefig(tmp_path / "figure.png")
+    assert len(axes[0].lines) == 6
+    plt.close("all")

@@ -16,7 +16,7 @@ from .fingerprint import model_key, provenance, tokenizer_digest, version
 from .plan import DropPlan, drop_order
 from .results import Store, _name, _plan_key
 from .roofline import predict_speed
-from .selectors import Choice, agreement, greedy, one_shot, taylor
+from .selection import Choice, agreement, greedy, one_shot, taylor
 from .sweep import Item, loglikelihoods
 from .tasks import load_tasks, task_digest
 
@@ -84,7 +84,7 @@ def choose(
             found.tokens += text.n_tokens if extra else 0
         return {"order": found.order, "tokens": found.tokens, "losses": found.losses}
 
-    key = model_key(model, batch_size, "selectors", "compensate", "prune", "anatomy") | {"how": how, "n": n}
+    key = model_key(model, batch_size, "selection", "compensate", "prune", "anatomy") | {"how": how, "n": n}
     key |= {"text": text.digest if how.startswith("compensated") else None, "search": search.digest}
     value = store.get("selector", key, compute, f"{_name(model)}-{how}", lambda: provenance(model, search))
     return Choice([tuple(item) for item in value["order"]], value["tokens"], value["losses"])

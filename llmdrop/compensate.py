@@ -212,7 +212,7 @@ def corrections(
     """For each sublayer of these kinds, what "refit" (or a fill) would change if only that one were dropped.
 
     From one pass over the undropped model, whatever is dropped later: for a plan of attention layers alone (or of MLPs
-    alone), `combined` of these is what `fit` gives. It is what `selectors.greedy` needs to choose with compensation in
+    alone), `combined` of these is what `fit` gives. It is what `selection.greedy` needs to choose with compensation in
     mind. Layer 0's attention has nothing before it to refit.
     """
     if method != "refit" and method not in FILLS:

@@ -34,6 +34,11 @@ def test_environment_and_pyproject_agree():
     assert sorted(pip[1:-1]) == sorted(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
 
 
+def test_no_module_hides_one_of_pythons():
+    """serving.py runs as a script, with llmdrop/ first on its path: a selectors.py there once broke subprocess."""
+    assert not {path.stem for path in (ROOT / "llmdrop").glob("*.py")} & sys.stdlib_module_names
+
+
 def test_every_requirement_is_pinned_and_the_pin_is_allowed():
     pins = {pin.name: pin for pin in constraints()}
     assert len(pins) == len(constraints()), "a package is pinned twice"

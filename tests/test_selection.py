@@ -6,7 +6,7 @@ from tiny import random_ids, tiny
 
 from llmdrop import Calibration, DropPlan, dropped
 from llmdrop.compensate import compensated, corrections
-from llmdrop.selectors import agreement, greedy, one_shot, taylor
+from llmdrop.selection import agreement, greedy, one_shot, taylor
 from llmdrop.sweep import perplexity_sweep
 
 TEXT = Calibration(random_ids(4, 12))

@@ -23,7 +23,7 @@ help: ## this list
 	@echo "  PROFILE=smoke|embedded|beyond|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
-	@echo "  MODEL= DEVICE= DATA_DIR=   override those parameters in every notebook that has them"
+	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
 	@echo "  JOBS=1   one notebook at a time (smoke and embedded: two, where there are two cores)"
 
 # -- environment ------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ LIBRARY := $(wildcard llmdrop/*.py llmdrop/*.mplstyle llmdrop/paper/*)
 PROFILE_FILE := notebooks/profiles/$(PROFILE).yaml
 DONE := build/notebooks/$(PROFILE)
 RESULTS = $${LLMDROP_BUILD:-build}/results
-OVERRIDES = --set 'MODEL=$(MODEL)' --set 'DEVICE=$(DEVICE)' --set 'DATA_DIR=$(DATA_DIR)'
+OVERRIDES = --set 'MODEL=$(MODEL)' --set 'DEVICE=$(DEVICE)' --set 'DATA_DIR=$(DATA_DIR)' --set 'LIMIT=$(LIMIT)'
 PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.

@@ -56,7 +56,7 @@ REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(filter smoke embedded beyond,$(PROFILE)),HF_HUB_OFFLINE=1))
 # Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use).
 GIVEN = $(filter -j%,$(MAKEFLAGS))
-CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(filter smoke embedded beyond,$(PROFILE)),$(if $(filter-out 1,$(CORES)),2,1),1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.

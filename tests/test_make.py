@@ -29,7 +29,7 @@ CELLS = {  # parameters, measure
     "drop": ('MODEL = "tiny"\nATTN = 0\nMLP = 0\nBLOCK = 0\nDEST = ""\n', "print(MODEL, ATTN, MLP, BLOCK, DEST)"),
 }
 REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()"
-FOREIGN = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MODEL", "DEVICE", "DATA_DIR", "ONLY", "FRESH", "PROFILE"}  # not ours
+FOREIGN = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MODEL", "DEVICE", "DATA_DIR", "ONLY", "FRESH", "PROFILE", "LIMIT", "JOBS"}  # not ours
 
 
 def write_notebook(path: Path, parameters: str, code: str) -> None:
@@ -71,13 +71,17 @@ def project(first_run, tmp_path):
     return shutil.copytree(first_run[0], tmp_path / "project")
 
 
+def own_environment() -> dict[str, str]:
+    """Without what the make around the tests hands down."""
+    return {k: v for k, v in os.environ.items() if k not in FOREIGN and not k.startswith(("OMP_", "HF_HUB"))}
+
+
 def make(project: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
     """Run make with this Python as its environment, stdout and stderr together."""
-    env = {k: v for k, v in os.environ.items() if k not in FOREIGN and not k.startswith(("OMP_", "HF_HUB"))}
     one = [] if any(arg.startswith(("-j", "JOBS")) for arg in args) else ["JOBS=1"]  # so that the order is known
     command = ["make", f"PY={sys.executable}", "STAMP=stamp", *one, *args]
     streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.run(command, cwd=project, env=env | environment, text=True, timeout=300, **streams)
+    return subprocess.run(command, cwd=project, env=own_environment() | environment, text=True, timeout=300, **streams)
 
 
 def executed(output: str) -> list[str]:
@@ -100,7 +104,7 @@ def test_two_at_a_time_on_two_cores(project):
     """By default on a CPU, a thread each; never for profiles that time a GPU."""
     for profile, jobs in (("embedded", min(os.cpu_count(), 2)), ("paper", 1)):
         command = ["make", "-n", "STAMP=stamp", f"PROFILE={profile}", "reproduce"]
-        recipe = subprocess.run(command, cwd=project, capture_output=True, text=True).stdout
+        recipe = subprocess.run(command, cwd=project, env=own_environment(), capture_output=True, text=True).stdout
         assert f"$# < {jobs} ? $# : {jobs}" in recipe
     run = make(project, "reproduce", "FRESH=1", "JOBS=2")
     assert run.returncode == 0 and sorted(executed(run.stdout)) == ["one", "three", "two"]

@@ -24,7 +24,7 @@ help: ## this list
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
-	@echo "  JOBS=1   one notebook at a time (smoke and embedded: two, where there are two cores)"
+	@echo "  JOBS=1   one notebook at a time (smoke, embedded, beyond: two, where there are two cores)"
 
 # -- environment ------------------------------------------------------------------------------------------------------
 setup: $(STAMP) ## the environment in .venv, remade when pyproject.toml or constraints.txt changed
@@ -53,11 +53,12 @@ OVERRIDES = --set 'MODEL=$(MODEL)' --set 'DEVICE=$(DEVICE)' --set 'DATA_DIR=$(DA
 PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
-OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(filter smoke embedded beyond,$(PROFILE)),HF_HUB_OFFLINE=1))
+PACKAGED := $(filter smoke embedded beyond,$(PROFILE))
+OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(PACKAGED),HF_HUB_OFFLINE=1))
 # Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use).
 GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(filter smoke embedded beyond,$(PROFILE)),$(if $(filter-out 1,$(CORES)),2,1),1))
+JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(and $(PACKAGED),$(filter-out 1,$(CORES))),2,1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
 # The notebooks are made by a second make, so that one failing neither stops the others nor the report.

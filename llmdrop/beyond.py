@@ -17,7 +17,7 @@ from .plan import DropPlan, drop_order
 from .results import Store, _name, _plan_key
 from .roofline import predict_speed
 from .selection import Choice, agreement, greedy, one_shot, taylor
-from .sweep import Item, loglikelihoods
+from .sweep import loglikelihoods, text_items
 from .tasks import load_tasks, task_digest
 
 SCORED = {  # selectors that need one scoring pass and no more
@@ -84,7 +84,8 @@ def choose(
             found.tokens += text.n_tokens if extra else 0
         return {"order": found.order, "tokens": found.tokens, "losses": found.losses}
 
-    key = model_key(model, batch_size, "selection", "compensate", "prune", "anatomy") | {"how": how, "n": n}
+    modules = ("selection", "compensate", "sweep", "hooks", "prune", "anatomy")
+    key = model_key(model, batch_size, *modules) | {"how": how, "n": n}
     key |= {"text": text.digest if how.startswith("compensated") else None, "search": search.digest}
     value = store.get("selector", key, compute, f"{_name(model)}-{how}", lambda: provenance(model, search))
     return Choice([tuple(item) for item in value["order"]], value["tokens"], value["losses"])
@@ -122,7 +123,7 @@ def measure(
                 rows += _task_rows(model, tokenizer, name, limit, data_dir, batch_size)
         return rows
 
-    modules = ("beyond", "compensate", "sweep", "harness", "tasks", "prune", "anatomy")
+    modules = ("beyond", "compensate", "sweep", "hooks", "harness", "tasks", "prune", "anatomy")
     key = model_key(model, batch_size, *modules) | _plan_key(plan) | {"method": method, "limit": limit}
     key |= {"fitted": None if method == "none" else fitted.digest, "texts": {k: t.digest for k, t in texts.items()}}
     key |= {"tasks": {name: task_digest(name, data_dir) for name in tasks}, "lm_eval": version("lm_eval")}
@@ -132,7 +133,7 @@ def measure(
 
 
 def _text_rows(model, name: str, text: Calibration) -> list[dict]:
-    items = [Item(tuple(ids.tolist()), len(ids) - 1) for ids in text.input_ids]
+    items = text_items(text)
     sums, _ = loglikelihoods(model, [DropPlan()], items, progress=False)
     return [
         {"where": name, "item": k, "value": -total / item.n_scored, "n": item.n_scored}

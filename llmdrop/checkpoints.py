@@ -77,11 +77,11 @@ def score_checkpoints(
         return provenance(None, text) | {"model": model, "dtype": dtype, "device_type": device}
 
     values = (store or Store()).get_many("checkpoint", wanted, compute, facts)
-    frames = [ImportanceScores.from_json(json.dumps(value)).to_frame() for value in values]
-    for name, frame in zip(places, frames, strict=True):
-        run = Path(model).name if Path(model).is_dir() else model
-        for i, value in enumerate((run, name, revisions[name])):
-            frame.insert(i, ("run", "step", "tokens")[i], value)
+    run = Path(model).name if Path(model).is_dir() else model
+    frames = [
+        ImportanceScores.from_json(json.dumps(value)).to_frame(run=run, step=name, tokens=revisions[name])
+        for name, value in zip(places, values, strict=True)
+    ]
     depths = {name: frame["layer"].nunique() for name, frame in zip(places, frames, strict=True)}
     if len(set(depths.values())) > 1:
         raise ValueError(f"{model}: these checkpoints differ in depth, so they are not of one run: {depths}")

@@ -26,8 +26,10 @@ from torch import nn
 
 from .anatomy import Anatomy, anatomy
 from .calibration import Calibration
+from .hooks import batches
 from .plan import DropPlan
-from .prune import NoAttention, apply_plan, dropped, stub_sublayer
+from .prune import NoAttention, apply_plan, dropped
+from .sweep import layer_calls, run_layer
 
 FILLS = ("mean", "sink mean", "diagonal", "linear")
 REFITS = ("refit", "refit in turn", "refit all")
@@ -257,55 +259,26 @@ def _check(parts: Anatomy, plan: DropPlan, method: str) -> None:
         )
 
 
-class _Record(nn.Module):
-    """Stands for a decoder layer: keeps what it was called with and passes the residual stream on."""
-
-    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        self.call = hidden, args, kwargs
-        return hidden
-
-
 class _Walk:
     """Runs sublayers one at a time on the residual streams of all batches, each [B, T, C]."""
 
     def __init__(self, model, parts: Anatomy, calibration: Calibration, batch_size: int):
         self.parts, self.start, self.calls, self.weights = parts, [], [], []
-        device = model.get_input_embeddings().weight.device
-        stock = getattr(parts.decoder, parts.layers_name)
-        mask = calibration.attention_mask
-        for first in range(0, len(calibration.input_ids), batch_size):
-            part = slice(first, first + batch_size)
-            ids = calibration.input_ids[part].to(device)
-            padded = {} if mask is None else {"attention_mask": mask[part].to(device)}
-            if padded:
-                padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp_min(0)
-            recorders = nn.ModuleList(_Record() for _ in parts.layers)
-            setattr(parts.decoder, parts.layers_name, recorders)
-            try:
-                parts.decoder(input_ids=ids, use_cache=False, **padded)
-            finally:
-                setattr(parts.decoder, parts.layers_name, stock)
-            self.start.append(recorders[0].call[0])
-            self.calls.append([recorder.call[1:] for recorder in recorders])
-            self.weights.append(torch.ones_like(ids) if mask is None else mask[part].to(device))
+        for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
+            hidden, calls = layer_calls(parts, **inputs)
+            self.start.append(hidden)
+            self.calls.append(calls)
+            self.weights.append(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])))
 
     def through(self, streams: list, kind: str, i: int, read: list | None = None) -> list:
         """The streams after one sublayer; `read` collects what its last matrix reads, [B, T, H]."""
-        layer, layout = self.parts.layers[i], self.parts.layout
-        handle = None
+        handle, other = None, "mlp" if kind == "attn" else "attn"
         if read is not None:
             last = _output(self.parts, i, kind)
             handle = last.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-        undo = stub_sublayer(layer, layout, "mlp" if kind == "attn" else "attn")
         try:
-            out = []
-            for x, calls in zip(streams, self.calls, strict=True):
-                args, kwargs = calls[i]
-                y = layer(x, *args, **kwargs)
-                out.append(y[0] if isinstance(y, tuple) else y)
+            out = [run_layer(self.parts, i, x, call[i], [other]) for x, call in zip(streams, self.calls, strict=True)]
         finally:
-            for owner, name, value in undo:
-                setattr(owner, name, value)
             if handle is not None:
                 handle.remove()
         if read is not None:  # OPT flattens [B, T, C] before its MLP

@@ -29,7 +29,8 @@ from .prune import apply_plan
 
 WEIGHTS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0, "q4_1": Kind.Q4_1}
 ZERO_WIDTH = 32  # of an MLP that is not there; one quantisation block
-# blk.N.<name> and its place in a Llama layer
+# <name> and its place in a Llama; blk.N.<name> and its place in a layer
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ATTN = {"attn_norm": "input_layernorm"} | {f"attn_{k}": f"self_attn.{k}_proj" for k in "qkv"}
 ATTN |= {"attn_output": "self_attn.o_proj"}
 MLP = {"ffn_norm": "post_attention_layernorm"} | {f"ffn_{k}": f"mlp.{k}_proj" for k in ("gate", "up", "down")}
@@ -73,8 +74,7 @@ def write_gguf(model, tokenizer, path: str | os.PathLike, weights: str = "f16", 
     facts |= tokenizer_facts(tokenizer, config.vocab_size)
 
     def tensors():
-        outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-        for name, key in outer.items():
+        for name, key in OUTER.items():
             if name != "output" or not config.tie_word_embeddings:
                 large = Kind.Q8_0 if "q" in weights else kind  # the two large ones cost little and matter most
                 yield f"{name}.weight", *_encode(state[f"{key}.weight"].float().numpy(), large)
@@ -161,12 +161,11 @@ def load_gguf(path: str | os.PathLike, dtype: str = "float32"):
     with torch.device("meta"):
         model = apply_plan(AutoModelForCausalLM.from_config(config), plan)
     kept = [i for i in range(plan.n_layers) if i not in plan.blocks]
-    outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     state = {}
     for tensor in tensors.values():
         slot, name = _place(tensor.name)
         if slot is None:
-            key = outer.get(name)
+            key = OUTER.get(name)
         else:
             gone = (name in ATTN and kept[slot] in plan.attn) or (name in MLP and kept[slot] in plan.mlp)
             key = None if gone else f"model.layers.{slot}.{(ATTN | MLP)[name]}"

@@ -1,6 +1,6 @@
-"""Watch the residual stream of a stock model while it runs, layer by layer, keeping nothing."""
+"""Watch the residual stream of a stock model layer by layer, keeping nothing; and the text it runs on, in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -69,3 +69,15 @@ class ResidualTap:
             self.on_layer(i, x, m, y, f_attn, f_mlp)
 
         return hook
+
+
+def batches(calibration, batch_size: int, device) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+    """(which samples, a decoder's inputs on `device`), in turn: input_ids [B, T]; where there is padding, on either
+    side, also attention_mask and the position_ids that leave it out."""
+    for start in range(0, len(calibration.input_ids), batch_size):
+        rows = slice(start, start + batch_size)
+        inputs = {"input_ids": calibration.input_ids[rows].to(device)}
+        if calibration.attention_mask is not None:
+            mask = calibration.attention_mask[rows].to(device).long()
+            inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        yield rows, inputs

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -53,8 +54,7 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "a
     Raises ValueError for an unknown dtype, a device that is not there or a damaged checkpoint, FileNotFoundError when
     the model or the wheel is missing; each says what to do.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    check_dtype(dtype)
     device = check_device(device)
     if str(name).endswith(".gguf"):
         from .gguf_export import load_gguf
@@ -79,6 +79,12 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "a
         ) from error
     model.name_or_path = str(name)
     return (model if device == "balanced" else model.to(device)).eval(), tokenizer
+
+
+def check_dtype(dtype: str) -> None:
+    """ValueError unless models can be loaded in this type."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
 
 
 def check_device(device: str) -> str:
@@ -221,13 +227,28 @@ def save_model(
             f"format={format!r} with {settings or 'no settings'}; allowed are 'hf' and 'nemotron-nas' without "
             "settings, and 'gguf' with weights=..."
         )
-    if path.exists() and any(path.iterdir()) and not (overwrite and (path / "config.json").exists()):
-        raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
+    check_destination(path, overwrite)
     from .export import write_hf, write_nemotron_nas
 
     with _new_directory(path) as temporary:
         (write_hf if format == "hf" else write_nemotron_nas)(model, tokenizer, temporary)
     return path
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """FileExistsError unless a checkpoint may be written there: nothing is, or a checkpoint that may be replaced."""
+    if path.exists() and any(path.iterdir()) and not (overwrite and (path / "config.json").exists()):
+        raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
+
+
+def held_alone(file: Path, refusal: str) -> FileLock:
+    """A lock on `file`, taken. RuntimeError with the refusal where another process holds it."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(refusal) from None
+    return lock
 
 
 @contextmanager

@@ -100,10 +100,8 @@ def pretrain(
     rows = [{"run": f"seed {seed}"} | row for seed, found in zip(seeds, runs, strict=True) for row in found]
     frames = []
     for row in rows:
-        frame = ImportanceScores.from_json(json.dumps(row.pop("scores"))).to_frame()
-        for i, column in enumerate(("run", "step", "tokens")):
-            frame.insert(i, column, row[column])
-        frames.append(frame)
+        scores = ImportanceScores.from_json(json.dumps(row.pop("scores")))
+        frames.append(scores.to_frame(**{fact: row[fact] for fact in ("run", "step", "tokens")}))
     return pd.concat(frames, ignore_index=True), pd.DataFrame(rows)
 
 

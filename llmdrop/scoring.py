@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from .anatomy import anatomy
-from .hooks import ResidualTap
+from .hooks import ResidualTap, batches
 
 KINDS = ("attn", "mlp", "block")
 
@@ -32,12 +32,13 @@ class ImportanceScores:
     n_samples: int = 0
     n_tokens: int = 0
 
-    def to_frame(self) -> pd.DataFrame:
-        """Tidy: one row per kind and layer, with columns kind, layer, score, stderr, magnitude."""
+    def to_frame(self, **facts) -> pd.DataFrame:
+        """Tidy: one row per kind and layer, with columns kind, layer, score, stderr, magnitude; the facts in front."""
         return pd.concat(
             [
                 pd.DataFrame(
-                    {
+                    facts
+                    | {
                         "kind": kind,
                         "layer": np.arange(len(self.attn)),
                         "score": getattr(self, kind),
@@ -127,9 +128,7 @@ def sample_sums(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
     parts = anatomy(model)
-    device = model.get_input_embeddings().weight.device
-    ids, mask = calibration.input_ids, calibration.attention_mask
-    n, rows, streams = len(ids), {}, []
+    n, rows, streams = len(calibration.input_ids), {}, []
     # per layer [n_quantities, B], left on the layer's device until the batch ends, so that CUDA never waits
 
     def on_layer(i, x, m, y, f_attn, f_mlp):
@@ -165,15 +164,9 @@ def sample_sums(
     model.eval()
     try:
         with ResidualTap(model, on_layer), tqdm(total=n, desc="score", unit="sample", disable=not progress) as bar:
-            for start in range(0, n, batch_size):
-                batch = slice(start, start + batch_size)
-                batch_mask = torch.ones_like(ids[batch], dtype=torch.bool) if mask is None else mask[batch].bool()
-                batch_mask = batch_mask.to(device)
-                padded = {}
-                if mask is not None:
-                    padded["attention_mask"] = batch_mask.long()
-                    padded["position_ids"] = (batch_mask.long().cumsum(1) - 1).clamp_min(0)
-                model.base_model(input_ids=ids[batch].to(device), use_cache=False, **padded)
+            for batch, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
+                batch_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+                model.base_model(**inputs, use_cache=False)
                 for i, row in rows.items():
                     sums[i, :, batch] = row.cpu()
                 streams.clear()

@@ -17,6 +17,7 @@ from .calibration import Calibration
 from .compensate import Changes, _put, _Walk
 from .plan import DropPlan
 from .prune import stub_sublayer
+from .sweep import head_logits, run_layer
 
 LOSSES = ("kl", "perplexity")
 Sublayer = tuple[str, int]
@@ -183,12 +184,7 @@ class _Search:
                     streams.append(x)
                 if ("attn", i) in gone and ("mlp", i) in gone:
                     continue
-                outs = []
-                for batch, calls in zip(x, self.walk.calls, strict=True):
-                    args, kwargs = calls[i]
-                    out = layers[i](batch, *args, **kwargs)
-                    outs.append(out[0] if isinstance(out, tuple) else out)
-                x = outs
+                x = [run_layer(self.parts, i, batch, call[i]) for batch, call in zip(x, self.walk.calls, strict=True)]
                 self.tokens += self.n / len(layers)
         finally:
             for owner, name, value in reversed(undo):
@@ -197,10 +193,7 @@ class _Search:
 
     def _predictions(self, x: torch.Tensor) -> torch.Tensor:
         last = None if self.kind == "kl" else -1  # nothing is known to follow the last token
-        normed = self.parts.decoder.get_submodule(self.parts.layout.final)(x[:, : last : self.every])
-        logits = self.model.get_output_embeddings()(normed).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma-2
-        return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(-1)
+        return head_logits(self.model, self.parts, x[:, : last : self.every]).log_softmax(-1)
 
     def _loss(self, final: list) -> float:
         total, count = 0.0, 0.0

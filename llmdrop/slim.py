@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from .export import write_hf
+from .models import check_destination, held_alone
 from .plan import DropPlan
 from .prune import apply_plan
 from .shards import INDEX, Checkpoint, Entry, open_checkpoint, renamed
@@ -40,10 +40,7 @@ def drop_checkpoint(
     complete or absent, whenever the process ends; what a killed one left is removed by the next.
     """
     destination = Path(destination)
-    if destination.exists() and any(destination.iterdir()) and not (
-        overwrite and (destination / "config.json").exists()
-    ):
-        raise FileExistsError(f"{destination} is not empty; choose another, or overwrite=True to replace a checkpoint")
+    check_destination(destination, overwrite)
     checkpoint = open_checkpoint(source)
     before = checkpoint.model.state_dict(keep_vars=True)
     apply_plan(checkpoint.model, plan)
@@ -180,11 +177,7 @@ def _partial(destination: Path) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f".{destination.name}.partial")
     folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RuntimeError(f"another process is writing {destination}; wait for it") from None
+    lock = held_alone(folder / ".lock", f"another process is writing {destination}; wait for it")
     former = destination.with_name(f".{destination.name}.former")
     try:
         for path in folder.iterdir():  # left by a killed process

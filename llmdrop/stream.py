@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
 from .anatomy import Anatomy, anatomy
 from .fingerprint import _code_digest, version
-from .models import build_dir, check_device
+from .models import build_dir, check_device, check_dtype, held_alone
 from .residual import Residual
 from .scoring import ImportanceScores, sample_sums, summarise
 from .shards import DTYPES, Checkpoint, Entry, open_checkpoint
@@ -65,8 +64,7 @@ def score_checkpoint(
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
     if stream_on not in ("auto", "device", "host", "file"):
         raise ValueError(f"stream_on={stream_on!r}; allowed are 'auto', 'device', 'host' and 'file'")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    check_dtype(dtype)
     if device == "balanced":
         raise ValueError("device='balanced' spreads a model in memory; streaming takes one device per process")
     if distributed and device == "auto":
@@ -286,12 +284,7 @@ def _workplace(source: Checkpoint, calibration, settings: list, work_dir) -> Ite
     root = Path(work_dir) if work_dir else build_dir() / "streams"
     folder = root / f"{source.folder.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RuntimeError(f"another process is at these scores (it holds {folder}); wait for it") from None
-    with lock:
+    with held_alone(folder / "lock", f"another process is at these scores (it holds {folder}); wait for it"):
         try:
             yield folder
         except Exception:

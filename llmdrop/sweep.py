@@ -146,7 +146,7 @@ def check_packable(model: nn.Module) -> None:
 
 def _walk(model, parts: Anatomy, plans: list[DropPlan], row: Row) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield (indices of plans, their final residual stream [1, N, C]), computing every shared stretch once."""
-    hidden, calls = _layer_calls(model, parts, row)
+    hidden, calls = _row_calls(model, parts, row)
 
     def walk(group: list[int], i: int, hidden: torch.Tensor):
         while i < parts.n_layers:
@@ -161,22 +161,25 @@ def _walk(model, parts: Anatomy, plans: list[DropPlan], row: Row) -> Iterator[tu
         yield group, hidden
 
     def step(i: int, action: tuple[bool, bool], hidden: torch.Tensor) -> torch.Tensor:
-        layer = parts.layers[i]
-        if layer is None or all(action):
+        if parts.layers[i] is None or all(action):
             return hidden
-        args, kwargs = calls[i]
-        undo = []
-        for kind, gone in zip(("attn", "mlp"), action, strict=True):
-            if gone and i not in getattr(parts.plan, kind):
-                undo += stub_sublayer(layer, parts.layout, kind)
-        try:
-            out = layer(hidden, *args, **kwargs)
-        finally:
-            for owner, name, value in undo:
-                setattr(owner, name, value)
-        return out[0] if isinstance(out, tuple) else out
+        gone = [kind for kind, drop in zip(("attn", "mlp"), action, strict=True) if drop]
+        return run_layer(parts, i, hidden, calls[i], [kind for kind in gone if i not in getattr(parts.plan, kind)])
 
     yield from walk(list(range(len(plans))), 0, hidden)
+
+
+def run_layer(
+    parts: Anatomy, i: int, hidden: torch.Tensor, call: tuple[tuple, dict], without: Sequence[str] = ()
+) -> torch.Tensor:
+    """The residual stream after layer i, [B, T, C], its live sublayers named in `without` ("attn", "mlp") left out."""
+    undo = [former for kind in without for former in stub_sublayer(parts.layers[i], parts.layout, kind)]
+    try:
+        out = parts.layers[i](hidden, *call[0], **call[1])
+    finally:
+        for owner, name, value in undo:
+            setattr(owner, name, value)
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _Record(nn.Module):
@@ -187,8 +190,24 @@ class _Record(nn.Module):
         return hidden
 
 
-def _layer_calls(model: nn.Module, parts: Anatomy, row: Row) -> tuple[torch.Tensor, dict[int, tuple[tuple, dict]]]:
-    """The residual stream before layer 0, [1, N, C], and the arguments with which the decoder calls each layer."""
+def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, tuple[tuple, dict]]]:
+    """The residual stream before the first layer, [B, T, C], and (args, kwargs) with which the decoder calls layer i.
+
+    inputs: of the decoder. The layers themselves do not run.
+    """
+    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
+    recorders = nn.ModuleList(_Record() for _ in present)
+    stock = getattr(parts.decoder, parts.layers_name)
+    setattr(parts.decoder, parts.layers_name, recorders)
+    try:
+        parts.decoder(**inputs, use_cache=False)
+    finally:
+        setattr(parts.decoder, parts.layers_name, stock)
+    return recorders[0].call[0], {i: recorder.call[1:] for i, recorder in zip(present, recorders, strict=True)}
+
+
+def _row_calls(model: nn.Module, parts: Anatomy, row: Row) -> tuple[torch.Tensor, dict[int, tuple[tuple, dict]]]:
+    """`layer_calls` for a token trie: what each node may see is in the masks."""
     embedding = model.get_input_embeddings().weight
     ids, position = (torch.tensor([values], device=embedding.device) for values in (row.ids, row.position))
     visible = _visible(row).to(embedding.device)
@@ -200,26 +219,18 @@ def _layer_calls(model: nn.Module, parts: Anatomy, row: Row) -> tuple[torch.Tens
         return mask.masked_fill(~allowed, hidden_from)[None, None]  # [1, 1, N, N]
 
     full = additive(visible)
-    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
-    recorders = nn.ModuleList(_Record() for _ in present)
-    stock = getattr(parts.decoder, parts.layers_name)
-    setattr(parts.decoder, parts.layers_name, recorders)
-    try:
-        parts.decoder(input_ids=ids, attention_mask=full, position_ids=position, use_cache=False)
-    finally:
-        setattr(parts.decoder, parts.layers_name, stock)
-    masks, calls = {None: full}, {}
-    for place, i in enumerate(present):
+    hidden, calls = layer_calls(parts, input_ids=ids, attention_mask=full, position_ids=position)
+    masks = {None: full}
+    for place, (i, (args, kwargs)) in enumerate(calls.items()):
         window = _window(model.config, place)
         if window not in masks:
             masks[window] = additive(visible & (distance < window))
-        _, args, kwargs = recorders[place].call
 
         def own(value, mask=masks[window]):
             return mask if isinstance(value, torch.Tensor) and value.shape == full.shape else value
 
         calls[i] = tuple(own(a) for a in args), {name: own(value) for name, value in kwargs.items()}
-    return recorders[0].call[0], calls
+    return hidden, calls
 
 
 def _window(config, layer: int) -> int | None:
@@ -230,18 +241,21 @@ def _window(config, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def head_logits(model, parts: Anatomy, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., vocabulary] in float32 from the residual stream after the last layer, [..., C]."""
+    normed = parts.decoder.get_submodule(parts.layout.final)(hidden)
+    logits = model.get_output_embeddings()(normed).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma-2
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 def _head(model, parts: Anatomy, hidden: torch.Tensor, place: torch.Tensor, wanted: torch.Tensor):
     """Log-probability of each wanted token and whether it is the most likely, from the streams [n_read, C]."""
-    normed = parts.decoder.get_submodule(parts.layout.final)(hidden)
     logp, best = [], []
-    head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma-2
     for start in range(0, len(place), 256):  # small enough for the allocator to reuse its memory
         part = slice(start, start + 256)
         rows, inverse = torch.unique(place[part], return_inverse=True)
-        logits = head(normed[rows.to(normed.device)]).float()
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
+        logits = head_logits(model, parts, hidden[rows.to(hidden.device)])
         token = wanted[part].to(logits.device)
         inverse = inverse.to(logits.device)
         highest = (logits.amax(-1)[inverse] == logits[inverse, token]).nonzero()[:, 0]
@@ -251,6 +265,15 @@ def _head(model, parts: Anatomy, hidden: torch.Tensor, place: torch.Tensor, want
         # log_softmax, not logsumexp: its rounding is lm-eval's rounding (a bias of 1e-5 a token in float32)
         logp.append(logits.log_softmax(-1)[inverse, token].double().cpu())
     return torch.cat(logp).numpy(), torch.cat(best).numpy()
+
+
+def text_items(calibration: Calibration) -> list[Item]:
+    """Each sample without its padding, every token but the first to be scored. ValueError for less than two tokens."""
+    ids, mask = calibration.input_ids, calibration.attention_mask
+    samples = [row if mask is None else row[mask[k].bool()] for k, row in enumerate(ids)]
+    if min(map(len, samples)) < 2:
+        raise ValueError("perplexity needs at least two tokens in every sample; the shortest has one")
+    return [Item(tuple(sample.tolist()), len(sample) - 1) for sample in samples]
 
 
 def perplexity(model, calibration: Calibration, progress: bool = True) -> dict:
@@ -268,11 +291,7 @@ def perplexity_sweep(
     token, nats), stderr and log_stderr (of either, over samples; NaN for a single sample), n_tokens. Padding is left
     out. Raises ValueError for samples of fewer than two tokens.
     """
-    ids, mask = calibration.input_ids, calibration.attention_mask
-    samples = [row if mask is None else row[mask[k].bool()] for k, row in enumerate(ids)]
-    if min(map(len, samples)) < 2:
-        raise ValueError("perplexity needs at least two tokens in every sample; the shortest has one")
-    items = [Item(tuple(sample.tolist()), len(sample) - 1) for sample in samples]
+    items = text_items(calibration)
     sums, _ = loglikelihoods(model, list(plans.values()), items, progress=progress and "perplexity")
     counts = np.array([item.n_scored for item in items])
     log_ppl = -sums.sum(1) / counts.sum()

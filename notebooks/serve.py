@@ -1,7 +1,6 @@
 """Score a model, drop layers, export it for the engine that is installed here and serve it (`make serve`)."""
 
 import argparse
-import importlib.util
 import os
 import shutil
 import sys
@@ -21,17 +20,17 @@ def number(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="")
+    parser.add_argument("--model", type=lambda text: text or "smollm2-135m", default="smollm2-135m")
     for name in ("attn", "mlp", "block"):
         parser.add_argument(f"--{name}", type=number, default=0, help="how many to drop")
     parser.add_argument("--port", type=lambda text: number(text) or 8080, default=8080)
     args = parser.parse_args()
     vllm, server = serving_vllm.installed(), shutil.which("llama-server")
-    here = importlib.util.find_spec("xllamacpp") is not None
+    here = serving.installed()
     if not (here or server or vllm):
         sys.exit(ENGINES.format(install=serving.INSTALL, vllm=serving_vllm.INSTALL))
 
-    model, tokenizer = llmdrop.load_model(args.model or "smollm2-135m")
+    model, tokenizer = llmdrop.load_model(args.model)
     calibration = llmdrop.load_calibration("xsum", tokenizer, n_samples=16, seq_len=512)
     scores = llmdrop.Store().score(model, calibration)
     plan = llmdrop.DropPlan(n_layers=len(scores.attn))
@@ -39,7 +38,7 @@ def main() -> None:
         plan |= llmdrop.plan_drop(scores, kind, getattr(args, kind))
     llmdrop.apply_plan(model, plan)
 
-    name = f"{os.path.basename((args.model or 'smollm2-135m').rstrip('/'))}-{plan.label}"
+    name = f"{os.path.basename(args.model.rstrip('/'))}-{plan.label}"
     path = llmdrop.build_dir() / "serve" / (f"{name}.gguf" if here or server else name)
     settings = {"format": "gguf", "weights": "f16"} if here or server else {"format": "nemotron-nas"}
     try:

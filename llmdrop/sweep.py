@@ -1,9 +1,9 @@
 """Log-likelihoods of many continuations under many drop plans, close to the cost of the forward pass.
 
 Nothing is computed twice. Sequences are packed into rows as token tries: a context is run once for all its
-continuations, a few-shot prefix once for all the questions of its row, and no position is padding. Plans are walked as
-a trie over layers: plans that agree on layers 0..i share the residual stream up to there. The language-model head
-runs only on the positions that are scored. Causal attention makes all of this exact.
+continuations, a few-shot prefix once for all the questions of its row. Rows of like length run together, with next to
+no padding. Plans are walked as a trie over layers: plans that agree on layers 0..i share the residual stream up to
+there. The language-model head runs only on the positions that are scored. Causal attention makes all of this exact.
 """
 
 import math
@@ -21,8 +21,9 @@ from .calibration import Calibration
 from .plan import DropPlan
 from .prune import stub_sublayer
 
-# Tokens that keep the device busy: longer rows only cost more attention, which is quadratic in them.
-ROW_TOKENS = {"cpu": 256, "cuda": 2048}
+# Tokens of a call: enough to keep the device busy. Of a row: longer ones only cost more attention, quadratic in them.
+CALL_TOKENS = {"cpu": 1024, "cuda": 4096}
+ROW_TOKENS = {"cpu": 256, "cuda": 1024}
 LONGEST_ROW = 4096
 
 
@@ -73,13 +74,27 @@ def pack(items: Sequence[Item], row_tokens: int = 256, pairs_per_token: int = 0)
         yield row
 
 
-def _visible(row: Row) -> torch.Tensor:
-    """[N, N] bool: node q sees its ancestors and itself."""
-    seen = np.zeros((len(row.ids), len(row.ids)), dtype=bool)
-    for node, parent in enumerate(row.parent):
-        if parent >= 0:
-            seen[node] = seen[parent]
-        seen[node, node] = True
+def _calls(rows: list[Row], call_tokens: int) -> Iterator[list[Row]]:
+    """Rows of like length together, at most `call_tokens` of them when padded to the longest, or one row."""
+    call: list[Row] = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        if call and (len(call) + 1) * len(call[0].ids) > call_tokens:
+            yield call
+            call = []
+        call.append(row)
+    if call:
+        yield call
+
+
+def _visible(rows: list[Row]) -> torch.Tensor:
+    """[B, N, N] bool: node q sees its ancestors and itself, the first row being the longest."""
+    longest = len(rows[0].ids)
+    seen = np.zeros((len(rows), longest, longest), dtype=bool)
+    seen[:] = np.eye(longest, dtype=bool)  # padding sees itself: attention to nothing is NaN
+    for matrix, row in zip(seen, rows, strict=True):
+        for node, parent in enumerate(row.parent):
+            if parent >= 0:
+                matrix[node] |= matrix[parent]
     return torch.from_numpy(seen)
 
 
@@ -95,10 +110,11 @@ def loglikelihoods(
 
     model: undropped (or dropped: then every plan's indices still mean the undropped model). items: tokens and number
     scored, 1 <= n_scored < len(tokens). Returns two arrays [n_plans, n_items], float64 and bool. Log-softmax in
-    float32. Memory: besides the model, at most one residual stream [row, C] per layer at which plans part, a mask
-    [row, row] and logits [256, vocabulary]; rows are `row_tokens` long (by default 256 on CPUs, 2048 on CUDA), or up
-    to 4096 where that lets more questions share their few-shot examples, or as long as the longest item. Raises
-    ValueError for a model whose attention takes no explicit mask.
+    float32. Memory: besides the model, at most one residual stream [B, N, C] per layer at which plans part, a mask
+    [B, 1, N, N] and logits [128, vocabulary]. Rows are `row_tokens` long (N; by default 256 on CPUs, 1024 on CUDA), or
+    up to 4096 where that lets more questions share their few-shot examples, or as long as the longest item; B rows run
+    together while B N is at most 1024 on CPUs, 4096 on CUDA. Raises ValueError for a model whose attention takes no
+    explicit mask.
     """
     check_packable(model)
     for item in items:
@@ -110,26 +126,33 @@ def loglikelihoods(
         DropPlan(plan.attn, plan.mlp, parts.n_layers)  # raises for indices the model does not have
     sums = np.zeros((len(plans), len(items)))
     greedy = np.ones((len(plans), len(items)), dtype=bool)
-    row_tokens = row_tokens or ROW_TOKENS.get(model.device.type, 256)
+    device = model.device.type
+    row_tokens = row_tokens or ROW_TOKENS.get(device, ROW_TOKENS["cpu"])
     rows = list(pack(items, row_tokens, pairs_per_token=6 * model.config.hidden_size))  # 12 C² of weights to 2 C a pair
     label = progress if isinstance(progress, str) else "evaluate"
     training = model.training
     model.eval()
     with tqdm(total=sum(len(row.ids) for row in rows), desc=label, unit="tok", disable=not progress) as bar:
-        for row in rows:
-            nodes = [node for _, nodes, _ in row.targets for node in nodes]
+        for call in _calls(rows, CALL_TOKENS.get(device, CALL_TOKENS["cpu"])):
+            longest = len(call[0].ids)
+            targets = [
+                (index, [k * longest + node for node in nodes], tokens)  # nodes of the call, row after row
+                for k, row in enumerate(call)
+                for index, nodes, tokens in row.targets
+            ]
+            nodes = [node for _, nodes, _ in targets for node in nodes]
             read = sorted(set(nodes))
             place = torch.from_numpy(np.searchsorted(read, nodes))
-            wanted = torch.tensor([token for _, _, tokens in row.targets for token in tokens])
-            for group, hidden in _walk(model, parts, plans, row):
-                logp, best = _head(model, parts, hidden[0, read], place, wanted)
+            wanted = torch.tensor([token for _, _, tokens in targets for token in tokens])
+            for group, hidden in _walk(model, parts, plans, call):
+                logp, best = _head(model, parts, hidden.flatten(0, 1)[read], place, wanted)
                 start = 0
-                for index, nodes_, _ in row.targets:
-                    stop = start + len(nodes_)
+                for index, _, tokens in targets:
+                    stop = start + len(tokens)
                     sums[group, index] = logp[start:stop].sum()
                     greedy[group, index] = best[start:stop].all()
                     start = stop
-            bar.update(len(row.ids))
+            bar.update(sum(len(row.ids) for row in call))
     model.train(training)
     return sums, greedy
 
@@ -144,9 +167,9 @@ def check_packable(model: nn.Module) -> None:
         )
 
 
-def _walk(model, parts: Anatomy, plans: list[DropPlan], row: Row) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield (indices of plans, their final residual stream [1, N, C]), computing every shared stretch once."""
-    hidden, calls = _row_calls(model, parts, row)
+def _walk(model, parts: Anatomy, plans: list[DropPlan], rows: list[Row]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices of plans, their final residual stream [B, N, C]), computing every shared stretch once."""
+    hidden, calls = _row_calls(model, parts, rows)
 
     def walk(group: list[int], i: int, hidden: torch.Tensor):
         while i < parts.n_layers:
@@ -206,17 +229,21 @@ def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, tuple
     return recorders[0].call[0], {i: recorder.call[1:] for i, recorder in zip(present, recorders, strict=True)}
 
 
-def _row_calls(model: nn.Module, parts: Anatomy, row: Row) -> tuple[torch.Tensor, dict[int, tuple[tuple, dict]]]:
-    """`layer_calls` for a token trie: what each node may see is in the masks."""
+def _row_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, dict[int, tuple[tuple, dict]]]:
+    """`layer_calls` for token tries, the longest first: what each node may see is in the masks."""
     embedding = model.get_input_embeddings().weight
-    ids, position = (torch.tensor([values], device=embedding.device) for values in (row.ids, row.position))
-    visible = _visible(row).to(embedding.device)
-    distance = position[0, :, None] - position[0, None, :]
+    longest = len(rows[0].ids)
+    ids, position = (
+        torch.tensor([values + [0] * (longest - len(values)) for values in columns], device=embedding.device)
+        for columns in ([row.ids for row in rows], [row.position for row in rows])
+    )
+    visible = _visible(rows).to(embedding.device)
+    distance = position[:, :, None] - position[:, None, :]
     hidden_from = torch.finfo(model.dtype).min
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
-        return mask.masked_fill(~allowed, hidden_from)[None, None]  # [1, 1, N, N]
+        return mask.masked_fill(~allowed, hidden_from)[:, None]  # [B, 1, N, N]
 
     full = additive(visible)
     hidden, calls = layer_calls(parts, input_ids=ids, attention_mask=full, position_ids=position)
@@ -252,8 +279,8 @@ def head_logits(model, parts: Anatomy, hidden: torch.Tensor) -> torch.Tensor:
 def _head(model, parts: Anatomy, hidden: torch.Tensor, place: torch.Tensor, wanted: torch.Tensor):
     """Log-probability of each wanted token and whether it is the most likely, from the streams [n_read, C]."""
     logp, best = [], []
-    for start in range(0, len(place), 256):  # small enough for the allocator to reuse its memory
-        part = slice(start, start + 256)
+    for start in range(0, len(place), 128):  # small enough for the allocator to reuse its memory
+        part = slice(start, start + 128)
         rows, inverse = torch.unique(place[part], return_inverse=True)
         logits = head_logits(model, parts, hidden[rows.to(hidden.device)])
         token = wanted[part].to(logits.device)

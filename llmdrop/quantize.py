@@ -7,20 +7,17 @@ quantize first and drop afterwards, or the other way round, the result is the sa
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import pandas as pd
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from .anatomy import anatomy
-from .fingerprint import provenance, speed_key, version
+from .fingerprint import version
 from .plan import DropPlan
 from .prune import dropped
-from .results import Store, _name, _plan_key
-from .speed import compare_speed
 
 ALGORITHMS = {
     "nf4": "16 levels at the quantiles of a normal distribution (Dettmers et al. 2023, QLoRA)",
@@ -192,33 +189,3 @@ def size(model: nn.Module, plan: DropPlan = DropPlan()) -> dict:
         "bytes": sum(tensors.values()),
         "matrix_bits": 8 * sum(t.nbytes for t in held) / sum(rows * columns for rows, columns in shapes),
     }
-
-
-def compare(store: Store, models: Mapping[str, nn.Module], plans: Mapping[str, DropPlan], rounds=3, **settings):
-    """`compare_speed` of several versions of one model, in turn, stored.
-
-    Returns a frame indexed by (version, plan) with seconds, speedup over the first plan of the first version, and
-    speedup_low and speedup_high: medians and extremes over the rounds. 4-bit versions are best made with exact=False.
-    settings: as for measure_speed.
-    """
-
-    def compute() -> list[dict]:
-        timed = []
-        for turn in range(rounds):
-            for name, model in models.items():
-                one = compare_speed(model, plans, rounds=1, **settings)
-                timed.append(one.assign(version=name, turn=turn)[["version", "turn", "plan", "seconds"]])
-        return pd.concat(timed).to_dict("records")
-
-    modules = ("quantize", "speed", "prune", "anatomy")
-    key = {name: speed_key(model, *modules) for name, model in models.items()}
-    key |= {"plans": [(name, _plan_key(plan)) for name, plan in plans.items()]}
-    key |= {"settings": settings, "rounds": rounds, "bitsandbytes": version("bitsandbytes")}
-    first, plan = next(iter(models)), next(iter(plans))
-    slug = f"{_name(models[first])}-{'-'.join(models)}"
-    rows = pd.DataFrame(store.get("quantized_speed", key, compute, slug, lambda: provenance(models[first], **settings)))
-    base = rows[(rows["version"] == first) & (rows["plan"] == plan)].set_index("turn")["seconds"]
-    rows["speedup"] = rows["turn"].map(base) / rows["seconds"]
-    groups = rows.groupby(["version", "plan"], sort=False)[["seconds", "speedup"]]
-    low, high = groups.min()["speedup"], groups.max()["speedup"]
-    return groups.median().assign(speedup_low=low, speedup_high=high)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmdrop
-from llmdrop import DropPlan, Store, apply_plan, dropped, quantize, speed
+from llmdrop import DropPlan, Store, apply_plan, dropped, four_bits, quantize
 from llmdrop.models import _locate
 
 bnb = pytest.importorskip("bitsandbytes", reason=f"4-bit weights: {quantize.INSTALL}")
@@ -129,15 +129,16 @@ def test_bytes(smollm2, four):
 
 def test_speed_of_versions_is_measured_in_turn_and_stored(tmp_path, monkeypatch):
     whole = small("llama")
-    models = {"unquantized": whole, "nf4": quantize.quantize(copy.deepcopy(whole))}
+    models = {"16": whole, "4": quantize.quantize(copy.deepcopy(whole))}
     store, plans = Store(tmp_path), {"Baseline": DropPlan(), "Attn-2": DropPlan(attn=(1, 2))}
     settings = {"rounds": 2, "prompt_len": 8, "new_tokens": 2}
-    table = quantize.compare(store, models, plans, **settings)
-    assert list(table.index) == [(name, plan) for name in models for plan in plans]
+    table = four_bits.time_versions(store, models, plans, **settings)
+    assert list(table.index) == ["Baseline|16", "Attn-2|16", "Baseline|4", "Attn-2|4"]
     assert (table["seconds"] > 0).all() and (table["speedup_low"] <= table["speedup_high"]).all()
-    assert table.loc[("unquantized", "Baseline"), "speedup"] == 1
-    monkeypatch.setattr(speed, "measure_speed", None)
-    assert quantize.compare(store, models, plans, **settings).equals(table)
+    assert table["speedup"].iloc[0] == 1
+    models["4"] = quantize.quantize(copy.deepcopy(whole))  # the other one was timed
+    monkeypatch.setattr(four_bits, "compare_speed", None)
+    assert four_bits.time_versions(store, models, plans, **settings).equals(table)
 
 
 def test_refusals_leave_the_model_as_it_was(monkeypatch):

@@ -131,14 +131,13 @@ def arithmetic(model: nn.Module, exact: bool = True) -> nn.Module:
     scales to bfloat16 and multiplies in bfloat16: three times faster, but numbers depend on the machine, and the model
     can no longer be saved (bitsandbytes 0.50.2 leaves the scales in another order). `load_model` sets exact.
     """
-    own = not exact and library().functional.has_avx512bf16()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = own
-    if own:
-        model.config.bfloat16_kernel = True  # enters the keys of the store
-    elif hasattr(model.config, "bfloat16_kernel"):
-        del model.config.bfloat16_kernel
+            module.support_avx512bf16_for_cpu = not exact and library().functional.has_avx512bf16()
+    if not exact:
+        model.config.arithmetic = f"bitsandbytes {version('bitsandbytes')}"  # enters the keys of the store
+    elif hasattr(model.config, "arithmetic"):
+        del model.config.arithmetic
     return model
 
 

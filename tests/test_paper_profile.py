@@ -56,6 +56,7 @@ OWN = {  # where one notebook needs another size
     "tab04_kv_cache": {"N_DROPPED": 6},
     "tab05_settings": {"LIMIT": 2},  # questions of each subject: one has no standard error
     "serving": {"N_DROPPED": {"attn": 4}},
+    "tab11_quantization": {"GROUP_SIZE": 64},
 }
 pytestmark = pytest.mark.skipif(
     not MIRROR.is_dir(), reason="no mirror of the hub's datasets: set LLMDROP_TEST_DATA to its directory"

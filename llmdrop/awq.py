@@ -8,6 +8,7 @@ weights unpacked. To serve a model in 4 bits use llm-compressor itself, or `quan
 
 import hashlib
 import json
+import tempfile
 from importlib.util import find_spec
 
 import torch
@@ -22,7 +23,7 @@ from .models import build_dir, load_model, save_model, weights_digest
 INSTALL = "pip install llmcompressor==0.14.0.1 transformers==5.17.0 'huggingface-hub<2'"
 
 
-def awq(model: nn.Module, calibration: Calibration, group_size: int = 128, batch_size: int = 8) -> nn.Module:
+def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int = 128, batch_size: int = 8) -> nn.Module:
     """Round the matrices of the decoder layers by AWQ, in place, and return the model with plain matrices.
 
     model: a Llama, Mistral, Qwen, ..., undropped. calibration: of equal lengths; AWQ's authors take 128 x 512 tokens.
@@ -55,13 +56,20 @@ def awq(model: nn.Module, calibration: Calibration, group_size: int = 128, batch
         config_groups={"4 bits": {"targets": ["Linear"], "weights": weights}}, ignore=others
     )
     text = DataLoader([{"input_ids": ids} for ids in calibration.input_ids], batch_size=batch_size)
-    oneshot(
-        model=model,
-        dataset=text,
-        recipe=[AWQModifier(), rounding],
-        num_calibration_samples=len(calibration.input_ids),
-        pipeline="sequential",
-    )
+    former = model.config._name_or_path
+    with tempfile.TemporaryDirectory() as folder:  # it looks for a config where the model came from
+        model.config.save_pretrained(folder)
+        model.config._name_or_path = folder
+        oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=text,
+            recipe=[AWQModifier(), rounding],
+            num_calibration_samples=len(calibration.input_ids),
+            pipeline="sequential",
+        )
+    model.config._name_or_path = former
+    vars(model).pop("save_pretrained", None)  # its own would look for packed weights
     for layer, name, module in found:
         rounded = fake_quantize(
             module.weight, module.weight_scale, module.weight_zero_point, module.quantization_scheme.weights
@@ -82,5 +90,5 @@ def awq_once(model: nn.Module, tokenizer, calibration: Calibration, group_size: 
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = build_dir() / "models" / f"awq-{digest}"
     if not folder.exists():
-        save_model(awq(model, calibration, group_size), tokenizer, folder)
+        save_model(awq(model, tokenizer, calibration, group_size), tokenizer, folder)
     return load_model(folder, str(model.dtype).removeprefix("torch."), str(model.device))[0]

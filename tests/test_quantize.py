@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmdrop
 from llmdrop import DropPlan, Store, apply_plan, dropped, four_bits, quantize
-from llmdrop.models import _locate
 
 bnb = pytest.importorskip("bitsandbytes", reason=f"4-bit weights: {quantize.INSTALL}")
-PLAN = DropPlan(attn=(20, 21, 23), mlp=(21, 26), n_layers=30)  # single layers and a block
+PLAN = DropPlan(attn=(2, 3, 27), mlp=(3, 28), n_layers=30)  # single layers and a block
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 SHAPES = {
     "gpt2": {"n_embd": 64},
@@ -23,8 +22,14 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def four(smollm2):
-    return quantize.quantize(copy.deepcopy(smollm2[0]))
+def whole(smollm2):
+    """The real weights of ten of the 30 layers: rounding all of them takes ten seconds."""
+    return apply_plan(copy.deepcopy(smollm2[0]), DropPlan(attn=range(6, 26), mlp=range(6, 26)))
+
+
+@pytest.fixture(scope="module")
+def four(whole):
+    return quantize.quantize(copy.deepcopy(whole))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +59,9 @@ def test_quantized_and_dropped_is_saved_and_loaded_with_equal_logits(smollm2, fo
     assert on_disk == pytest.approx(quantize.size(model)["bytes"], rel=0.01)
 
 
-def test_order_of_dropping_and_quantizing_does_not_matter(smollm2, four, text):
+def test_order_of_dropping_and_quantizing_does_not_matter(whole, four, text):
     ids = text.input_ids[:1, :32]
-    first_dropped = quantize.quantize(apply_plan(copy.deepcopy(smollm2[0]), PLAN))
+    first_dropped = quantize.quantize(apply_plan(copy.deepcopy(whole), PLAN))
     with dropped(four, PLAN):
         assert torch.equal(logits(first_dropped, ids), logits(four, ids))
 
@@ -77,21 +82,21 @@ def test_dequantized_and_swept_are_the_quantized_model(four, text):
 
 
 @pytest.mark.parametrize("algorithm, settings", [("nf4", {"bnb_4bit_quant_type": "nf4"}), ("fp4", {})])
-def test_the_librarys_own_path_gives_the_same_weights_and_perplexity(smollm2, four, text, algorithm, settings):
+def test_the_librarys_own_path_gives_the_same_weights_and_perplexity(whole, four, text, tmp_path, algorithm, settings):
+    llmdrop.save_model(whole, None, tmp_path / "whole")  # an ordinary checkpoint: whole blocks are gone
     config = BitsAndBytesConfig(load_in_4bit=True, **settings)  # fp4 is what it takes by default
     theirs = AutoModelForCausalLM.from_pretrained(
-        _locate("smollm2-135m")[0], quantization_config=config, dtype=torch.float32, device_map="cpu"
+        tmp_path / "whole", quantization_config=config, dtype=torch.float32, device_map="cpu"
     ).eval()
-    ours = four if algorithm == "nf4" else quantize.quantize(copy.deepcopy(smollm2[0]), algorithm)
+    ours = four if algorithm == "nf4" else quantize.quantize(copy.deepcopy(whole), algorithm)
     for name, module in ours.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             other = theirs.get_submodule(name).weight
             assert torch.equal(module.weight.data, other.data), name
             assert torch.equal(module.weight.quant_state.absmax, other.quant_state.absmax), name
-    ppl = [llmdrop.perplexity(model, text, progress=False)["perplexity"] for model in (ours, theirs)]
-    assert ppl[0] == pytest.approx(ppl[1], rel=0.05)
-    whole = llmdrop.perplexity(smollm2[0], text, progress=False)["perplexity"]
-    assert whole < ppl[0] < 2 * whole
+    ppl = [llmdrop.perplexity(model, text, progress=False)["perplexity"] for model in (ours, theirs, whole)]
+    assert ppl[0] == pytest.approx(ppl[1], rel=0.05)  # theirs in bfloat16 on some CPUs
+    assert ppl[0] != pytest.approx(ppl[2], rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "gemma2", "gpt_neox"])
@@ -115,15 +120,15 @@ def test_every_kind_of_layer_is_saved_and_loaded(family, plan, tmp_path):
     assert torch.allclose(logits(quantize.dequantize(loaded), ids), before, atol=1e-5)
 
 
-def test_bytes(smollm2, four):
-    matrices = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
-    rest = sum(p.nbytes for p in smollm2[0].parameters()) - 4 * matrices
-    whole, plain = quantize.size(four), quantize.size(smollm2[0])
+def test_bytes(whole, four):
+    matrices = 10 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    rest = sum(p.nbytes for p in whole.parameters()) - 4 * matrices
+    packed, plain = quantize.size(four), quantize.size(whole)
     assert plain == {"bytes": rest + 4 * matrices, "matrix_bits": 32}
-    assert whole["bytes"] == pytest.approx(rest + 4.5 / 8 * matrices, rel=1e-3)  # a float32 scale for 64 weights
-    assert whole["matrix_bits"] == pytest.approx(4.5, rel=1e-3)
+    assert packed["bytes"] == pytest.approx(rest + 4.5 / 8 * matrices, rel=1e-3)  # a float32 scale for 64 weights
+    assert packed["matrix_bits"] == pytest.approx(4.5, rel=1e-3)
     one_attention = (2 * 576 * 576 + 2 * 576 * 192) * 4.5 / 8 + 4 * 576
-    left = whole["bytes"] - quantize.size(four, DropPlan(attn=(3,)))["bytes"]
+    left = packed["bytes"] - quantize.size(four, DropPlan(attn=(3,)))["bytes"]
     assert left == pytest.approx(one_attention, rel=2e-3)
 
 

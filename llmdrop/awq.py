@@ -41,6 +41,7 @@ def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int =
     widths = sorted({module.in_features for *_, module in found})
     if group_size < 1 or any(width % group_size for width in widths):
         raise ValueError(f"groups of {group_size} weights do not divide this model's matrices of widths {widths}")
+    from compressed_tensors.offload import remove_dispatch
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -68,6 +69,7 @@ def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int =
             num_calibration_samples=len(calibration.input_ids),
             pipeline="sequential",
         )
+    remove_dispatch(model)  # with a GPU, it leaves the weights in main memory behind hooks
     model.config._name_or_path = former
     vars(model).pop("save_pretrained", None)  # its own would look for packed weights
     for layer, name, module in found:
@@ -88,7 +90,7 @@ def awq_once(model: nn.Module, tokenizer, calibration: Calibration, group_size: 
     """`awq`, kept as a checkpoint under `build_dir()/models` and read from there the next time; `model` is used up."""
     key = [weights_digest(model), str(model.dtype), calibration.digest, group_size, version("llmcompressor")]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    folder = build_dir() / "models" / f"awq-{digest}"
+    folder, device = build_dir() / "models" / f"awq-{digest}", str(model.device)
     if not folder.exists():
         save_model(awq(model, tokenizer, calibration, group_size), tokenizer, folder)
-    return load_model(folder, str(model.dtype).removeprefix("torch."), str(model.device))[0]
+    return load_model(folder, str(model.dtype).removeprefix("torch."), device)[0]

@@ -128,13 +128,16 @@ def arithmetic(model: nn.Module, exact: bool = True) -> nn.Module:
     """exact: multiply by the rounded weights in the model's own type. Not: as bitsandbytes likes it best.
 
     That only differs on CPUs with AVX512-BF16, where bitsandbytes repacks weights at the first forward pass, rounds
-    scales to bfloat16 and multiplies in bfloat16: three times faster, but numbers depend on the machine, and the model
-    can no longer be saved (bitsandbytes 0.50.2 leaves the scales in another order). `load_model` sets exact.
+    scales to bfloat16 and multiplies in bfloat16: decoding is three times as fast, but numbers depend on the machine,
+    and there is no way back: bitsandbytes 0.50.2 would save the scales in another order, so saving raises ValueError.
+    `load_model` sets exact.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = not exact and library().functional.has_avx512bf16()
+    vars(model.hf_quantizer).pop("is_serializable", None)
     if not exact:
+        model.hf_quantizer.is_serializable = lambda: False
         model.config.arithmetic = f"bitsandbytes {version('bitsandbytes')}"  # enters the keys of the store
     elif hasattr(model.config, "arithmetic"):
         del model.config.arithmetic

@@ -146,6 +146,13 @@ def test_speed_of_versions_is_measured_in_turn_and_stored(tmp_path, monkeypatch)
     assert four_bits.time_versions(store, models, plans, **settings).equals(table)
 
 
+def test_what_bitsandbytes_would_scramble_is_not_saved(tmp_path):
+    model = quantize.quantize(small("llama"), exact=False)
+    with pytest.raises(ValueError, match="not serializable"):
+        llmdrop.save_model(model, None, tmp_path / "one")
+    llmdrop.save_model(quantize.arithmetic(model), None, tmp_path / "one")  # not run yet, so nothing is lost
+
+
 def test_refusals_leave_the_model_as_it_was(monkeypatch):
     model = small("llama")
     digest = llmdrop.weights_digest(model)

@@ -77,6 +77,10 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "a
             "machine can reach. A damaged file must be copied or downloaded again; a gated model needs its licence "
             "accepted on the hub and `hf auth login`."
         ) from error
+    if getattr(model, "is_loaded_in_4bit", False):
+        from .quantize import settle
+
+        settle(model)
     model.name_or_path = str(name)
     return (model if device == "balanced" else model.to(device)).eval(), tokenizer
 

@@ -56,6 +56,7 @@ OWN = {  # where one notebook needs another size
     "tab04_kv_cache": {"N_DROPPED": 6},
     "tab05_settings": {"LIMIT": 2},  # questions of each subject: one has no standard error
     "serving": {"N_DROPPED": {"attn": 4}},
+    "tab11_quantization": {"GROUP_SIZE": 64},
 }
 pytestmark = pytest.mark.skipif(
     not MIRROR.is_dir(), reason="no mirror of the hub's datasets: set LLMDROP_TEST_DATA to its directory"
@@ -81,7 +82,7 @@ def data(tmp_path_factory) -> Path:
 def models(tmp_path_factory, smollm2) -> Path:
     """A tiny checkpoint under the name of each of the paper's models, with a real tokenizer."""
     root, tokenizer = tmp_path_factory.mktemp("models"), smollm2[1]
-    shape = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    shape = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1)
     shape |= dict(num_hidden_layers=LAYERS, vocab_size=len(tokenizer), max_position_embeddings=8192)
     for section in ("common", *NAMES):
         values = PROFILE[section] or {}

@@ -1,0 +1,89 @@
+"""Answers are read as people read them, and whatever cannot be read is wrong, never left out."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmdrop import questions
+
+words = st.text(st.characters(blacklist_categories=("Nd", "Cs"), blacklist_characters="#-"), max_size=40)
+numbers = st.integers(-10_000, 1_000_000)
+
+
+@given(words, numbers, st.booleans())
+def test_the_number_after_the_answer_is_counts(before, value, commas):
+    written = f"{value:,}" if commas else str(value)
+    for text in (f"{before} 3 + 4 = 7. The answer is {written}.", f"{before} 12 #### {written}", f"{before} {written}"):
+        assert questions.number(text) == value and questions.right(text, value), text
+        assert not questions.right(text, value + 1)
+
+
+@given(words)
+def test_an_unparsable_answer_is_wrong(text):
+    assert questions.number(text) is None
+    assert not any(questions.right(text, value) for value in (0, 1, -1, math.nan))
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_judged(text):
+    assert questions.number(text) is None or questions.right(text, questions.number(text))
+    assert questions.follows(text) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (" 3 + 2 = 5. The answer is 5.", True),
+        ("The answer is: 18", True),
+        ("so he has 18.\n#### 18", True),
+        ("The answer is $18 apples.", True),
+        ("The answer is 5. Then he had 7.", False),
+        ("He has 5.", False),
+        ("", False),
+    ],
+)
+def test_follows_the_format(text, expected):
+    assert questions.follows(text) is expected
+
+
+def test_arithmetic_is_one_step():
+    problems = questions.arithmetic(20)
+    assert len(set(problems)) == 20 and problems == questions.arithmetic(30)[:20]
+    assert problems != questions.arithmetic(20, seed=1)
+    prompt = questions.arithmetic_prompt(problems[0][0])
+    assert prompt.endswith(f"Question: {problems[0][0]}\nAnswer:") and questions.right(prompt, 5)  # the last example's
+    with pytest.raises(ValueError, match="there are .* one-step problems"):
+        questions.arithmetic(100_000)
+
+
+def test_labels_are_shown_before_they_are_asked():
+    rounds, queries = questions.labelled("kinds", 10, 3)
+    assert len(queries) == 10 and [len(examples) for examples in rounds] == [len(questions.KINDS)] * 3
+    shown = {text for examples in rounds for text, _ in examples}
+    assert not shown & {text for text, _ in queries}
+    short, long = (questions.label_prompts(rounds, queries, shots)[0][0] for shots in (1, 3))
+    shared = short[: -len(f"text: {queries[0][0]}\nkind:")]
+    assert long.startswith(shared) and long.count("kind:") == 3 * len(questions.KINDS) + 1
+    with pytest.raises(ValueError, match="there are kinds"):
+        questions.labelled("cats", 10, 1)
+
+
+def test_retrieval_fills_the_context(smollm2):
+    _, tokenizer = smollm2
+    for n_tokens in (512, 2048):
+        prompts, targets = questions.retrieval(tokenizer, n_tokens, 8)
+        sizes = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        assert len(prompts) == 8 and n_tokens - 48 <= min(sizes) <= max(sizes) <= n_tokens
+        for prompt, target in zip(prompts, targets, strict=True):
+            fact = prompt[prompt.rindex("The secret word of") :] + target + "."
+            assert prompt.count(fact) == 1 and prompt.index(fact) < prompt.index("Question:")
+    with pytest.raises(ValueError, match="at least 20 tokens for each"):
+        questions.retrieval(tokenizer, 100, 16)
+
+
+def test_wilson():
+    assert questions.wilson(0, 10)[0] == 0 and questions.wilson(10, 10)[1] == 1
+    low, high = questions.wilson(50, 100)
+    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Wilson (1927)

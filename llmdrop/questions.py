@@ -48,22 +48,25 @@ magnet needle violin saddle turtle walnut anchor ribbon helmet cactus parrot ins
 # ---- arithmetic
 
 
-def arithmetic(n: int, seed: int = 0, data_dir: str | os.PathLike | None = None) -> list[tuple[str, float]]:
-    """(question, answer) of n one-step problems of ASDiv, in an order shuffled by seed.
+def arithmetic(
+    n: int | None, seed: int = 0, data_dir: str | os.PathLike | None = None, largest: float = 20
+) -> list[tuple[str, float]]:
+    """(question, answer) of n (None: all) easy problems of ASDiv, in an order shuffled by seed.
 
-    One step: the text holds two numbers, in digits, and the answer is their sum or difference. ValueError if there
-    are fewer than n.
+    Easy: the text holds two numbers, in digits, neither above `largest`, and the answer is their sum or difference.
+    ValueError if there are fewer than n.
     """
     found = []
     for row in read_split("EleutherAI/asdiv", None, "validation", data_dir):
         question = " ".join(f"{row['body']} {row['question']}".split())
         given = [float(value.replace(",", "")) for value in re.findall(rf"(?<![\w.-]){NUMBER}(?!\w)", question)]
         answer = number(row["answer"].split(" (")[0])
-        if len(given) == 2 and answer in (sum(given), abs(given[0] - given[1])):
+        if len(given) == 2 and max(given) <= largest and answer in (sum(given), abs(given[0] - given[1])):
             found.append((question, answer))
     found = list(dict.fromkeys(found))
+    n = len(found) if n is None else n
     if not 1 <= n <= len(found):
-        raise ValueError(f"n={n}; there are {len(found)} one-step problems in ASDiv")
+        raise ValueError(f"n={n}; there are {len(found)} such problems in ASDiv with numbers up to {largest}")
     return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:n]]
 
 

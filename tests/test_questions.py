@@ -48,13 +48,14 @@ def test_follows_the_format(text, expected):
     assert questions.follows(text) is expected
 
 
-def test_arithmetic_is_one_step():
+def test_arithmetic_is_one_easy_step():
     problems = questions.arithmetic(20)
     assert len(set(problems)) == 20 and problems == questions.arithmetic(30)[:20]
     assert problems != questions.arithmetic(20, seed=1)
+    assert 60 < len(questions.arithmetic(None)) < len(questions.arithmetic(None, largest=1000))
     prompt = questions.arithmetic_prompt(problems[0][0])
     assert prompt.endswith(f"Question: {problems[0][0]}\nAnswer:") and questions.right(prompt, 5)  # the last example's
-    with pytest.raises(ValueError, match="there are .* one-step problems"):
+    with pytest.raises(ValueError, match="there are .* such problems"):
         questions.arithmetic(100_000)
 
 

@@ -2,6 +2,8 @@
 
 import math
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,3 +90,18 @@ def test_wilson():
     assert questions.wilson(0, 10)[0] == 0 and questions.wilson(10, 10)[1] == 1
     low, high = questions.wilson(50, 100)
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Wilson (1927)
+
+
+def test_shares_and_their_figure(tmp_path):
+    rows = pd.DataFrame({"plan": ["Baseline"] * 4 + ["MLP-8"] * 4, "tokens": [512, 512, 1024, 1024] * 2})
+    rows["right"] = [1, 1, 1, 0, 0, 0, 0, 1]
+    table = questions.shares(rows, "plan", "tokens")
+    assert table["value"].tolist() == [100, 50, 0, 50] and table["n"].tolist() == [2] * 4
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    summed = questions.shares(pd.DataFrame({"plan": ["a"], "right": [12], "n": [48]}), "plan")
+    assert summed["value"].item() == 25 and summed["n_right"].item() == 12
+    fig, ax = plt.subplots()
+    questions.plot_by_length(rows, ax, 12.5, "Right (%)")
+    fig.savefig(tmp_path / "figure.png")
+    assert [line.get_label() for line in ax.lines] == ["Baseline", "MLP-8", "Guessing"]
+    plt.close("all")

@@ -226,7 +226,7 @@ def plot_by_length(rows: pd.DataFrame, ax, chance: float, ylabel: str) -> None:
     baseline and of the plans that drop most.
     """
     table = shares(rows, "plan", "tokens")
-    dropped = table["plan"].str.extract(r"-(\d+)")[0].fillna(0).astype(int)
+    dropped = table["plan"].str.extract(r"-(\d+)")[0].fillna("0").astype(int)
     for (n, plan), line in table.groupby([dropped, "plan"]):
         look, strength = style.method(plan), 1.0 if n == 0 else 0.3 + 0.7 * n / dropped.max()
         ax.plot(line["tokens"], line["value"], label=plan, alpha=strength, **look)

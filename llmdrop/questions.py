@@ -219,6 +219,26 @@ def shares(rows: pd.DataFrame, *by: str) -> pd.DataFrame:
     return table.assign(low=[100 * low for low, _ in both], high=[100 * high for _, high in both])
 
 
+def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFrame:
+    """Table 12: percent right by examples a label, their mean, and facts found; one row a plan, the last for guessing.
+
+    rows: task ("retrieval" or the name of the labels), plan, item, tokens, right, and for labels shots. chance: percent
+    by guessing, by task. Columns: method, "1: 0.3k" (examples a label: tokens) ..., avg with its error over queries,
+    found with its error over facts, in the contexts that every plan was given.
+    """
+    labels, facts = rows[rows["task"] != "retrieval"], rows[rows["task"] == "retrieval"]
+    tokens = labels.groupby("shots")["tokens"].first()
+    wide = 100 * labels.groupby(["plan", "shots"], sort=False)["right"].mean().unstack()
+    wide.columns = [f"{shots:.0f}: {n / 1000:.1f}k" for shots, n in tokens.items()]
+    each = 100 * labels.groupby(["plan", "item"], sort=False)["right"].mean().unstack("plan")  # over examples a label
+    table = wide.assign(avg=each.mean(), avg_stderr=each.sem())
+    everyone = facts.groupby("tokens")["plan"].nunique() == len(table)
+    found = 100 * facts[facts["tokens"].isin(everyone[everyone].index)].groupby("plan")["right"].agg(["mean", "sem"])
+    table["found"], table["found_stderr"] = found["mean"], found["sem"]
+    guess = dict.fromkeys([*wide, "avg"], chance[labels["task"].iloc[0]]) | {"found": chance["retrieval"]}
+    return pd.concat([table, pd.DataFrame(guess, index=["Guessing"])]).rename_axis("method").reset_index()
+
+
 def plot_by_length(rows: pd.DataFrame, ax, chance: float, ylabel: str) -> None:
     """Percent right against tokens of context, one line a plan; the more of a kind is dropped, the stronger its colour.
 

@@ -100,6 +100,11 @@ def test_shares_and_their_figure(tmp_path):
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
     summed = questions.shares(pd.DataFrame({"plan": ["a"], "right": [12], "n": [48]}), "plan")
     assert summed["value"].item() == 25 and summed["n_right"].item() == 12
+    tasks = [rows.assign(task="kinds", item=[0, 1] * 4, shots=rows["tokens"] / 512), rows.assign(task="retrieval")]
+    table = questions.context_table(pd.concat(tasks), {"kinds": 12.5, "retrieval": 6.25}).set_index("method")
+    assert table.loc["Baseline", ["1: 0.5k", "2: 1.0k", "avg", "found"]].tolist() == [100, 50, 75, 75]
+    assert table.loc["Guessing", ["1: 0.5k", "avg", "found"]].tolist() == [12.5, 12.5, 6.25]
+    assert table.loc["Baseline", "avg_stderr"] == pytest.approx(25)  # over two queries: 100 and 50
     fig, ax = plt.subplots()
     questions.plot_by_length(rows, ax, 12.5, "Right (%)")
     fig.savefig(tmp_path / "figure.png")

@@ -127,7 +127,7 @@ def follows(text: str) -> bool:
 def labelled(
     what: str, n_queries: int, shots: int, words: int = 24, seed: int = 0, data_dir: str | os.PathLike | None = None
 ) -> tuple[list[list[tuple[str, str]]], list[tuple[str, str]]]:
-    """Rounds of examples, each with one (text, label) per label in random order, and other texts to label.
+    """Rounds of examples, each with a (text, label) per label in random order (while it has more), and texts to label.
 
     what: "banking77" (PolyAI/banking77: customers' questions by intent, 77 labels; in a mirror or on the hub) or
     "kinds" (packaged text by its kind, KINDS; the first `words` words of a document). ValueError for another name.
@@ -153,7 +153,10 @@ def labelled(
     for texts in by_label.values():
         random.shuffle(texts)
     labels = sorted(by_label)
-    rounds = [[(by_label[labels[i]][k], labels[i]) for i in random.permutation(len(labels))] for k in range(shots)]
+    rounds = []
+    for k in range(shots):
+        order = [labels[i] for i in random.permutation(len(labels))]
+        rounds.append([(by_label[label][k], label) for label in order if k < len(by_label[label])])
     return rounds, [pool[i] for i in random.permutation(len(pool))[:n_queries]]
 
 

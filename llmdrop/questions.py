@@ -236,8 +236,8 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
     each = 100 * labels.groupby(["plan", "item"], sort=False)["right"].mean().unstack("plan")  # over examples a label
     table = wide.assign(avg=each.mean(), avg_stderr=each.sem())
     everyone = facts.groupby("tokens")["plan"].nunique() == len(table)
-    found = 100 * facts[facts["tokens"].isin(everyone[everyone].index)].groupby("plan")["right"].agg(["mean", "sem"])
-    table["found"], table["found_stderr"] = found["mean"], found["sem"]
+    found = shares(facts[facts["tokens"].isin(everyone[everyone].index)], "plan").set_index("plan")
+    table["found"], table["found_stderr"] = found["value"], (found["high"] - found["low"]) / 3.92  # never 0 ± 0
     guess = dict.fromkeys([*wide, "avg"], chance[labels["task"].iloc[0]]) | {"found": chance["retrieval"]}
     return pd.concat([table, pd.DataFrame(guess, index=["Guessing"])]).rename_axis("method").reset_index()
 

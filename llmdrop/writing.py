@@ -13,6 +13,7 @@ import pandas as pd
 from . import style
 from .calibration import SOURCES
 from .data import read_split
+from .questions import wilson
 
 # instruction -> check of the answer, stripped; what IFEval calls verifiable
 INSTRUCTIONS: dict[str, Callable[[str], bool]] = {
@@ -104,7 +105,7 @@ def against(rows: pd.DataFrame, base: str = "Baseline", rounds: int = 2000) -> p
     """Mean of `value` per model and measure, and its difference to the base model's, paired by item.
 
     rows: model, measure, item, value. Returns model, measure, n, value, low, high, lost, lost_low, lost_high (95 %
-    intervals of a bootstrap over items) and p: how often, were the two alike, a mean difference as large would come
+    intervals of a bootstrap over items; low and high are Wilson's where every value is 0 or 1) and p: how often, were the two alike, a mean difference as large would come
     about by chance (signs of the differences drawn anew, two-sided; NaN for the base model).
     """
     random, found = np.random.default_rng(0), []
@@ -114,6 +115,8 @@ def against(rows: pd.DataFrame, base: str = "Baseline", rounds: int = 2000) -> p
         lost = (theirs - mine).to_numpy(float)
         pick = random.integers(len(mine), size=(rounds, len(mine)))
         low, high = np.quantile(mine.to_numpy(float)[pick].mean(1), [0.025, 0.975])
+        if mine.isin([0, 1]).all():
+            low, high = wilson(mine.sum(), len(mine))  # none right of 48 is not none for sure
         lost_low, lost_high = np.quantile(lost[pick].mean(1), [0.025, 0.975])
         signs = random.choice([-1.0, 1.0], size=(rounds, len(mine)))
         as_large = (np.abs((signs * lost).mean(1)) >= abs(lost.mean()) - 1e-12).sum()
@@ -153,4 +156,4 @@ def plot_measures(table: pd.DataFrame, axes, chance: Mapping[str, float]) -> Non
             ax.errorbar(n, 100 * some["value"], error, fmt="os"[k] + "-", color=color, capsize=1.5, ms=3, label=label)
         if measure in chance:
             ax.axhline(chance[measure], color="0.5", ls=":", lw=1, label="Guessing")
-        ax.set(title=measure, ylim=(-2, 102), xlabel="Attention layers dropped")
+        ax.set(title=measure, ylim=(-2, 102), xlabel="Dropped layers", xticks=sorted(set(n.round())))

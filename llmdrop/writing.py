@@ -105,8 +105,9 @@ def against(rows: pd.DataFrame, base: str = "Baseline", rounds: int = 2000) -> p
     """Mean of `value` per model and measure, and its difference to the base model's, paired by item.
 
     rows: model, measure, item, value. Returns model, measure, n, value, low, high, lost, lost_low, lost_high (95 %
-    intervals of a bootstrap over items; low and high are Wilson's where every value is 0 or 1) and p: how often, were the two alike, a mean difference as large would come
-    about by chance (signs of the differences drawn anew, two-sided; NaN for the base model).
+    intervals of a bootstrap over items; low and high are Wilson's where every value is 0 or 1) and p: how often, were
+    the two alike, a mean difference as large would come about by chance (signs of the differences drawn anew,
+    two-sided; NaN for the base model).
     """
     random, found = np.random.default_rng(0), []
     for (measure, model), group in rows.groupby(["measure", "model"], sort=False):

@@ -1,0 +1,70 @@
+"""Last words, instructions and repetition are judged as they say, and differences are paired."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from llmdrop import writing
+
+
+def test_last_words_stand_in_the_passage():
+    prompts, targets = writing.last_words(40)
+    assert len(set(prompts)) == 40 and writing.last_words(20) == (prompts[:20], targets[:20])
+    for prompt, target in zip(prompts, targets, strict=True):
+        assert len(prompt.split()) >= 40 and not prompt.endswith(target) and target[1:] in prompt.lower()
+    with pytest.raises(ValueError, match="passages of more than 40 words"):
+        writing.last_words(10_000)
+
+
+@pytest.mark.parametrize(
+    "instruction, good, bad",
+    [
+        ("lowercase", "a plain answer, all small.", "An answer."),
+        ("capital", "BE LOUD!", "Be loud!"),
+        ("commas", "First this. Then that.", "First this, then that."),
+        ("Begin", "Certainly. Take a pan.", "Take a pan."),
+        ("one word", " Bacon.\n", "Bacon fat."),
+        ("quotation", '"Take a pan."', 'Take a "pan".'),
+        ("bullet", "Here:\n* one\n* two", "* one\n* two\n* three"),
+        ("End", "Take a pan. I hope this helps.", "I hope this helps. Bye."),
+    ],
+)
+def test_instructions_are_checked(instruction, good, bad):
+    (found,) = [text for text in writing.INSTRUCTIONS if instruction in text]
+    assert writing.obeys(good, found) and not writing.obeys(bad, found)
+    assert not writing.obeys("", found) and not writing.obeys(" ... ", found)
+
+
+def test_every_instruction_is_asked():
+    prompts, chosen = writing.instructions(16)
+    assert chosen[:8] == list(writing.INSTRUCTIONS) == chosen[8:]
+    assert all(prompt.endswith(f"? {instruction}") for prompt, instruction in zip(prompts, chosen, strict=True))
+
+
+def test_repetition():
+    assert writing.repeated("a b c d e f g") == 0 and writing.distinct("a b c") == 1
+    assert writing.repeated("a b c d " * 5) == pytest.approx(1 - 4 / 17)
+    assert writing.distinct("a a a a a") == 0.25
+    assert writing.repeated("") == 0 and np.isnan(writing.distinct("word"))
+
+
+def test_against_is_paired(tmp_path):
+    random = np.random.default_rng(0)
+    whole = random.integers(2, size=200)
+    worse, same = np.where(random.random(200) < 0.3, 0, whole), np.roll(whole, 1)
+    models = {"Baseline": whole, "Attn-8": worse, "Attn-8 refitted": same}
+    frames = [pd.DataFrame({"model": m, "measure": "x", "item": range(200), "value": v}) for m, v in models.items()]
+    table = writing.against(pd.concat(frames)).set_index("model")
+    assert table.loc["Baseline", "lost"] == 0 and np.isnan(table.loc["Baseline", "p"])
+    assert table.loc["Attn-8", "lost"] == pytest.approx((whole - worse).mean()) and table.loc["Attn-8", "p"] < 0.01
+    assert table.loc["Attn-8 refitted", "lost"] == 0 and table.loc["Attn-8 refitted", "p"] == 1
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    assert (table["lost_low"] <= table["lost"]).all() and (table["lost"] <= table["lost_high"]).all()
+    shown = writing.side_by_side(table.reset_index())
+    assert shown["x"].str.endswith("*").tolist() == [False, True, False]
+    fig, axes = plt.subplots(1, 2)
+    writing.plot_measures(table.reset_index(), axes, {"x": 50})
+    fig.savefig(tmp_path / "figure.png")
+    assert axes[0].get_title() == "x" and not axes[1].axison
+    plt.close("all")

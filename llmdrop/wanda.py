@@ -62,7 +62,8 @@ def wanda(
     if not 0 <= share < 1:
         raise ValueError(f"share={share}; give the share of the weights to zero, from 0 to below 1")
     parts, zeros, undo, streams, calls, real = anatomy(model), {}, [], [], [], []
-    names = linears(parts)
+    names, training = linears(parts), model.training
+    model.eval()
     for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
         stream, call = layer_calls(parts, **inputs)
         streams.append(stream), calls.append(call)
@@ -84,6 +85,7 @@ def wanda(
             streams = after
     finally:
         _restore(undo)
+        model.train(training)
     return zeros
 
 

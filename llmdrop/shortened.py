@@ -6,7 +6,7 @@ important blocks go, all at once, but never the first four and the last two: the
 criteria (in their paper the name is Taylor+). Their released models were then retrained with LoRA; here nothing is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -95,14 +95,14 @@ def removed(model: nn.Module, plan: DropPlan) -> int:
         return whole - sum(p.numel() for p in model.parameters())
 
 
-def joint_plan(model: nn.Module, scores, n_parameters: int) -> DropPlan:
-    """The shortest Joint Layer Drop, by `plan_drop`'s order, that removes at least n_parameters.
+def joint_plan(scores, enough: Callable[[DropPlan], bool]) -> DropPlan:
+    """The shortest Joint Layer Drop, in `drop_order`'s order, that is enough: for a budget of parameters, or a speed.
 
-    Raises ValueError where even all sublayers but one are fewer.
+    Raises ValueError where even dropping all sublayers but one is not.
     """
     order, n_layers = drop_order(scores, "joint"), len(scores.attn)
     for n in range(len(order)):
         plan = DropPlan(*([i for kind, i in order[:n] if kind == each] for each in ("attn", "mlp")), n_layers)
-        if removed(model, plan) >= n_parameters:
+        if enough(plan):
             return plan
-    raise ValueError(f"no plan of {len(order) - 1} sublayers removes {n_parameters:,} parameters")
+    raise ValueError(f"no Joint Layer Drop of up to {len(order) - 1} sublayers is enough; ask for less")

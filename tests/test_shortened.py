@@ -35,7 +35,7 @@ def test_taylor_is_the_definition(family):
             loss = torch.nn.functional.cross_entropy(logits, row[1:])
             grads = torch.autograd.grad(loss, named, allow_unused=True)
             total = [t + (0 if g is None else g) for t, g in zip(total, grads, strict=True)]
-        expected = sum(float((p * g).abs().double().sum()) for p, g in zip(named, total, strict=True))
+        expected = sum(float((p.detach() * g).abs().double().sum()) for p, g in zip(named, total, strict=True))
         assert found[i] == pytest.approx(expected, rel=1e-4)
 
 
@@ -71,9 +71,9 @@ def test_budgets_are_equal():
     assert block == sum(p.numel() for p in model.model.layers[2].parameters())
     one = removed(model, DropPlan([1]))
     for n in (1, 2, 3):
-        plan = joint_plan(model, scores, n * block)
+        plan = joint_plan(scores, lambda plan, n=n: removed(model, plan) >= n * block)
         assert n * block <= removed(model, plan) < (n + 1) * block
-    assert len(joint_plan(model, scores, 1)) == 1 and not joint_plan(model, scores, 0)
+    assert len(joint_plan(scores, bool)) == 1 and not joint_plan(scores, lambda plan: True)
     assert one < block
-    with pytest.raises(ValueError, match="no plan of 9 sublayers"):
-        joint_plan(model, scores, 10 * block)
+    with pytest.raises(ValueError, match="up to 9 sublayers is enough"):
+        joint_plan(scores, lambda plan: False)

@@ -38,6 +38,9 @@ SMALL = {
     "PPL_LEN": 48,
     "PPL_SKIP": 0,
     "N_SEEDS": 2,
+    "WANDA_SAMPLES": 1,
+    "CHOICE_SAMPLES": 1,
+    "CHOICE_LEN": 16,
     "SPEED": {"batch_size": 1, "prompt_len": 8, "new_tokens": 2, "rounds": 1},
     "KV_BATCH": 2,
     "KV_LEN": 32,
@@ -59,6 +62,7 @@ OWN = {  # where one notebook needs another size
     "tab05_settings": {"LIMIT": 2},  # questions of each subject: one has no standard error
     "serving": {"N_DROPPED": {"attn": 4}},
     "tab11_quantization": {"GROUP_SIZE": 64},
+    "tab08_shortened_llama": {"N_BLOCKS": [4]},
 }
 pytestmark = pytest.mark.skipif(
     not MIRROR.is_dir(), reason="no mirror of the hub's datasets: set LLMDROP_TEST_DATA to its directory"

@@ -5,20 +5,20 @@ import pandas as pd
 import pytest
 from tiny import random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, Store, dropped, perplexity
-from llmdrop.beyond import (
-    SCORED,
-    SEARCHED,
-    choose,
+from llmdrop import Calibration, DropPlan, Store, dropped, perplexity, plan_drop
+from llmdrop.beyond import COMPETING, SCORED, SEARCHED, WIDER, choose, measure, measure_plain, mixture
+from llmdrop.compensate import compensated, corrections, fit
+from llmdrop.leaderboard import (
+    as_fast,
+    leaderboard,
     losses,
-    measure,
-    mixture,
     paired,
     plot_choices,
-    plot_losses,
+    plot_lost,
+    seconds_saved,
     share_left,
 )
-from llmdrop.compensate import compensated, corrections, fit
+from llmdrop.selection import Choice
 
 
 def rows(values, where="text", n=1) -> pd.DataFrame:
@@ -78,6 +78,61 @@ def test_choose(tmp_path):
         choose(store, model, "best", text, search, 3)
 
 
+def test_choose_among_all_sublayers(tmp_path):
+    model, store = tiny("llama"), Store(tmp_path)
+    text, search = Calibration(random_ids(8, 24)), Calibration(random_ids(2, 12, seed=4))
+    seconds = {"attn": 1.0, "mlp": 1e-9}
+    found = {
+        how: choose(store, model, how, text, search, 2, seconds=seconds)
+        for how in [*WIDER, "consecutive blocks", *COMPETING]
+    }
+    scores = store.score(model, text, gap=True)
+    assert found["Block Drop"].plan(4) == plan_drop(scores, "block", 2)
+    assert found["MLP Drop"].plan(2) == plan_drop(scores, "mlp", 2)
+    assert found["Joint Drop"].plan(3) == plan_drop(scores, "joint", 3)
+    assert found["consecutive blocks"].plan(4) == plan_drop(scores, "consecutive", 2)
+    for how in COMPETING:
+        assert len(found[how].order) == 2 and found[how].tokens > 0
+        assert not how.endswith("per second") or not found[how].plan(2).mlp, "an MLP saves next to nothing here"
+    with pytest.raises(ValueError, match="needs seconds"):
+        choose(store, model, COMPETING[-1], text, search, 2)
+
+
+def test_measure_plain_is_measure(tmp_path, smollm2):
+    _, tokenizer = smollm2
+    model, store = tiny("llama", "sdpa"), Store(tmp_path)
+    held_out = {name: Calibration(random_ids(3, 20, seed=k)) for k, name in enumerate(("one", "two"))}
+    plans = {"whole": DropPlan(), "some": DropPlan(attn=[1, 3]), "both": DropPlan([1], [2])}
+    found = measure_plain(store, model, plans, held_out)
+    for name, plan in plans.items():
+        alone = measure(store, model, tokenizer, plan, "none", held_out["one"], held_out)
+        assert list(found[name]["where"]) == list(alone["where"])
+        np.testing.assert_allclose(found[name]["value"], alone["value"], atol=1e-5)
+
+
+def test_as_fast_saves_what_attention_layers_save():
+    model = tiny("llama")
+    speed = {"prompt_len": 64, "new_tokens": 8}
+    saved = seconds_saved(model, **speed)
+    blocks = Choice([(kind, i) for i in (3, 2, 1) for kind in ("attn", "mlp")], 0)
+    one = as_fast(model, blocks, 1, step=2, **speed)
+    assert one == DropPlan([3], [3])
+    layers = as_fast(model, Choice([("mlp", i) for i in range(5)], 0), 2, **speed)
+    assert len(layers.mlp) == int(np.ceil(2 * saved["attn"] / saved["mlp"] - 1e-6))
+    with pytest.raises(ValueError, match="save less time than 4"):
+        as_fast(model, Choice([("attn", 0)], 0), 4, **speed)
+
+
+def test_leaderboard():
+    whole, cosine, mine = (pd.concat([rows(values), rows(values, "new")]) for values in ([1, 2], [3, 5], [2, 3.5]))
+    found = {("cosine", 8): {"plain": cosine, "cost": 1.0}}
+    found["ours", 8] = {"plain": mine, "refitted": whole, "cost": 2.0}
+    table = leaderboard(found, whole, ["text", "new"]).set_index("selector")
+    assert list(table["lost"]) == [2.5, 1.25] and list(table["against"]) == [0, -1.25] and table["cost"]["ours"] == 2
+    assert np.isnan(table["refitted"]["cosine"]) and table["refitted"]["ours"] == 0
+    assert (table["lost_low"] <= table["lost"]).all() and (table["lost"] <= table["lost_high"]).all()
+
+
 def test_mixture_takes_the_sources_in_turn(smollm2):
     _, tokenizer = smollm2
     both = mixture(["xsum", "wiki"], tokenizer, 2, 16)
@@ -91,7 +146,7 @@ def test_figures_are_drawn(tmp_path):
     fig, axes = plt.subplots(1, 2)
     base = {"choice": "cosine", "n": 8, "left": 1.0, "low": 1.0, "high": 1.0, "lost": 0.4}
     better = base | {"compensation": "refit", "left": 0.5, "low": 0.4}
-    plot_losses(pd.DataFrame([base | {"compensation": "none"}, better]), axes)
+    plot_lost(pd.DataFrame([base | {"compensation": "none"}, better]), axes)
     assert len(axes[0].lines) == 2 and axes[1].get_ylabel().startswith("Share")
     fig, axes = plt.subplots(1, 2)
     base = {"n": 8, "tokens": 0.0, "lost": 0.4, "refitted": 0.2, "speedup": 1.1}

@@ -1,5 +1,6 @@
 """Measure what a selector and a compensation leave of a model, item by item, so that methods can be paired."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,6 +14,7 @@ from .evaluate import _quiet
 from .fingerprint import model_key, provenance, tokenizer_digest, version
 from .plan import DropPlan, drop_order
 from .results import Store, _name, _plan_key
+from .roofline import predict_speed
 from .selection import Choice, greedy, one_shot, taylor
 from .sweep import loglikelihoods, text_items
 from .tasks import load_tasks, task_digest
@@ -111,6 +113,51 @@ def _by_scores(store: Store, model, how: str, text: Calibration, n: int, batch_s
     kind = WIDER.get(how, "attn")
     select = plans.random(int(how.split()[1])) if how.startswith("random ") else SCORED.get(how, plans.cosine)
     return Choice([(kind, i) for i in drop_order(scores, kind, select)], cost)
+
+
+def plans_of(
+    store: Store,
+    model,
+    selectors: Sequence[str],
+    counts: Sequence[int],
+    text: Calibration,
+    search: Calibration,
+    shared: Callable[[str], dict] | None = None,
+    batch_size: int = 8,
+    **speed,
+) -> tuple[dict[tuple[str, int], DropPlan], dict[str, float]]:
+    """For every selector (see `choose`) and n: its plan, and by selector, what choosing cost in passes over `text`.
+
+    A selector of attention layers drops n of them; the others drop as much as it takes to be as fast by
+    `predict_speed` with the settings `speed`.
+    """
+    plans, tokens, whole = {}, {}, predict_speed(model, **speed).seconds
+    single = {"attn": DropPlan(attn=[0]), "mlp": DropPlan(mlp=[0])}
+    seconds = {kind: whole - predict_speed(model, plan, **speed).seconds for kind, plan in single.items()}
+    saved = {n: n * seconds["attn"] / (seconds["attn"] + seconds["mlp"]) for n in counts}  # in blocks
+    for how in selectors:
+        wider = how in WIDER or how in COMPETING
+        enough = math.ceil(max(counts) * seconds["attn"] / min(seconds.values()) - 1e-6) if wider else max(counts)
+        for n in counts:
+            length = math.ceil(saved[n] - 1e-6) if how == "consecutive blocks" else enough
+            choice = choose(store, model, how, text, search, length, shared, batch_size, seconds)
+            tokens[how] = choice.tokens / text.n_tokens
+            blocks = how in ("Block Drop", "consecutive blocks")
+            fast = as_fast(model, choice, n, 1 + blocks, **speed) if blocks or wider else None
+            plans[how, n] = fast or choice.plan(n)
+    return plans, tokens
+
+
+def as_fast(model, choice: Choice, n: int, step: int = 1, **speed) -> DropPlan:
+    """The shortest plan of `choice`, in steps of so many sublayers, that is as fast as without n attention layers.
+
+    By `predict_speed` with the settings `speed`. Raises ValueError where the choice is too short.
+    """
+    limit = predict_speed(model, DropPlan(attn=range(n)), **speed).seconds * (1 + 1e-9)
+    for k in range(step, len(choice.order) + 1, step):
+        if predict_speed(model, choice.plan(k), **speed).seconds <= limit:
+            return choice.plan(k)
+    raise ValueError(f"all {len(choice.order)} sublayers of this choice save less time than {n} attention layers")
 
 
 def measure(

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import kendalltau
 
 from .figures import _plain_log_ticks
 from .plan import DropPlan
-from .roofline import predict_speed
-from .selection import Choice
+from .selection import agreement
 
 
 def share_left(
@@ -71,19 +71,27 @@ def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFra
     return pd.DataFrame(rows)
 
 
-def leaderboard(found: Mapping[tuple[str, int], dict], whole: pd.DataFrame, where: Sequence[str]) -> pd.DataFrame:
-    """One row per (selector, n): the facts in `found`, and what was lost on the texts `where`.
+def leaderboard(
+    plans: Mapping[tuple[str, int], DropPlan],
+    passes: Mapping[str, float],
+    plain: Mapping,
+    fixed: Mapping[tuple[str, int], pd.DataFrame],
+    where: Sequence[str],
+) -> pd.DataFrame:
+    """One row per (selector, n), the keys of `plans`, which hold ("cosine", n) for every n.
 
-    found: {(selector, n): {"plain": as from `measure_plain`, "refitted": as from `measure` or None, and facts}}, with
-    ("cosine", n) for every n. Columns: selector, n, the facts, and lost, refitted (nats per token, mean over the texts)
-    and against (lost, less what "cosine" at n lost), each with _low, _high (95 %, paired bootstrap over samples) and
-    _stderr.
+    passes: what choosing cost. plain: as from `measure_plain` for the plans and "whole". fixed: what `measure` gave
+    with corrections, for some. Columns: selector, n, plan, attn, mlp, passes, overlap (share of the layers of "cosine"
+    at n), and lost, refitted (nats per token, mean over the texts `where`) and against (lost, less what "cosine" at n
+    lost), each with _low, _high (95 %, paired bootstrap over samples) and _stderr.
     """
     rows = []
-    for (how, n), each in found.items():
-        row = {"selector": how, "n": n} | {k: v for k, v in each.items() if k not in ("plain", "refitted")}
-        pairs = {"lost": (each["plain"], whole), "against": (each["plain"], found["cosine", n]["plain"])}
-        pairs |= {"refitted": (each.get("refitted"), whole)}
+    for (how, n), plan in plans.items():
+        base = plans["cosine", n]
+        row = {"selector": how, "n": n, "plan": plan.label, "attn": list(plan.attn), "mlp": list(plan.mlp)}
+        row |= {"passes": passes[how], "overlap": len(set(plan.attn) & set(base.attn)) / max(len(base), 1)}
+        pairs = {"lost": (plain[how, n], plain["whole"]), "against": (plain[how, n], plain["cosine", n])}
+        pairs |= {"refitted": (fixed.get((how, n)), plain["whole"])}
         for name, (mine, other) in pairs.items():
             value, low, high = (np.nan,) * 3 if mine is None else paired(mine, other, where)
             row |= {name: value, f"{name}_stderr": (high - low) / 3.92, f"{name}_low": low, f"{name}_high": high}
@@ -91,23 +99,26 @@ def leaderboard(found: Mapping[tuple[str, int], dict], whole: pd.DataFrame, wher
     return pd.DataFrame(rows)
 
 
-def seconds_saved(model, **speed) -> dict[str, float]:
-    """What dropping one sublayer of each kind saves by `predict_speed` with these settings: {"attn": s, "mlp": s}."""
-    whole = predict_speed(model, **speed).seconds
-    one = {"attn": DropPlan(attn=[0]), "mlp": DropPlan(mlp=[0])}
-    return {kind: whole - predict_speed(model, plan, **speed).seconds for kind, plan in one.items()}
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """`leaderboard` with one row a selector, for print: lost_<n>, against_<n>, refitted_<n>, and overlap and passes.
 
-
-def as_fast(model, choice: Choice, n: int, step: int = 1, **speed) -> DropPlan:
-    """The shortest plan of `choice`, in steps of so many sublayers, that is as fast as without n attention layers.
-
-    By `predict_speed` with the settings `speed`. Raises ValueError where the choice is too short.
+    against: "less", "more" or "same" as what cosine lost, by the paired interval. Random seeds become one row, their
+    mean with its error over seeds.
     """
-    limit = predict_speed(model, DropPlan(attn=range(n)), **speed).seconds * (1 + 1e-9)
-    for k in range(step, len(choice.order) + 1, step):
-        if predict_speed(model, choice.plan(k), **speed).seconds <= limit:
-            return choice.plan(k)
-    raise ValueError(f"all {len(choice.order)} sublayers of this choice save less time than {n} attention layers")
+    blind, parts = table["selector"].str.startswith("random "), []
+    for n, part in table.groupby("n"):
+        seeds = part[blind].mean(numeric_only=True).to_frame().T.assign(lost_stderr=part[blind]["lost"].sem())
+        seeds["selector"] = f"random, {blind[part.index].sum()} seeds"
+        part = pd.concat([part[~blind], seeds] if blind.any() else [part]).set_index("selector")
+        part["against"] = np.where(part["against_high"] < 0, "less", np.where(part["against_low"] > 0, "more", "same"))
+        kept = part[["lost", "lost_stderr", "against", "refitted", "refitted_stderr", "overlap", "passes"]]
+        parts.append(kept.rename(columns={c: f"{c.removesuffix('_stderr')}_{n}{c[len(c.removesuffix('_stderr')):]}"
+                                          for c in kept}))  # fmt: skip
+    out, first = pd.concat(parts, axis=1), min(table["n"])
+    out = out.rename(columns={f"overlap_{first}": "overlap", f"passes_{max(table['n'])}": "passes"})
+    starts = ("lost_", "against_", "refitted_")
+    columns = [column for start in starts for column in out if column.startswith(start)]
+    return out[[*columns, "overlap", "passes"]].sort_values(f"lost_{first}").reset_index()
 
 
 def plot_lost(table: pd.DataFrame, axes) -> None:
@@ -123,20 +134,90 @@ def plot_lost(table: pd.DataFrame, axes) -> None:
         ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])), ylim=(0, None))
 
 
-def plot_choices(table: pd.DataFrame, axes) -> None:
-    """Loss at the smallest n against the cost of choosing, hollow where refitted; and loss against speedup.
+def plot_leaderboard(table: pd.DataFrame, axes) -> None:
+    """One row a selector, best at the smallest n on top: nats lost at each n with 95 % intervals, and what it cost.
 
-    `table`: selector, n, tokens, lost, refitted, speedup. Selectors named "random ..." look alike.
+    `table`: from `leaderboard`, with a fact `passes`. `axes`: one for each n, and one for the cost. Filled: nothing
+    makes up for the layers; hollow: refitted. Selectors named "random <seed>" share a row.
     """
-    for k, (how, part) in enumerate(table.groupby("selector", sort=False)):
-        blind = how.startswith("random")
-        look = {"color": "#7F7F7F" if blind else f"C{k % 6}", "marker": "x" if blind else "osv^DP*<>hdp"[k % 12]}
-        look["label"] = "random" if blind else how
-        cost = part["tokens"].clip(lower=100) / 1000  # a log axis has no zero
-        axes[0].plot(cost.head(1), part["lost"].head(1), linestyle="", **look)
-        axes[0].plot(cost.head(1), part["refitted"].head(1), linestyle="", mfc="white", **look | {"label": "_"})
-        axes[1].plot(part["speedup"], part["lost"], lw=0.7, ms=3, **look)
-    lowest = table["n"].min()
-    axes[0].set(xscale="log", xlabel="Cost of choosing (thousand tokens)", ylabel=f"Lost at {lowest} layers (nats)")
-    axes[1].set(yscale="log", xlabel="Predicted speedup", ylabel="Lost (nats per token)")
-    _plain_log_ticks(axes[1].yaxis)
+    table = table.assign(row=table["selector"].str.replace(r"^random \d+$", "random", regex=True))
+    counts = sorted(set(table["n"]))
+    best = table[table["n"] == counts[0]].groupby("row")[["lost", "refitted"]].mean().min(axis=1).sort_values()
+    place = {row: k for k, row in enumerate(best.index)}
+    for ax, n in zip(axes, counts, strict=False):
+        part = table[table["n"] == n]
+        for column, look in (("lost", {"color": "#0072B2"}), ("refitted", {"color": "#D55E00", "mfc": "white"})):
+            here = part.dropna(subset=column)
+            error = [here[column] - here[f"{column}_low"], here[f"{column}_high"] - here[column]]
+            label = {"lost": "as dropped", "refitted": "refitted"}[column]
+            ax.errorbar(here[column], here["row"].map(place), xerr=error, fmt="o", ms=3.5, lw=0.9, label=label, **look)
+        ax.set(xscale="log", xlabel=f"Lost at {n} (nats)", yticks=range(len(place)), yticklabels=[])
+        _plain_log_ticks(ax.xaxis)
+    axes[0].set(yticklabels=list(place))
+    cost = table[table["n"] == counts[-1]].groupby("row")["passes"].mean().reindex(list(place))
+    axes[-1].barh(range(len(place)), cost, height=0.6, color="#7F7F7F")
+    axes[-1].set(xlabel="Cost (passes)", yticks=range(len(place)), yticklabels=[])
+    for ax in axes:
+        ax.set_ylim(len(place) - 0.5, -0.5)
+        ax.grid(axis="y", lw=0.3)
+
+
+def stability(orders: Mapping[tuple[str, str, str], list], n: int) -> pd.DataFrame:
+    """How alike a selector's orders are when one thing about its text or its numbers changes.
+
+    orders: {(selector, what changes, to what): order of all layers}. One row per (selector, what changes): overlap,
+    the mean share of the first n layers that two orders have in common, and tau, Kendall's rank correlation, each over
+    all pairs, with the lowest pair (_low), and pairs, their number.
+    """
+    groups: dict[tuple[str, str], list] = {}
+    for (how, change, _), order in orders.items():
+        groups.setdefault((how, change), []).append(list(order))
+    rows = []
+    for (how, change), found in groups.items():
+        pairs = [(a, b) for k, a in enumerate(found) for b in found[k + 1 :]]
+        shares = [agreement(pair, n) for pair in pairs]
+        taus = [float(kendalltau(range(len(a)), [b.index(item) for item in a]).statistic) for a, b in pairs]
+        row = {"selector": how, "change": change, "pairs": len(pairs)}
+        for name, values in (("overlap", shares), ("tau", taus)):
+            row |= {name: np.mean(values), f"{name}_low": min(values)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def plot_stability(table: pd.DataFrame, axes, chance: float) -> None:
+    """Overlap and rank correlation (from `stability`), one row a selector, one marker a change, a line to the lowest.
+
+    `axes`: two. chance: the overlap of random orders.
+    """
+    selectors, changes = list(dict.fromkeys(table["selector"])), list(dict.fromkeys(table["change"]))
+    for ax, name, label in zip(axes, ("overlap", "tau"), ("Overlap", "Kendall’s τ"), strict=True):
+        for k, change in enumerate(changes):
+            part = table[table["change"] == change]
+            y = part["selector"].map(selectors.index) + 0.16 * (k - (len(changes) - 1) / 2)
+            error = [part[name] - part[f"{name}_low"], 0 * part[name]]
+            ax.errorbar(part[name], y, xerr=error, fmt="osv^D"[k % 5], ms=3.5, lw=0.7, color=f"C{k}", label=change)
+        ax.set(xlabel=label, yticks=range(len(selectors)), yticklabels=[], xlim=(None, 1.02))
+        ax.set_ylim(len(selectors) - 0.5, -0.5)
+    axes[0].set_yticklabels(selectors)
+    axes[0].axvline(chance, color="black", lw=0.7, ls=":")
+
+
+def plot_pareto(table: pd.DataFrame, axes, x: Mapping[str, str], y: str = "lost") -> None:
+    """Nats lost against several costs: one line a method through its sizes, intervals, and the frontier in grey.
+
+    `table`: method, <y>, <y>_low, <y>_high and the columns that are keys of x. x: {column: label}, one Axes each;
+    columns whose name ends in "speedup" are better when larger, others when smaller.
+    """
+    methods = list(dict.fromkeys(table["method"]))
+    for ax, (column, label) in zip(axes, x.items(), strict=True):
+        rising = column.endswith("speedup")
+        front = table.dropna(subset=[column]).sort_values([column, y], ascending=[not rising, True])
+        front = front[front[y].cummin() == front[y]]
+        ax.step(front[column], front[y], where="post", color="0.75", lw=3, zorder=0)
+        for k, method in enumerate(methods):
+            part = table[table["method"] == method].sort_values(y)
+            error = [part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]
+            look = {"color": f"C{k % 6}", "marker": "osv^DP*X<>"[k % 10], "label": method}
+            ax.errorbar(part[column], part[y], yerr=error, lw=0.7, ms=3.5, **look | ({"mfc": "white"} if k > 5 else {}))
+        ax.set(xlabel=label, yscale="log")
+        _plain_log_ticks(ax.yaxis)

@@ -6,18 +6,32 @@ import pytest
 from tiny import random_ids, tiny
 
 from llmdrop import Calibration, DropPlan, Store, dropped, perplexity, plan_drop
-from llmdrop.beyond import COMPETING, SCORED, SEARCHED, WIDER, choose, measure, measure_plain, mixture
+from llmdrop.beyond import (
+    COMPETING,
+    SCORED,
+    SEARCHED,
+    WIDER,
+    as_fast,
+    choose,
+    measure,
+    measure_plain,
+    mixture,
+    plans_of,
+)
 from llmdrop.compensate import compensated, corrections, fit
 from llmdrop.leaderboard import (
-    as_fast,
     leaderboard,
     losses,
     paired,
-    plot_choices,
+    plot_leaderboard,
     plot_lost,
-    seconds_saved,
+    plot_pareto,
+    plot_stability,
     share_left,
+    stability,
+    wide,
 )
+from llmdrop.roofline import predict_speed
 from llmdrop.selection import Choice
 
 
@@ -110,27 +124,36 @@ def test_measure_plain_is_measure(tmp_path, smollm2):
         np.testing.assert_allclose(found[name]["value"], alone["value"], atol=1e-5)
 
 
-def test_as_fast_saves_what_attention_layers_save():
-    model = tiny("llama")
-    speed = {"prompt_len": 64, "new_tokens": 8}
-    saved = seconds_saved(model, **speed)
-    blocks = Choice([(kind, i) for i in (3, 2, 1) for kind in ("attn", "mlp")], 0)
-    one = as_fast(model, blocks, 1, step=2, **speed)
-    assert one == DropPlan([3], [3])
-    layers = as_fast(model, Choice([("mlp", i) for i in range(5)], 0), 2, **speed)
-    assert len(layers.mlp) == int(np.ceil(2 * saved["attn"] / saved["mlp"] - 1e-6))
+def test_plans_are_as_fast_as_without_attention_layers(tmp_path):
+    model, store = tiny("llama"), Store(tmp_path)
+    text, search = Calibration(random_ids(8, 24)), Calibration(random_ids(2, 12, seed=4))
+    speed, selectors = {"prompt_len": 64, "new_tokens": 8}, ["cosine", "KL greedy", *WIDER, "consecutive blocks"]
+    plans, passes = plans_of(store, model, [*selectors, COMPETING[0]], [1, 2], text, search, **speed)
+    for (how, n), plan in plans.items():
+        limit = predict_speed(model, DropPlan(attn=range(n)), **speed).seconds
+        assert predict_speed(model, plan, **speed).seconds <= limit * (1 + 1e-9), (how, n)
+        if how in ("cosine", "KL greedy"):
+            assert len(plan.attn) == n and not plan.mlp
+    assert passes["cosine"] == 1 and passes["KL greedy"] > 0
+    assert plans["Block Drop", 2].blocks == plans["Block Drop", 2].attn
     with pytest.raises(ValueError, match="save less time than 4"):
         as_fast(model, Choice([("attn", 0)], 0), 4, **speed)
 
 
 def test_leaderboard():
     whole, cosine, mine = (pd.concat([rows(values), rows(values, "new")]) for values in ([1, 2], [3, 5], [2, 3.5]))
-    found = {("cosine", 8): {"plain": cosine, "cost": 1.0}}
-    found["ours", 8] = {"plain": mine, "refitted": whole, "cost": 2.0}
-    table = leaderboard(found, whole, ["text", "new"]).set_index("selector")
-    assert list(table["lost"]) == [2.5, 1.25] and list(table["against"]) == [0, -1.25] and table["cost"]["ours"] == 2
-    assert np.isnan(table["refitted"]["cosine"]) and table["refitted"]["ours"] == 0
-    assert (table["lost_low"] <= table["lost"]).all() and (table["lost"] <= table["lost_high"]).all()
+    names = ("cosine", "ours", "random 0", "random 1")
+    plans, plain = {(how, 8): DropPlan(attn=range(8)) for how in names}, {"whole": whole, ("ours", 8): mine}
+    plain = {(how, 8): cosine for how in names} | plain
+    table = leaderboard(plans, dict.fromkeys(names, 1.0), plain, {("ours", 8): whole}, ["text", "new"])
+    each = table.set_index("selector")
+    assert list(each["lost"][:2]) == [2.5, 1.25] and list(each["against"][:2]) == [0, -1.25]
+    assert np.isnan(each["refitted"]["cosine"]) and each["refitted"]["ours"] == 0 and each["overlap"]["ours"] == 1
+    assert (each["lost_low"] <= each["lost"]).all() and (each["lost"] <= each["lost_high"]).all()
+    board = wide(table).set_index("selector")
+    assert list(board.index) == ["ours", "cosine", "random, 2 seeds"]
+    assert list(board["against_8"][:2]) == ["less", "same"]
+    assert board["lost_8"]["random, 2 seeds"] == 2.5 and board["lost_8_stderr"]["random, 2 seeds"] == 0
 
 
 def test_mixture_takes_the_sources_in_turn(smollm2):
@@ -148,9 +171,30 @@ def test_figures_are_drawn(tmp_path):
     better = base | {"compensation": "refit", "left": 0.5, "low": 0.4}
     plot_lost(pd.DataFrame([base | {"compensation": "none"}, better]), axes)
     assert len(axes[0].lines) == 2 and axes[1].get_ylabel().startswith("Share")
-    fig, axes = plt.subplots(1, 2)
-    base = {"n": 8, "tokens": 0.0, "lost": 0.4, "refitted": 0.2, "speedup": 1.1}
-    plot_choices(pd.DataFrame([base | {"selector": how} for how in ("random 0", "random 1", "cosine")]), axes)
+    fig, axes = plt.subplots(1, 3)
+    columns = [f"{name}{end}" for name in ("lost", "refitted") for end in ("", "_low", "_high")]
+    base = {"n": 8, "passes": 1.0} | dict.fromkeys(columns, 0.4)
+    names = ("random 0", "random 1", "cosine")
+    plot_leaderboard(pd.DataFrame([base | {"selector": how, "n": n} for how in names for n in (8, 16)]), axes)
     fig.savefig(tmp_path / "figure.png")
-    assert len(axes[0].lines) == 6
+    assert [tick.get_text() for tick in axes[0].get_yticklabels()] == ["cosine", "random"]
+    fig, axes = plt.subplots(1, 2)
+    plot_pareto(pd.DataFrame([base | {"method": how, "speedup": 1.1, "bytes": 3} for how in names]), axes,
+                {"speedup": "Speedup", "bytes": "Bytes"})  # fmt: skip
+    fig.savefig(tmp_path / "figure.png")
+    assert len(axes[0].containers) == 3
+    plt.close("all")
+
+
+def test_stability(tmp_path):
+    import matplotlib.pyplot as plt
+
+    orders = {("cosine", "seed", k): order for k, order in enumerate(([0, 1, 2, 3], [1, 0, 2, 3], [0, 1, 2, 3]))}
+    orders |= {("last first", "seed", k): [3, 2, 1, 0] for k in range(2)}
+    table = stability(orders, 1).set_index("selector")
+    assert table["pairs"]["cosine"] == 3 and table["overlap"]["cosine"] == pytest.approx(1 / 3)
+    assert table["tau_low"]["cosine"] == pytest.approx(2 / 3) and table["tau"]["last first"] == 1
+    fig, axes = plt.subplots(1, 2)
+    plot_stability(table.reset_index(), axes, 0.25)
+    fig.savefig(tmp_path / "figure.png")
     plt.close("all")

@@ -168,7 +168,8 @@ def plot_lost(table: pd.DataFrame, axes) -> None:
         axes[1].errorbar(part["n"] + 0.25 * (k - (len(groups) - 1) / 2), part["left"], error, linestyle="", **look)
     axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
     for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
-        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])), ylim=(0, None))
+        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])))
+        ax.set_ylim(0, 1.02 * ax.get_ylim()[1])
 
 
 def plot_leaderboard(table: pd.DataFrame, axes) -> None:

@@ -103,14 +103,14 @@ def leaderboard(
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`leaderboard` with one row a selector, for print: lost_<n>, against_<n>, refitted_<n>, and overlap and passes.
+    """`leaderboard` for print, one row a selector, best first: lost_<n>, against_<n>, refitted_<n>, overlap, passes.
 
     against: "less", "more" or "same" as what cosine lost, by the paired interval. Random seeds become one row, their
     mean with its error over seeds.
     """
     blind, parts = table["selector"].str.startswith("random "), []
     for n, part in table.groupby("n"):
-        seeds = part[blind].mean(numeric_only=True).to_frame().T.assign(lost_stderr=part[blind]["lost"].sem())
+        seeds = part[blind].mean(numeric_only=True).dropna().to_frame().T.assign(lost_stderr=part[blind]["lost"].sem())
         seeds["selector"] = f"random, {blind[part.index].sum()} seeds"
         part = pd.concat([part[~blind], seeds] if blind.any() else [part]).set_index("selector")
         part["against"] = np.where(part["against_high"] < 0, "less", np.where(part["against_low"] > 0, "more", "same"))
@@ -121,7 +121,8 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     out = out.rename(columns={f"overlap_{first}": "overlap", f"passes_{max(table['n'])}": "passes"})
     starts = ("lost_", "against_", "refitted_")
     columns = [column for start in starts for column in out if column.startswith(start)]
-    return out[[*columns, "overlap", "passes"]].sort_values(f"lost_{first}").reset_index()
+    best = out[[f"lost_{first}", f"refitted_{first}"]].astype(float).min(axis=1).sort_values().index
+    return out.loc[best, [*columns, "overlap", "passes"]].reset_index()
 
 
 def frontier(

@@ -1,9 +1,9 @@
 """Measure what a selector and a compensation leave of a model, item by item, so that methods can be paired."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -11,23 +11,24 @@ from . import plan as plans
 from .calibration import Calibration, load_calibration
 from .compensate import FILLS, combined, compensated, corrections, fit
 from .evaluate import _quiet
-from .figures import _plain_log_ticks
 from .fingerprint import model_key, provenance, tokenizer_digest, version
 from .plan import DropPlan, drop_order
 from .results import Store, _name, _plan_key
 from .roofline import predict_speed
-from .selection import Choice, agreement, greedy, one_shot, taylor
+from .selection import Choice, greedy, one_shot, taylor
 from .sweep import loglikelihoods, text_items
 from .tasks import load_tasks, task_digest
 
-SCORED = {  # selectors that need one scoring pass and no more
+SCORED = {  # selectors of attention layers that need one scoring pass and no more
     "cosine": plans.cosine,
     "cosine without residual": plans.cosine,
     "relative magnitude": plans.relative_magnitude,
     "last first": plans.reverse_order,
 }
-WIDTH, EVERY = 4, 4  # a search tries four layers a step, and takes the loss at every fourth token
+WIDER = {"Block Drop": "block", "MLP Drop": "mlp", "Joint Drop": "joint"}  # cosine, among other sublayers
 SEARCHED = ("perplexity one-shot", "KL one-shot", "perplexity greedy", "KL greedy", "Taylor", "compensated KL greedy")
+COMPETING = ("perplexity greedy, all", "KL greedy, per second", "compensated KL greedy, per second")  # both kinds
+WIDTH, EVERY = 4, 4  # a search tries four layers a step, and takes the loss at every fourth token
 
 
 def mixture(
@@ -54,41 +55,109 @@ def choose(
     n: int,
     shared: Callable[[str], dict] | None = None,
     batch_size: int = 8,
+    seconds: Mapping[str, float] | None = None,
 ) -> Choice:
-    """The first n attention layers to drop by the selector `how`, stored; `tokens` of it is what choosing cost.
+    """The first n sublayers to drop by the selector `how`, stored; `tokens` of it is what choosing cost.
 
-    how: a key of SCORED, "random <seed>", or one of SEARCHED. text: for scoring passes and corrections. search: the
-    (shorter) text on which dropped models are run. shared("refit"): gives `corrections(model, text)`, where they serve
-    several measurements. Raises ValueError for another name.
+    how: a key of SCORED, "random <seed>" or one of SEARCHED for attention layers; a key of WIDER, "consecutive blocks"
+    (n blocks, the run whose input and output are most alike) or one of COMPETING for others. text: for scoring passes
+    and corrections. search: the (shorter) text on which dropped models are run. shared("refit"): gives
+    `corrections(model, text)`, where they serve several measurements. seconds: what a sublayer of each kind takes,
+    {"attn": ..., "mlp": ...}, for a choice "per second". Raises ValueError for another name, or without seconds.
     """
-    if how in SCORED or how.startswith("random "):
-        settings = {"with_residual": False} if how == "cosine without residual" else {}
-        scores = store.score(model, text, batch_size, **settings)
-        select = SCORED[how] if how in SCORED else plans.random(int(how.split()[1]))
-        needed = 0.0 if how == "last first" or how.startswith("random ") else float(text.n_tokens)
-        return Choice([("attn", i) for i in drop_order(scores, "attn", select)], needed)
-    if how not in SEARCHED:
-        raise ValueError(f"selector {how!r} is not one of {', '.join([*SCORED, *SEARCHED])}, or 'random <seed>'")
+    known = [*SCORED, *WIDER, "consecutive blocks", *SEARCHED, *COMPETING]
+    if how not in known and not how.startswith("random "):
+        raise ValueError(f"selector {how!r} is not one of {'; '.join(known)}; or 'random <seed>'")
+    if how.endswith("per second") and seconds is None:
+        raise ValueError(f"selector {how!r} needs seconds={{'attn': ..., 'mlp': ...}}, what dropping each kind saves")
+    if how not in SEARCHED + COMPETING:
+        return _by_scores(store, model, how, text, n, batch_size)
+    kinds, compensates = ("attn",) if how in SEARCHED else ("attn", "mlp"), how.startswith("compensated")
 
     def compute() -> dict:
-        loss = "kl" if "KL" in how else "perplexity"
+        loss, target = "kl" if "KL" in how else "perplexity", "joint" if how in COMPETING else "attn"
         if how == "Taylor":
             found = taylor(model, search)
         elif how.endswith("one-shot"):
             found = one_shot(model, search, "attn", loss, EVERY, batch_size)
         else:
             extra = {}
-            if how.startswith("compensated"):
-                extra = shared("refit") if shared else corrections(model, text, batch_size=batch_size)
-            found = greedy(model, search, "attn", n, loss, extra, None, WIDTH, EVERY, batch_size)
+            if compensates:
+                alone = shared is not None and how in SEARCHED
+                extra = shared("refit") if alone else corrections(model, text, kinds, batch_size=batch_size)
+            paid = seconds if how.endswith("per second") else None
+            found = greedy(model, search, target, n, loss, extra, paid, WIDTH, EVERY, batch_size)
             found.tokens += text.n_tokens if extra else 0
         return {"order": found.order, "tokens": found.tokens, "losses": found.losses}
 
     modules = ("selection", "compensate", "sweep", "hooks", "prune", "anatomy")
     key = model_key(model, batch_size, *modules) | {"how": how, "n": n}
-    key |= {"text": text.digest if how.startswith("compensated") else None, "search": search.digest}
+    key |= {"text": text.digest if compensates else None, "search": search.digest}
+    key |= {"seconds": dict(seconds)} if how.endswith("per second") else {}
     value = store.get("selector", key, compute, f"{_name(model)}-{how}", lambda: provenance(model, search))
     return Choice([tuple(item) for item in value["order"]], value["tokens"], value["losses"])
+
+
+def _by_scores(store: Store, model, how: str, text: Calibration, n: int, batch_size: int) -> Choice:
+    """A choice that follows from one scoring pass, or from none."""
+    settings = {"with_residual": False} if how == "cosine without residual" else {}
+    settings |= {"gap": True} if how == "consecutive blocks" else {}
+    scores, cost = store.score(model, text, batch_size, **settings), float(text.n_tokens)
+    if how == "last first" or how.startswith("random "):
+        cost = 0.0
+    if how == "Joint Drop":
+        return Choice(drop_order(scores, "joint"), cost)
+    if how == "Block Drop" or how == "consecutive blocks":
+        blocks = drop_order(scores, "block") if how == "Block Drop" else plans.plan_drop(scores, "consecutive", n).attn
+        return Choice([(kind, i) for i in blocks for kind in ("attn", "mlp")], cost)
+    kind = WIDER.get(how, "attn")
+    select = plans.random(int(how.split()[1])) if how.startswith("random ") else SCORED.get(how, plans.cosine)
+    return Choice([(kind, i) for i in drop_order(scores, kind, select)], cost)
+
+
+def plans_of(
+    store: Store,
+    model,
+    selectors: Sequence[str],
+    counts: Sequence[int],
+    text: Calibration,
+    search: Calibration,
+    shared: Callable[[str], dict] | None = None,
+    batch_size: int = 8,
+    **speed,
+) -> tuple[dict[tuple[str, int], DropPlan], dict[str, float]]:
+    """For every selector (see `choose`) and n: its plan, and by selector, what choosing cost in passes over `text`.
+
+    A selector of attention layers drops n of them; the others drop as much as it takes to be as fast by
+    `predict_speed` with the settings `speed`.
+    """
+    plans, tokens, whole = {}, {}, predict_speed(model, **speed).seconds
+    single = {"attn": DropPlan(attn=[0]), "mlp": DropPlan(mlp=[0])}
+    seconds = {kind: whole - predict_speed(model, plan, **speed).seconds for kind, plan in single.items()}
+    saved = {n: n * seconds["attn"] / (seconds["attn"] + seconds["mlp"]) for n in counts}  # in blocks
+    for how in selectors:
+        wider = how in WIDER or how in COMPETING
+        enough = math.ceil(max(counts) * seconds["attn"] / min(seconds.values()) - 1e-6) if wider else max(counts)
+        for n in counts:
+            length = math.ceil(saved[n] - 1e-6) if how == "consecutive blocks" else enough
+            choice = choose(store, model, how, text, search, length, shared, batch_size, seconds)
+            tokens[how] = choice.tokens / text.n_tokens
+            blocks = how in ("Block Drop", "consecutive blocks")
+            fast = as_fast(model, choice, n, 1 + blocks, **speed) if blocks or wider else None
+            plans[how, n] = fast or choice.plan(n)
+    return plans, tokens
+
+
+def as_fast(model, choice: Choice, n: int, step: int = 1, **speed) -> DropPlan:
+    """The shortest plan of `choice`, in steps of so many sublayers, that is as fast as without n attention layers.
+
+    By `predict_speed` with the settings `speed`. Raises ValueError where the choice is too short.
+    """
+    limit = predict_speed(model, DropPlan(attn=range(n)), **speed).seconds * (1 + 1e-9)
+    for k in range(step, len(choice.order) + 1, step):
+        if predict_speed(model, choice.plan(k), **speed).seconds <= limit:
+            return choice.plan(k)
+    raise ValueError(f"all {len(choice.order)} sublayers of this choice save less time than {n} attention layers")
 
 
 def measure(
@@ -118,7 +187,7 @@ def measure(
         alone = shared is not None and method in ("refit", *FILLS) and not plan.mlp
         changes = combined(shared(method), plan) if alone else fit(model, plan, fitted, method, batch_size)
         with compensated(model, plan, changes):
-            rows = [row for name, text in texts.items() for row in _text_rows(model, name, text)]
+            rows = text_rows(model, [DropPlan()], texts)[0]
             for name in tasks:
                 rows += _task_rows(model, tokenizer, name, limit, data_dir, batch_size)
         return rows
@@ -132,13 +201,34 @@ def measure(
     return pd.DataFrame(store.get("compensated", key, compute, slug, lambda: provenance(model, fitted)))
 
 
-def _text_rows(model, name: str, text: Calibration) -> list[dict]:
-    items = text_items(text)
-    sums, _ = loglikelihoods(model, [DropPlan()], items, progress=False)
-    return [
-        {"where": name, "item": k, "value": -total / item.n_scored, "n": item.n_scored}
-        for k, (item, total) in enumerate(zip(items, sums[0], strict=True))
-    ]
+def measure_plain(
+    store: Store, model, plans: Mapping[str, DropPlan], texts: Mapping[str, Calibration]
+) -> dict[str, pd.DataFrame]:
+    """What `measure` gives for each plan by method "none", on texts alone: one sweep shares what the plans share."""
+    names = list(plans)
+    key = model_key(model, 0, "beyond", "sweep", "prune", "anatomy")
+    key |= {"texts": {name: text.digest for name, text in texts.items()}}
+    values = store.get_many(
+        "plain",
+        [(key | _plan_key(plan), f"{_name(model)}-{plan.label}") for plan in plans.values()],
+        lambda missing: text_rows(model, [plans[names[k]] for k in missing], texts),
+        lambda: provenance(model),
+    )
+    return {name: pd.DataFrame(rows) for name, rows in zip(names, values, strict=True)}
+
+
+def text_rows(model, plans: Sequence[DropPlan], texts: Mapping[str, Calibration]) -> list[list[dict]]:
+    """For each plan, the rows of `measure` for every sample of the texts."""
+    rows: list[list[dict]] = [[] for _ in plans]
+    for name, text in texts.items():
+        items = text_items(text)
+        sums, _ = loglikelihoods(model, plans, items, progress=False)
+        for mine, totals in zip(rows, sums, strict=True):
+            mine += [
+                {"where": name, "item": k, "value": -float(total) / item.n_scored, "n": item.n_scored}
+                for k, (item, total) in enumerate(zip(items, totals, strict=True))
+            ]
+    return rows
 
 
 def _task_rows(model, tokenizer, name: str, limit, data_dir, batch_size: int) -> list[dict]:
@@ -156,107 +246,3 @@ def _task_rows(model, tokenizer, name: str, limit, data_dir, batch_size: int) ->
             right = sample.get("acc_norm", sample.get("acc"))
             rows.append({"where": name, "item": len(rows), "value": float(right), "n": 1})
     return rows
-
-
-def share_left(
-    rows: pd.DataFrame, whole: pd.DataFrame, paper: pd.DataFrame, where: Sequence[str], rounds: int = 2000
-) -> tuple[float, float, float]:
-    """What is left of a loss: (loss - whole's) / (paper's - whole's), with a 95 % interval from a paired bootstrap.
-
-    rows, whole, paper: as from `measure`. The value is the mean over the texts and tasks named by `where`; samples of
-    every text are drawn with replacement, the same for all three. 1: nothing gained; 0: as good as the whole model.
-    """
-    random, shares = np.random.default_rng(0), []
-    for name in where:
-        mine, base, other = (frame[frame["where"] == name].sort_values("item") for frame in (rows, whole, paper))
-        weight = np.asarray(base["n"], dtype=float)
-        pick = np.vstack([np.arange(len(base)), random.integers(len(base), size=(rounds, len(base)))])
-        lost, most = ((np.asarray(f["value"]) - np.asarray(base["value"])) * weight for f in (mine, other))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares.append(lost[pick].sum(1) / most[pick].sum(1))
-    mean = np.mean(shares, axis=0)
-    low, high = np.nanquantile(mean[1:], [0.025, 0.975])
-    return float(mean[0]), float(low), float(high)
-
-
-def paired(rows: pd.DataFrame, other: pd.DataFrame, where: str, rounds: int = 2000) -> tuple[float, float, float]:
-    """Mean of rows' values less other's over the items of one text or task, and a 95 % interval, paired bootstrap."""
-    mine, theirs = (frame[frame["where"] == where].sort_values("item") for frame in (rows, other))
-    difference = np.asarray(mine["value"]) - np.asarray(theirs["value"])
-    pick = np.random.default_rng(0).integers(len(difference), size=(rounds, len(difference)))
-    low, high = np.quantile(difference[pick].mean(1), [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
-
-
-def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFrame, texts, tasks) -> pd.DataFrame:
-    """One row per (choice, compensation, n): what `measure` gave, against the whole model and the paper's method.
-
-    found needs ("cosine", "none", n) for every n. Columns: left, low, high (`share_left` on the texts), lost (mean over
-    the texts, nats per token), lost_<text>, and gain_<task> with gain_<task>_stderr (points of accuracy over the
-    paper's method, paired).
-    """
-    rows = []
-    for (how, method, n), each in found.items():
-        paper = found["cosine", "none", n]
-        row = {"choice": how, "compensation": method, "n": n}
-        row["left"], row["low"], row["high"] = share_left(each, whole, paper, list(texts))
-        row |= {f"lost_{name}": paired(each, whole, name)[0] for name in texts}
-        row["lost"] = np.mean([row[f"lost_{name}"] for name in texts])
-        for task in tasks:
-            gain, low, high = paired(each, paper, task)
-            row[f"gain_{task}"], row[f"gain_{task}_stderr"] = 100 * gain, 100 * (high - low) / 3.92
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def leaderboard(model, choices: Mapping[str, Choice], counts, plain, fixed: Mapping) -> pd.DataFrame:
-    """One row per selector and number of layers: selector, n, tokens, lost, lost_stderr, refitted, speedup, overlap.
-
-    plain: log-perplexities of one text each, indexed by "Baseline" and "<selector>|<n>". fixed: {(selector, n): what
-    `measure` gave, refitted}. lost, refitted: nats per token, mean over the texts; speedup: by `predict_speed`, with
-    2,048 tokens of prompt and 256 new ones; overlap: share of the first n layers in common with "cosine".
-    """
-    lost = pd.concat([each - each["Baseline"] for each in plain], axis=1)
-    whole, rows = np.mean([each["Baseline"] for each in plain]), []
-    base = predict_speed(model, prompt_len=2048, new_tokens=256).seconds
-    for how, choice in choices.items():
-        for n in counts:
-            row = {"selector": how, "n": n, "tokens": choice.tokens, "lost": lost.loc[f"{how}|{n}"].mean()}
-            row["lost_stderr"] = lost.loc[f"{how}|{n}"].sem()
-            after = fixed[how, n].groupby("where")["value"].mean().mean() if (how, n) in fixed else np.nan
-            row["refitted"] = after - whole
-            row["speedup"] = base / predict_speed(model, choice.plan(n), 1, 2048, 256).seconds
-            rows.append(row | {"overlap": agreement([choice.order, choices["cosine"].order], n)})
-    return pd.DataFrame(rows)
-
-
-def plot_losses(table: pd.DataFrame, axes) -> None:
-    """Nats lost, and the share left of the paper's loss with its interval, against layers dropped; from `losses`."""
-    groups = list(table.groupby(["choice", "compensation"], sort=False))
-    for k, ((how, method), part) in enumerate(groups):
-        look = {"label": f"{how}: {method}", "color": f"C{k}", "marker": "osv^DPX*"[k % 8]}
-        axes[0].plot(part["n"], part["lost"], **look)
-        error = [part["left"] - part["low"], part["high"] - part["left"]]
-        axes[1].errorbar(part["n"] + 0.25 * (k - (len(groups) - 1) / 2), part["left"], error, linestyle="", **look)
-    axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
-    for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
-        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])), ylim=(0, None))
-
-
-def plot_choices(table: pd.DataFrame, axes) -> None:
-    """Loss at the smallest n against the cost of choosing, hollow where refitted; and loss against speedup.
-
-    `table`: selector, n, tokens, lost, refitted, speedup. Selectors named "random ..." look alike.
-    """
-    for k, (how, part) in enumerate(table.groupby("selector", sort=False)):
-        blind = how.startswith("random")
-        look = {"color": "#7F7F7F" if blind else f"C{k % 6}", "marker": "x" if blind else "osv^DP*<>hdp"[k % 12]}
-        look["label"] = "random" if blind else how
-        cost = part["tokens"].clip(lower=100) / 1000  # a log axis has no zero
-        axes[0].plot(cost.head(1), part["lost"].head(1), linestyle="", **look)
-        axes[0].plot(cost.head(1), part["refitted"].head(1), linestyle="", mfc="white", **look | {"label": "_"})
-        axes[1].plot(part["speedup"], part["lost"], lw=0.7, ms=3, **look)
-    lowest = table["n"].min()
-    axes[0].set(xscale="log", xlabel="Cost of choosing (thousand tokens)", ylabel=f"Lost at {lowest} layers (nats)")
-    axes[1].set(yscale="log", xlabel="Predicted speedup", ylabel="Lost (nats per token)")
-    _plain_log_ticks(axes[1].yaxis)

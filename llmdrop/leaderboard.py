@@ -1,0 +1,262 @@
+"""What the measurements of `beyond` say: shares and differences with intervals, leaderboards, and their figures."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+
+from .figures import _plain_log_ticks
+from .geometry import kv_cache_bytes
+from .plan import DropPlan
+from .prune import dropped
+from .roofline import predict_speed
+from .selection import agreement
+
+
+def share_left(
+    rows: pd.DataFrame, whole: pd.DataFrame, paper: pd.DataFrame, where: Sequence[str], rounds: int = 2000
+) -> tuple[float, float, float]:
+    """What is left of a loss: (loss - whole's) / (paper's - whole's), with a 95 % interval from a paired bootstrap.
+
+    rows, whole, paper: as from `measure`. The value is the mean over the texts and tasks named by `where`; samples of
+    every text are drawn with replacement, the same for all three. 1: nothing gained; 0: as good as the whole model.
+    """
+    random, shares = np.random.default_rng(0), []
+    for name in where:
+        mine, base, other = (frame[frame["where"] == name].sort_values("item") for frame in (rows, whole, paper))
+        weight = np.asarray(base["n"], dtype=float)
+        pick = np.vstack([np.arange(len(base)), random.integers(len(base), size=(rounds, len(base)))])
+        lost, most = ((np.asarray(f["value"]) - np.asarray(base["value"])) * weight for f in (mine, other))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares.append(lost[pick].sum(1) / most[pick].sum(1))
+    mean = np.mean(shares, axis=0)
+    low, high = np.nanquantile(mean[1:], [0.025, 0.975])
+    return float(mean[0]), float(low), float(high)
+
+
+def paired(
+    rows: pd.DataFrame, other: pd.DataFrame, where: str | Sequence[str], rounds: int = 2000
+) -> tuple[float, float, float]:
+    """Mean of rows' values less other's over the items, and a 95 % interval from a paired bootstrap.
+
+    where: a text or task, or several: then the mean of their means, the items of each drawn on their own.
+    """
+    random, means = np.random.default_rng(0), []
+    for name in [where] if isinstance(where, str) else where:
+        mine, theirs = (frame[frame["where"] == name].sort_values("item") for frame in (rows, other))
+        difference = np.asarray(mine["value"]) - np.asarray(theirs["value"])
+        pick = np.vstack([np.arange(len(difference)), random.integers(len(difference), size=(rounds, len(difference)))])
+        means.append(difference[pick].mean(1))
+    mean = np.mean(means, axis=0)
+    low, high = np.quantile(mean[1:], [0.025, 0.975])
+    return float(mean[0]), float(low), float(high)
+
+
+def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFrame, texts, tasks) -> pd.DataFrame:
+    """One row per (choice, compensation, n): what `measure` gave, against the whole model and the paper's method.
+
+    found needs ("cosine", "none", n) for every n. Columns: left, low, high (`share_left` on the texts), lost (mean over
+    the texts, nats per token), lost_<text>, and gain_<task> with gain_<task>_stderr (points of accuracy over the
+    paper's method, paired).
+    """
+    rows = []
+    for (how, method, n), each in found.items():
+        paper = found["cosine", "none", n]
+        row = {"choice": how, "compensation": method, "n": n}
+        row["left"], row["low"], row["high"] = share_left(each, whole, paper, list(texts))
+        row |= {f"lost_{name}": paired(each, whole, name)[0] for name in texts}
+        row["lost"] = np.mean([row[f"lost_{name}"] for name in texts])
+        for task in tasks:
+            gain, low, high = paired(each, paper, task)
+            row[f"gain_{task}"], row[f"gain_{task}_stderr"] = 100 * gain, 100 * (high - low) / 3.92
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def leaderboard(
+    plans: Mapping[tuple[str, int], DropPlan],
+    passes: Mapping[str, float],
+    plain: Mapping,
+    fixed: Mapping[tuple[str, int], pd.DataFrame],
+    where: Sequence[str],
+) -> pd.DataFrame:
+    """One row per (selector, n), the keys of `plans`, which hold ("cosine", n) for every n.
+
+    passes: what choosing cost. plain: as from `measure_plain` for the plans and "whole". fixed: what `measure` gave
+    with corrections, for some. Columns: selector, n, plan, attn, mlp, passes, overlap (share of the layers of "cosine"
+    at n), and lost, refitted (nats per token, mean over the texts `where`) and against (lost, less what "cosine" at n
+    lost), each with _low, _high (95 %, paired bootstrap over samples) and _stderr.
+    """
+    rows = []
+    for (how, n), plan in plans.items():
+        base = plans["cosine", n]
+        row = {"selector": how, "n": n, "plan": plan.label, "attn": list(plan.attn), "mlp": list(plan.mlp)}
+        row |= {"passes": passes[how], "overlap": len(set(plan.attn) & set(base.attn)) / max(len(base), 1)}
+        pairs = {"lost": (plain[how, n], plain["whole"]), "against": (plain[how, n], plain["cosine", n])}
+        pairs |= {"refitted": (fixed.get((how, n)), plain["whole"])}
+        for name, (mine, other) in pairs.items():
+            value, low, high = (np.nan,) * 3 if mine is None else paired(mine, other, where)
+            row |= {name: value, f"{name}_stderr": (high - low) / 3.92, f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """`leaderboard` for print, one row a selector, best first: lost_<n>, against_<n>, refitted_<n>, overlap, passes.
+
+    against: "less", "more" or "same" as what cosine lost, by the paired interval. Random seeds become one row, their
+    mean with its error over seeds.
+    """
+    blind, parts = table["selector"].str.startswith("random "), []
+    for n, part in table.groupby("n"):
+        seeds = part[blind].mean(numeric_only=True).dropna().to_frame().T.assign(lost_stderr=part[blind]["lost"].sem())
+        seeds["selector"] = f"random, {blind[part.index].sum()} seeds"
+        part = pd.concat([part[~blind], seeds] if blind.any() else [part]).set_index("selector")
+        part["against"] = np.where(part["against_high"] < 0, "less", np.where(part["against_low"] > 0, "more", "same"))
+        kept = part[["lost", "lost_stderr", "against", "refitted", "refitted_stderr", "overlap", "passes"]]
+        parts.append(kept.rename(columns={c: f"{c.removesuffix('_stderr')}_{n}{c[len(c.removesuffix('_stderr')):]}"
+                                          for c in kept}))  # fmt: skip
+    out, first = pd.concat(parts, axis=1), min(table["n"])
+    out = out.rename(columns={f"overlap_{first}": "overlap", f"passes_{max(table['n'])}": "passes"})
+    starts = ("lost_", "against_", "refitted_")
+    columns = [column for start in starts for column in out if column.startswith(start)]
+    best = out[[f"lost_{first}", f"refitted_{first}"]].astype(float).min(axis=1).sort_values().index
+    return out.loc[best, [*columns, "overlap", "passes"]].reset_index()
+
+
+def frontier(
+    model,
+    plans: Mapping[tuple[str, int], DropPlan],
+    found: Mapping[tuple[str, str, int], pd.DataFrame],
+    whole: pd.DataFrame,
+    speed: pd.DataFrame,
+    where: Sequence[str],
+    **settings,
+) -> pd.DataFrame:
+    """One row per key (choice, compensation, n) of `found`: what is lost on the texts `where`, and what is saved.
+
+    speed: as from `compare_speed`, indexed by "<attention layers dropped>, <MLPs dropped>". settings: of
+    `predict_speed`. Columns: method, choice, compensation, n, attn, mlp (numbers dropped), lost with _low, _high (95 %)
+    and _stderr, predicted_speedup, measured_speedup with _stderr (half the range over rounds), kv_bytes (per token, in
+    the model's own dtype), parameters (millions).
+    """
+    rows, base = [], predict_speed(model, **settings).seconds
+    for (how, method, n), each in found.items():
+        plan = plans[how, n]
+        timed = speed.loc[f"{len(plan.attn)}, {len(plan.mlp)}"]
+        row = {"method": how if method == "none" else f"{how}: {method}", "choice": how, "compensation": method, "n": n}
+        row |= {"attn": len(plan.attn), "mlp": len(plan.mlp)}
+        row["lost"], row["lost_low"], row["lost_high"] = paired(each, whole, where)
+        row["lost_stderr"] = (row["lost_high"] - row["lost_low"]) / 3.92
+        row["predicted_speedup"] = base / predict_speed(model, plan, **settings).seconds
+        row["measured_speedup"] = timed["speedup"]
+        row["measured_speedup_stderr"] = (timed["speedup_high"] - timed["speedup_low"]) / 2
+        row["kv_bytes"] = kv_cache_bytes(model, 1, 1, plan)
+        with dropped(model, plan):
+            row["parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def plot_lost(table: pd.DataFrame, axes) -> None:
+    """Nats lost, and the share left of the paper's loss with its interval, against layers dropped; from `losses`."""
+    groups = list(table.groupby(["choice", "compensation"], sort=False))
+    for k, ((how, method), part) in enumerate(groups):
+        look = {"label": f"{how}: {method}", "color": f"C{k}", "marker": "osv^DPX*"[k % 8]}
+        axes[0].plot(part["n"], part["lost"], **look)
+        error = [part["left"] - part["low"], part["high"] - part["left"]]
+        axes[1].errorbar(part["n"] + 0.25 * (k - (len(groups) - 1) / 2), part["left"], error, linestyle="", **look)
+    axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
+    for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
+        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])))
+        ax.set_ylim(0, 1.02 * ax.get_ylim()[1])
+
+
+def plot_leaderboard(table: pd.DataFrame, axes) -> None:
+    """One row a selector, best at the smallest n on top: nats lost at each n with 95 % intervals, and what it cost.
+
+    `table`: from `leaderboard`, with a fact `passes`. `axes`: one for each n, and one for the cost. Filled: nothing
+    makes up for the layers; hollow: refitted. Selectors named "random <seed>" share a row.
+    """
+    table = table.assign(row=table["selector"].str.replace(r"^random \d+$", "random", regex=True))
+    counts = sorted(set(table["n"]))
+    best = table[table["n"] == counts[0]].groupby("row")[["lost", "refitted"]].mean().min(axis=1).sort_values()
+    place = {row: k for k, row in enumerate(best.index)}
+    for ax, n in zip(axes, counts, strict=False):
+        part = table[table["n"] == n]
+        for column, look in (("lost", {"color": "#0072B2"}), ("refitted", {"color": "#D55E00", "mfc": "white"})):
+            here = part.dropna(subset=column)
+            error = [here[column] - here[f"{column}_low"], here[f"{column}_high"] - here[column]]
+            label = {"lost": "as dropped", "refitted": "refitted"}[column]
+            ax.errorbar(here[column], here["row"].map(place), xerr=error, fmt="o", ms=3.5, lw=0.9, label=label, **look)
+        ax.set(xscale="log", xlabel=f"Lost at {n} (nats)", yticks=range(len(place)), yticklabels=[])
+        _plain_log_ticks(ax.xaxis)
+    axes[0].set(yticklabels=list(place))
+    cost = table[table["n"] == counts[-1]].groupby("row")["passes"].mean().reindex(list(place))
+    axes[-1].barh(range(len(place)), cost, height=0.6, color="#7F7F7F")
+    axes[-1].set(xlabel="Cost (passes)", yticks=range(len(place)), yticklabels=[])
+    for ax in axes:
+        ax.set_ylim(len(place) - 0.5, -0.5)
+        ax.grid(axis="y", lw=0.3)
+
+
+def stability(orders: Mapping[tuple[str, str, str], list], n: int) -> pd.DataFrame:
+    """How alike a selector's orders are when one thing about its text or its numbers changes.
+
+    orders: {(selector, what changes, to what): order of all layers}. One row per (selector, what changes): overlap,
+    the mean share of the first n layers that two orders have in common, and tau, Kendall's rank correlation, each over
+    all pairs, with the lowest pair (_low), and pairs, their number.
+    """
+    groups: dict[tuple[str, str], list] = {}
+    for (how, change, _), order in orders.items():
+        groups.setdefault((how, change), []).append(list(order))
+    rows = []
+    for (how, change), found in groups.items():
+        pairs = [(a, b) for k, a in enumerate(found) for b in found[k + 1 :]]
+        shares = [agreement(pair, n) for pair in pairs]
+        taus = [float(kendalltau(range(len(a)), [b.index(item) for item in a]).statistic) for a, b in pairs]
+        row = {"selector": how, "change": change, "pairs": len(pairs)}
+        for name, values in (("overlap", shares), ("tau", taus)):
+            row |= {name: np.mean(values), f"{name}_low": min(values)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def plot_stability(table: pd.DataFrame, axes, chance: float) -> None:
+    """Overlap and rank correlation (from `stability`), one row a selector, one marker a change, a line to the lowest.
+
+    `axes`: two. chance: the overlap of random orders.
+    """
+    selectors, changes = list(dict.fromkeys(table["selector"])), list(dict.fromkeys(table["change"]))
+    for ax, name, label in zip(axes, ("overlap", "tau"), ("Overlap", "Kendall’s τ"), strict=True):
+        for k, change in enumerate(changes):
+            part = table[table["change"] == change]
+            y = part["selector"].map(selectors.index) + 0.16 * (k - (len(changes) - 1) / 2)
+            error = [part[name] - part[f"{name}_low"], 0 * part[name]]
+            ax.errorbar(part[name], y, xerr=error, fmt="osv^D"[k % 5], ms=3.5, lw=0.7, color=f"C{k}", label=change)
+        ax.set(xlabel=label, yticks=range(len(selectors)), yticklabels=[], xlim=(None, 1.02))
+        ax.set_ylim(len(selectors) - 0.5, -0.5)
+    axes[0].set_yticklabels(selectors)
+    axes[0].axvline(chance, color="black", lw=0.7, ls=":")
+
+
+def plot_pareto(table: pd.DataFrame, axes, x: Mapping[str, str], y: str = "lost") -> None:
+    """Nats lost against several costs: one line a method through its sizes, intervals, and the frontier in grey.
+
+    `table`: method, <y>, <y>_low, <y>_high and the columns that are keys of x. x: {column: label}, one Axes each;
+    columns whose name ends in "speedup" are better when larger, others when smaller.
+    """
+    methods = list(dict.fromkeys(table["method"]))
+    for ax, (column, label) in zip(axes, x.items(), strict=True):
+        rising = column.endswith("speedup")
+        front = table.dropna(subset=[column]).sort_values([column, y], ascending=[not rising, True])
+        front = front[front[y].cummin() == front[y]]
+        ax.step(front[column], front[y], where="post", color="0.75", lw=3, zorder=0)
+        for k, method in enumerate(methods):
+            part = table[table["method"] == method].sort_values(y)
+            error = [part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]
+            look = {"color": f"C{k % 6}", "marker": "osv^DP*X<>"[k % 10], "label": method}
+            ax.errorbar(part[column], part[y], yerr=error, lw=0.7, ms=3.5, **look | ({"mfc": "white"} if k > 5 else {}))
+        ax.set(xlabel=label, yscale="log")
+        _plain_log_ticks(ax.yaxis)

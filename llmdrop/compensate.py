@@ -210,8 +210,9 @@ def corrections(
     method: str = "refit",
     batch_size: int = 8,
     strengths: Sequence[float] = STRENGTHS,
+    layers: Sequence[int] | None = None,
 ) -> dict[tuple[str, int], Changes]:
-    """For each sublayer of these kinds, what "refit" (or a fill) would change if only that one were dropped.
+    """For each sublayer of these kinds, in these layers (None: all), what "refit" or a fill would change for it alone.
 
     From one pass over the undropped model, whatever is dropped later: for a plan of attention layers alone (or of MLPs
     alone), `combined` of these is what `fit` gives. It is what `selection.greedy` needs to choose with compensation in
@@ -226,9 +227,10 @@ def corrections(
     for at in ((kind, i) for i in range(parts.n_layers) for kind in ("attn", "mlp")):
         read: list[torch.Tensor] = []
         y = run.through(x, at[0], at[1], read if method == "refit" else None)
-        if at[0] in kinds and method in FILLS:
+        wanted = at[0] in kinds and (layers is None or at[1] in layers)
+        if wanted and method in FILLS:
             found[at] = {at: _fill(at[0], method, x, y, run.weights, strengths)}
-        elif at[0] in kinds and before is not None:
+        elif wanted and before is not None:
             change = _ridge(read_before, x, y, run.weights, strengths)
             if change is not None:
                 found[at] = {before: change}

@@ -108,6 +108,10 @@ def test_corrections_of_single_layers_add_up():
         assert changes.keys() == expected.keys() and changes
         for at, change in changes.items():
             torch.testing.assert_close(change, expected[at])
+    some = corrections(model, CALIBRATION, layers=[1, 3])
+    assert some.keys() == {("attn", 1), ("attn", 3)}
+    for at, changes in some.items():
+        torch.testing.assert_close(changes, found[at])
 
 
 def test_a_sublayer_that_adds_nothing_needs_no_change():

@@ -9,7 +9,7 @@ import torch
 
 from . import plan as plans
 from .calibration import Calibration, load_calibration
-from .compensate import FILLS, combined, compensated, corrections, fit
+from .compensate import compensated, corrections, shared_or_fit
 from .evaluate import _quiet
 from .fingerprint import model_key, provenance, tokenizer_digest, version
 from .plan import DropPlan, drop_order
@@ -184,8 +184,7 @@ def measure(
     """
 
     def compute() -> list[dict]:
-        alone = shared is not None and method in ("refit", *FILLS) and not plan.mlp
-        changes = combined(shared(method), plan) if alone else fit(model, plan, fitted, method, batch_size)
+        changes = shared_or_fit(model, plan, fitted, method, shared, batch_size)
         with compensated(model, plan, changes):
             rows = text_rows(model, [DropPlan()], texts)[0]
             for name in tasks:

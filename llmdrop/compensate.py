@@ -18,7 +18,7 @@ where a sublayer was: its mean output (one vector), with the first tokens' apart
 linear map of the stream.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -243,6 +243,22 @@ def combined(found: dict[tuple[str, int], Changes], plan: DropPlan) -> Changes:
     gone = [(kind, i) for kind in ("attn", "mlp") for i in getattr(plan, kind)]
     each = ((at, change) for item in gone for at, change in found.get(item, {}).items())
     return {at: change for at, change in each if at not in gone or isinstance(change, nn.Module)}
+
+
+def shared_or_fit(
+    model: nn.Module,
+    plan: DropPlan,
+    calibration: Calibration,
+    method: str = "refit",
+    shared: Callable[[str], dict] | None = None,
+    batch_size: int = 8,
+) -> Changes:
+    """What `fit` gives, from one pass that serves several plans where it can: shared(method) is `corrections` of it.
+
+    It can for plans of attention layers, and methods that fit layers one by one. shared=None: always `fit`.
+    """
+    alone = shared is not None and method in ("refit", *FILLS) and not plan.mlp
+    return combined(shared(method), plan) if alone else fit(model, plan, calibration, method, batch_size)
 
 
 def _check(parts: Anatomy, plan: DropPlan, method: str) -> None:

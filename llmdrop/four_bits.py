@@ -15,7 +15,7 @@ from .fingerprint import provenance, speed_key, version
 from .plan import DropPlan
 from .results import Store, _name, _plan_key
 from .roofline import predict_speed, shapes, sized_plan
-from .speed import compare_speed
+from .speed import compare_speed, over_rounds
 from .tables import by_plan
 
 LIBRARIES = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "awq": "llmcompressor"}
@@ -115,7 +115,7 @@ def time_versions(
             for name, model in models.items():
                 model = quantize.arithmetic(model, exact=False) if name == "4" else model
                 one = compare_speed(model, plans, rounds=1, **settings)
-                timed.append(pd.DataFrame({"row": one["plan"] + f"|{name}", "turn": turn, "seconds": one["seconds"]}))
+                timed.append(pd.DataFrame({"plan": one["plan"] + f"|{name}", "round": turn, "seconds": one["seconds"]}))
         return pd.concat(timed).to_dict("records")
 
     first = models[next(iter(models))]
@@ -125,11 +125,7 @@ def time_versions(
     key |= {"settings": settings, "rounds": rounds, "bitsandbytes": version("bitsandbytes")}
     facts = partial(provenance, first, **settings)
     rows = pd.DataFrame(store.get("quantized_speed", key, compute, f"{_name(first)}-{'-'.join(plans)}", facts))
-    base = rows[rows["row"] == rows["row"].iloc[0]].set_index("turn")["seconds"]
-    rows["speedup"] = rows["turn"].map(base) / rows["seconds"]
-    groups = rows.groupby("row", sort=False)[["seconds", "speedup"]]
-    low, high = groups.min()["speedup"], groups.max()["speedup"]
-    return groups.median().assign(speedup_low=low, speedup_high=high)
+    return over_rounds(rows, rows["plan"].iloc[0])
 
 
 def by_transformers(

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from .calibration import Calibration
-from .compensate import Changes, combined, compensated, fit
+from .compensate import Changes, compensated, shared_or_fit
 from .fingerprint import model_key, provenance, tokenizer_digest
 from .plan import DropPlan
 from .results import Store, _name, _plan_key
@@ -152,7 +152,7 @@ def greedy_matches(
 def _changes(model, plan: DropPlan, fitted: Calibration | None, shared: Callable[[str], dict] | None) -> Changes:
     if fitted is None or not plan:
         return {}
-    return combined(shared("refit"), plan) if shared is not None and not plan.mlp else fit(model, plan, fitted)
+    return shared_or_fit(model, plan, fitted, shared=shared)
 
 
 def check_length(model, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .beyond import text_rows
 from .calibration import Calibration
-from .compensate import Changes, combined, compensate, fit
+from .compensate import Changes, compensate, shared_or_fit
 from .fingerprint import model_key, provenance, version
 from .models import build_dir
 from .plan import DropPlan
@@ -151,8 +151,7 @@ def measure_healed(
     slug = f"{_name(model)}-{plan.label}-{method}"
 
     def compute() -> dict:
-        alone = shared is not None and method == "refit" and not plan.mlp
-        changes = combined(shared(method), plan) if alone else fit(model, plan, fitted, method)
+        changes = shared_or_fit(model, plan, fitted, method, shared)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = build_dir() / "healed" / f"{slug.replace(' ', '-')}-{digest}"
         healed, losses = heal(model, plan, text, changes, folder=folder, **settings)

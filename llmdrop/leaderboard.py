@@ -26,7 +26,7 @@ def share_left(
     for name in where:
         mine, base, other = (frame[frame["where"] == name].sort_values("item") for frame in (rows, whole, paper))
         weight = np.asarray(base["n"], dtype=float)
-        pick = np.vstack([np.arange(len(base)), random.integers(len(base), size=(rounds, len(base)))])
+        pick = _draws(random, len(base), rounds)
         lost, most = ((np.asarray(f["value"]) - np.asarray(base["value"])) * weight for f in (mine, other))
         with np.errstate(divide="ignore", invalid="ignore"):
             shares.append(lost[pick].sum(1) / most[pick].sum(1))
@@ -46,11 +46,16 @@ def paired(
     for name in [where] if isinstance(where, str) else where:
         mine, theirs = (frame[frame["where"] == name].sort_values("item") for frame in (rows, other))
         difference = np.asarray(mine["value"]) - np.asarray(theirs["value"])
-        pick = np.vstack([np.arange(len(difference)), random.integers(len(difference), size=(rounds, len(difference)))])
+        pick = _draws(random, len(difference), rounds)
         means.append(difference[pick].mean(1))
     mean = np.mean(means, axis=0)
     low, high = np.quantile(mean[1:], [0.025, 0.975])
     return float(mean[0]), float(low), float(high)
+
+
+def _draws(random: np.random.Generator, n: int, rounds: int) -> np.ndarray:
+    """[1 + rounds, n]: all n items, then n of them drawn with replacement in every round."""
+    return np.vstack([np.arange(n), random.integers(n, size=(rounds, n))])
 
 
 def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFrame, texts, tasks) -> pd.DataFrame:

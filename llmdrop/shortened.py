@@ -19,6 +19,7 @@ from .hooks import batches
 from .plan import DropPlan, drop_order
 from .prune import dropped
 from .results import Store, _name, _short
+from .selection import Choice
 
 KEPT = (4, 2)  # blocks at the beginning and at the end that never go
 
@@ -100,9 +101,9 @@ def joint_plan(scores, enough: Callable[[DropPlan], bool]) -> DropPlan:
 
     Raises ValueError where even dropping all sublayers but one is not.
     """
-    order, n_layers = drop_order(scores, "joint"), len(scores.attn)
-    for n in range(len(order)):
-        plan = DropPlan(*([i for kind, i in order[:n] if kind == each] for each in ("attn", "mlp")), n_layers)
+    choice = Choice(drop_order(scores, "joint"), tokens=0.0)
+    for n in range(len(choice.order)):
+        plan = choice.plan(n)
         if enough(plan):
             return plan
-    raise ValueError(f"no Joint Layer Drop of up to {len(order) - 1} sublayers is enough; ask for less")
+    raise ValueError(f"no Joint Layer Drop of up to {len(choice.order) - 1} sublayers is enough; ask for less")

@@ -259,18 +259,28 @@ def compare_speed(model, plans: Mapping[str, DropPlan], rounds: int = 3, **setti
             facts[name]["peak_bytes"] = one["peak_bytes"] and one["peak_bytes"] - freed
     frame = pd.DataFrame(rows, columns=["plan", "round", "prefill_seconds", "decode_seconds"])
     frame["seconds"] = frame["prefill_seconds"] + frame["decode_seconds"]
-    first = frame[frame["plan"] == next(iter(plans))].set_index("round")
-    for part in ("", "prefill_", "decode_"):
-        frame[f"{part}speedup"] = frame["round"].map(first[f"{part}seconds"]) / frame[f"{part}seconds"]
-    groups = frame.drop(columns="round").groupby("plan", sort=False)
-    low, high = groups.min(), groups.max()
-    out = groups.median().loc[list(plans)].join(pd.DataFrame(facts).T.infer_objects())
+    out = over_rounds(frame, next(iter(plans))).loc[list(plans)].join(pd.DataFrame(facts).T.infer_objects())
     out["tokens_per_second"] = size * settings.get("new_tokens", 32) / out["decode_seconds"]
-    out["spread"] = (high["seconds"] - low["seconds"]) / out["seconds"]
-    out["speedup_low"], out["speedup_high"] = low["speedup"], high["speedup"]
     out["decode_bandwidth"] = out.pop("decode_bytes") / out["decode_seconds"] if "decode_bytes" in out else np.nan
     front = ["plan", "status", "largest_batch", "speedup", "speedup_low", "speedup_high", "spread"]
     return out.reset_index().pipe(lambda table: table[front + [c for c in table if c not in front]])
+
+
+def over_rounds(rows: pd.DataFrame, first: str) -> pd.DataFrame:
+    """Medians by plan of rows timed in turn: plan, round, seconds, and perhaps prefill_seconds, decode_seconds.
+
+    Adds speedup over the plan `first` (prefill_speedup, decode_speedup), each of one round, speedup_low and
+    speedup_high (its smallest and largest), and spread (the range of seconds over their median).
+    """
+    base = rows[rows["plan"] == first].set_index("round")
+    timed = [column for column in rows if column.endswith("seconds")]
+    speedups = {
+        column.replace("seconds", "speedup"): rows["round"].map(base[column]) / rows[column] for column in timed
+    }
+    groups = rows.assign(**speedups).drop(columns="round").groupby("plan", sort=False)
+    low, high, out = groups.min(), groups.max(), groups.median()
+    out["spread"] = (high["seconds"] - low["seconds"]) / out["seconds"]
+    return out.assign(speedup_low=low["speedup"], speedup_high=high["speedup"])
 
 
 def that_fits(model, batch_size: int = 1, **settings) -> tuple[dict | None, int]:

@@ -24,7 +24,7 @@ from .hooks import batches
 from .plan import DropPlan
 from .prune import dropped
 from .results import Store, _name, _plan_key, _short
-from .speed import measure_speed
+from .speed import measure_speed, over_rounds
 from .sweep import layer_calls, perplexity, run_layer
 from .tasks import task_digest
 
@@ -265,9 +265,4 @@ def speeds(
     key = speed_key(model, "wanda", "speed", "prune", "anatomy") | settings | {"rounds": rounds, "shares": dict(shares)}
     key["plans"] = {name: _plan_key(plan) for name, plan in plans.items()}
     rows = store.get("wanda-speed", key, compute, _name(model), lambda: provenance(model, **settings))
-    frame = pd.DataFrame(rows)
-    first = frame[frame["plan"] == next(iter(plans))].set_index("round")["seconds"]
-    frame["speedup"] = frame["round"].map(first) / frame["seconds"]
-    groups = frame.drop(columns="round").groupby("plan", sort=False)
-    low, high = groups["speedup"].min(), groups["speedup"].max()
-    return groups.median().assign(speedup_low=low, speedup_high=high).reset_index()
+    return over_rounds(pd.DataFrame(rows), next(iter(plans))).reset_index()

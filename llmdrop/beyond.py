@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 
 import pandas as pd
 import torch
@@ -62,8 +63,9 @@ def choose(
     how: a key of SCORED, "random <seed>" or one of SEARCHED for attention layers; a key of WIDER, "consecutive blocks"
     (n blocks, the run whose input and output are most alike) or one of COMPETING for others. text: for scoring passes
     and corrections. search: the (shorter) text on which dropped models are run. shared("refit"): gives
-    `corrections(model, text)`, where they serve several measurements. seconds: what a sublayer of each kind takes,
-    {"attn": ..., "mlp": ...}, for a choice "per second". Raises ValueError for another name, or without seconds.
+    `corrections(model, text)`, of both kinds of sublayers if both compete, where they serve several measurements.
+    seconds: what a sublayer of each kind takes, {"attn": ..., "mlp": ...}, for a choice "per second". Raises ValueError
+    for another name, or without seconds.
     """
     known = [*SCORED, *WIDER, "consecutive blocks", *SEARCHED, *COMPETING]
     if how not in known and not how.startswith("random "):
@@ -81,10 +83,9 @@ def choose(
         elif how.endswith("one-shot"):
             found = one_shot(model, search, "attn", loss, EVERY, batch_size)
         else:
-            extra = {}
-            if compensates:
-                alone = shared is not None and how in SEARCHED
-                extra = shared("refit") if alone else corrections(model, text, kinds, batch_size=batch_size)
+            extra = shared("refit") if compensates and shared is not None else {}
+            if compensates and not {kind for kind, _ in extra} >= set(kinds):
+                extra = corrections(model, text, kinds, batch_size=batch_size)
             paid = seconds if how.endswith("per second") else None
             found = greedy(model, search, target, n, loss, extra, paid, WIDTH, EVERY, batch_size)
             found.tokens += text.n_tokens if extra else 0
@@ -179,25 +180,30 @@ def measure(
     Returns one row per item: where (a text or a task), item (its number), value (a text sample's mean negative
     log-likelihood per token, in nats, or 1 for a right answer and 0 for a wrong one), n (tokens of the sample, or 1).
     Items are the same for every plan and method, so that differences can be paired. shared(method): gives
-    `corrections(model, fitted, method=method)`, which serves all plans of attention layers. Stored as a whole; a text
-    or task more is a new measurement.
+    `corrections(model, fitted, method=method)`, which serves all plans of attention layers. Every text and task is
+    stored on its own; nothing is fitted where all of them are stored.
     """
-
-    def compute() -> list[dict]:
-        changes = shared_or_fit(model, plan, fitted, method, shared, batch_size)
-        with compensated(model, plan, changes):
-            rows = text_rows(model, [DropPlan()], texts)[0]
-            for name in tasks:
-                rows += _task_rows(model, tokenizer, name, limit, data_dir, batch_size)
-        return rows
-
+    changes = cache(lambda: shared_or_fit(model, plan, fitted, method, shared, batch_size))
     modules = ("beyond", "compensate", "sweep", "hooks", "harness", "tasks", "prune", "anatomy")
-    key = model_key(model, batch_size, *modules) | _plan_key(plan) | {"method": method, "limit": limit}
-    key |= {"fitted": None if method == "none" else fitted.digest, "texts": {k: t.digest for k, t in texts.items()}}
-    key |= {"tasks": {name: task_digest(name, data_dir) for name in tasks}, "lm_eval": version("lm_eval")}
-    key |= {"tokenizer": tokenizer_digest(tokenizer)}
-    slug = f"{_name(model)}-{plan.label}-{method}"
-    return pd.DataFrame(store.get("compensated", key, compute, slug, lambda: provenance(model, fitted)))
+    key = model_key(model, batch_size, *modules) | _plan_key(plan) | {"method": method}
+    key |= {"fitted": None if method == "none" else fitted.digest}
+    whats = {name: {"text": each.digest} for name, each in texts.items()}
+    for name in tasks:
+        whats[name] = {"task": task_digest(name, data_dir), "limit": limit, "lm_eval": version("lm_eval")}
+        whats[name] |= {"tokenizer": tokenizer_digest(tokenizer)}
+
+    def compute(name: str) -> list[dict]:
+        with compensated(model, plan, changes()):
+            if name in texts:
+                return text_rows(model, [DropPlan()], {name: texts[name]})[0]
+            return _task_rows(model, tokenizer, name, limit, data_dir, batch_size)
+
+    rows = []
+    for name, what in whats.items():
+        slug = f"{_name(model)}-{plan.label}-{method}-{name}"
+        one = key | {"where": name} | what
+        rows += store.get("compensated", one, partial(compute, name), slug, lambda: provenance(model, fitted))
+    return pd.DataFrame(rows)
 
 
 def measure_plain(

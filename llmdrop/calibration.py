@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .data import read_split
+from .data import read_split, split_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,10 @@ SOURCES: dict[str, tuple[str, str | None, str, Callable[[dict], str], str]] = {
     ),
     "narrativeqa": ("packaged/stories", None, "test", lambda row: row["passage"], "plots"),
     "wiki": ("packaged/wiki", None, "test", lambda row: row["text"], "encyclopedia sentences"),
+    "squad": ("packaged/squad", None, "test", lambda row: row["text"], "encyclopedia paragraphs"),
+    "tales": ("packaged/tales", None, "test", lambda row: row["text"], "very short stories"),
+    "abstracts": ("packaged/abstracts", None, "test", lambda row: row["text"], "medical abstracts"),
+    "reviews": ("packaged/reviews", None, "test", lambda row: row["text"], "film reviews"),
     "stdlib": ("python/stdlib", None, "train", lambda row: row["text"], "Python code"),
     "asdiv": (
         *("EleutherAI/asdiv", None, "validation"),
@@ -93,6 +97,19 @@ SOURCES: dict[str, tuple[str, str | None, str, Callable[[dict], str], str]] = {
         "encyclopedia articles",
     ),
 }
+
+
+def available_sources(data_dir: str | os.PathLike | None = None) -> list[str]:
+    """Names of the sources that load with this data_dir; with None, those that need no hub."""
+    names = []
+    for name, (dataset, config, split, *_) in SOURCES.items():
+        try:
+            if split_file(dataset, config, split, data_dir) is None and data_dir != "hub":
+                continue
+        except FileNotFoundError:
+            continue
+        names.append(name)
+    return names
 
 
 def load_calibration(

@@ -6,6 +6,7 @@ source are converted once into such a mirror under `build_dir()/data`. Everythin
 None (packaged where packaged, else the hub), "hub", or the directory of a mirror.
 """
 
+import csv
 import gzip
 import hashlib
 import importlib.metadata
@@ -266,11 +267,26 @@ def _standard_library(source: Path) -> Iterator[dict]:
             yield {"path": file.relative_to(root).as_posix(), "text": text}
 
 
+def _squad(row: dict) -> dict:
+    """Paragraphs of SQuAD, in DisflQA with a space around every mark."""
+    text = re.sub(r" ([.,;:?!)\]])", r"\1", row["passage"]).replace("( ", "(").replace(" ' s ", "'s ")
+    return {"text": re.sub(r"(?<=\w) - (?=\w)", "-", text).strip()}
+
+
+def _abstract(row: dict) -> dict:
+    return {"text": re.sub(r"(^|\n)Context \(\d+\): ", r"\1", row["passage"]).strip()}
+
+
+def _reviews(source: Path) -> Iterator[dict]:
+    with (source / "imdb/sample.csv").open(encoding="utf-8", newline="") as file:
+        yield from ({"text": row["text"].replace("<br />", "\n").strip()} for row in csv.DictReader(file))
+
+
 def _same(row: dict) -> dict:
     return row
 
 
-READERS = {"stories": _stories, "standard library": _standard_library}
+READERS = {"stories": _stories, "reviews": _reviews, "standard library": _standard_library}
 
 # split in the mirror: (file in the wheel, row conversion, columns in which no two rows may agree). Benchmarks keep the
 # repetitions of the originals; a text that occurs twice would weigh twice in a calibration set.
@@ -293,5 +309,13 @@ PACKAGED: dict[str, tuple] = {
     "allenai/quac/plain_text/validation": ("Quac/test.jsonl", _quac, ("context",)),
     "packaged/stories/default/test": ("stories", _same, ()),
     "packaged/wiki/default/test": ("wikiDataset/test.jsonl", _same, ("text",)),
+    "packaged/squad/default/test": ("Bigbench/DisflQA/test.jsonl", _squad, ("text",)),
+    "packaged/tales/default/test": (
+        "Bigbench/Abstract-narrative-understanding/test.jsonl",
+        lambda row: {"text": row["question"].strip()},
+        ("text",),
+    ),
+    "packaged/abstracts/default/test": ("PubMedQA/pqaa/test.jsonl", _abstract, ("text",)),
+    "packaged/reviews/default/test": ("reviews", _same, ("text",)),
     "python/stdlib/default/train": ("standard library", _same, ("text",)),
 }

@@ -58,12 +58,11 @@ def _draws(random: np.random.Generator, n: int, rounds: int) -> np.ndarray:
     return np.vstack([np.arange(n), random.integers(n, size=(rounds, n))])
 
 
-def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFrame, texts, tasks) -> pd.DataFrame:
+def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFrame, texts) -> pd.DataFrame:
     """One row per (choice, compensation, n): what `measure` gave, against the whole model and the paper's method.
 
     found needs ("cosine", "none", n) for every n. Columns: left, low, high (`share_left` on the texts), lost (mean over
-    the texts, nats per token), lost_<text>, and gain_<task> with gain_<task>_stderr (points of accuracy over the
-    paper's method, paired).
+    the texts, nats per token) and lost_<text>.
     """
     rows = []
     for (how, method, n), each in found.items():
@@ -72,9 +71,6 @@ def losses(found: Mapping[tuple[str, str, int], pd.DataFrame], whole: pd.DataFra
         row["left"], row["low"], row["high"] = share_left(each, whole, paper, list(texts))
         row |= {f"lost_{name}": paired(each, whole, name)[0] for name in texts}
         row["lost"] = np.mean([row[f"lost_{name}"] for name in texts])
-        for task in tasks:
-            gain, low, high = paired(each, paper, task)
-            row[f"gain_{task}"], row[f"gain_{task}_stderr"] = 100 * gain, 100 * (high - low) / 3.92
         rows.append(row)
     return pd.DataFrame(rows)
 

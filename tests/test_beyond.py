@@ -75,10 +75,13 @@ def test_measure_is_drop_and_measure(tmp_path, smollm2):
         expected = perplexity(model, held_out["new"], progress=False)["log_perplexity"]
     assert found["cosine", "refit", 2]["value"].mean() == pytest.approx(expected, abs=1e-4)
     whole = measure(store, model, tokenizer, DropPlan(), "none", text, held_out)
-    table = losses(found, whole, held_out, [])
+    table = losses(found, whole, held_out)
     assert list(table["compensation"]) == ["none", "refit", "refit all"] and table["left"][0] == 1
-    again = measure(store, model, tokenizer, plan, "refit", text, held_out, shared=None)
-    pd.testing.assert_frame_equal(again, found["cosine", "refit", 2])
+    more = held_out | {"other": Calibration(random_ids(2, 20, seed=5))}
+    again = measure(store, model, tokenizer, plan, "refit", text, more, shared=None)  # only the new text is measured
+    pd.testing.assert_frame_equal(again[again["where"] == "new"], found["cosine", "refit", 2])
+    assert len(list((tmp_path / "compensated").glob("*-refit-[no]*"))) == 2  # not those of "refit all"
+    assert list(again["where"].unique()) == ["new", "other"]
 
 
 def test_choose(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmdrop import calibration as module
-from llmdrop.calibration import SOURCES, Calibration, load_calibration
+from llmdrop.calibration import SOURCES, Calibration, available_sources, load_calibration
 
 EOS, BOS = 1, 2
 
@@ -109,7 +109,11 @@ def test_repeated_documents_count_once(mirror, tmp_path):
         load_calibration("toy", Tokenizer(), 3, 10, 0, data_dir)
 
 
-@pytest.mark.parametrize("name", ["xsum", "multilexsum", "boolq", "quac", "questions", "dialogue", "stdlib", "asdiv"])
+PACKAGED = ["xsum", "multilexsum", "boolq", "quac", "questions", "dialogue", "narrativeqa", "wiki", "squad", "tales"]
+PACKAGED += ["abstracts", "reviews", "stdlib", "asdiv"]
+
+
+@pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_sources(name):
     class Bytes(Tokenizer):
         def __call__(self, text, **kwargs):
@@ -119,6 +123,11 @@ def test_packaged_sources(name):
 
     found = load_calibration(name, Bytes(), n_samples=8, seq_len=64)
     assert found.input_ids.shape == (8, 64) and found.source.startswith(name)
+
+
+def test_available_sources(mirror):
+    assert available_sources() == PACKAGED and available_sources("hub") == list(SOURCES)
+    assert available_sources(mirror([30])) == [*PACKAGED, "toy"]
 
 
 def test_too_little_text_says_how_much_there_is_and_is_needed(mirror):

@@ -34,6 +34,10 @@ ROWS = {
     "allenai/quac/plain_text/validation": 1000,
     "packaged/stories/default/test": 101,
     "packaged/wiki/default/test": 940,
+    "packaged/squad/default/test": 713,
+    "packaged/tales/default/test": 1000,
+    "packaged/abstracts/default/test": 500,
+    "packaged/reviews/default/test": 200,
 }
 
 
@@ -66,6 +70,15 @@ def test_commonsense_qa_row_with_options_in_its_question_is_repaired():
     assert row["question"].endswith("eliminating preconceived notions")
     assert row["choices"]["text"] == ["newness", "loss of innocence", "enlightenment", "open mind", "smartness"]
     assert row["answerKey"] == "D"
+
+
+@needs_wheel
+@pytest.mark.parametrize(
+    "name, marks", [("squad", r" [,.;:)] ?(?!\d)|\( | ' s "), ("abstracts", r"Context \(\d"), ("reviews", "<br")]
+)
+def test_texts_are_plain(name, marks):
+    damaged = [row["text"] for row in packaged(f"packaged/{name}/default/test") if re.search(marks, row["text"])]
+    assert len(damaged) <= 2, damaged[:3]
 
 
 @needs_wheel

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import random_ids, tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import llmdrop
 from llmdrop import DropPlan, apply_plan, dropped, load_model, save_model, serving_vllm
+from llmdrop.compensate import compensated, fit
 from llmdrop.gguf_export import drop_gguf
 from llmdrop.gguf_tokenizer import tokenizer_facts
 from llmdrop.serving import serve
@@ -197,6 +199,23 @@ def test_the_embedded_model_in_llama_cpp(smollm2, tmp_path):
         for text in ("it's 12345 <|im_start|>user\n", "naïve  你好\n\n\tx=1 🙂"):
             assert engine.tokenize(text) == tokenizer(text).input_ids
         assert len(engine.complete([1, 2, 3], 5)["tokens"]) == 5
+
+
+@needs_engine
+def test_refitted_weights_are_ordinary_ones(tmp_path, tokenizer):
+    model, prompts = wide(), [tokenizer(text).input_ids for text in TEXTS]
+    plain = model.model.layers[2].self_attn.o_proj.weight.clone()
+    with compensated(model, MIXED, fit(model, MIXED, llmdrop.Calibration(random_ids(8, 24)), "refit in turn")):
+        refitted = model.model.layers[2].self_attn.o_proj.weight.clone()
+        assert not torch.equal(refitted, plain), "the matrix before a gap"
+        nas = save_model(model, tokenizer, tmp_path / "nas", format="nemotron-nas")
+        path = save_model(model, tokenizer, tmp_path / "m.gguf", format="gguf", weights="f32")
+        with serve(path, exact=True) as engine:
+            out = compare(engine, model, prompts, 16)
+        again = load_model(path, device="cpu")[0]
+        torch.testing.assert_close(logits(again, random_ids(1, 7)), logits(model, random_ids(1, 7)), atol=1e-5, rtol=0)
+    assert out["n_equal"] >= out["n_tokens"] - 1 and out["max_difference"] < 2e-3
+    assert any(torch.equal(tensor, refitted) for tensor in load_file(nas / "model.safetensors").values())
 
 
 @needs_engine

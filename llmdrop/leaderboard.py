@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
+from .calibration import Calibration
+from .compensate import compensated, fit
 from .figures import _plain_log_ticks
 from .geometry import kv_cache_bytes
 from .plan import DropPlan
@@ -160,6 +162,15 @@ def frontier(
     return pd.DataFrame(rows)
 
 
+def added_tensors(model, plan: DropPlan, text: Calibration) -> tuple[list[str], str]:
+    """Names of the tensors that a refit (on `text`) adds to the dropped model or gives another shape; a summary."""
+    with dropped(model, plan):
+        plain = {name: value.shape for name, value in model.state_dict().items()}
+    with compensated(model, plan, fit(model, plan, text)):
+        added = [name for name, value in model.state_dict().items() if plain.get(name) != value.shape]
+    return added, f"{plan.label}: {len(plain)} tensors"
+
+
 def plot_lost(table: pd.DataFrame, axes) -> None:
     """Nats lost, and the share left of the paper's loss with its interval, against layers dropped; from `losses`."""
     groups = list(table.groupby(["choice", "compensation"], sort=False))
@@ -172,6 +183,28 @@ def plot_lost(table: pd.DataFrame, axes) -> None:
     for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
         ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])))
         ax.set_ylim(0, 1.02 * ax.get_ylim()[1])
+
+
+def plot_answers(table: pd.DataFrame, axes) -> None:
+    """One panel a measure of `writing.against`: percent against n, a line a method, 95 % intervals, the baseline grey.
+
+    Models are named "Baseline" and "<method>, <n>".
+    """
+    base = table["model"] == "Baseline"
+    named = table["model"].str.extract(r"^(?P<method>.*), (?P<layers>\d+)$")
+    rows = table[~base].join(named).astype({"layers": int})
+    groups = list(dict.fromkeys(rows["method"]))
+    for ax, (measure, whole) in zip(axes, table[base].groupby("measure", sort=False), strict=True):
+        value, low, high = 100 * whole[["value", "low", "high"]].iloc[0]
+        ax.axhline(value, color="0.4", ls="--", lw=0.8, label="whole model")
+        ax.axhspan(low, high, color="0.4", alpha=0.12, linewidth=0)
+        for k, method in enumerate(groups):
+            part = rows[(rows["measure"] == measure) & (rows["method"] == method)]
+            error = [100 * (part["value"] - part["low"]), 100 * (part["high"] - part["value"])]
+            x = part["layers"] + 0.2 * (k - (len(groups) - 1) / 2)  # side by side
+            ax.errorbar(x, 100 * part["value"], error, fmt="osv^"[k % 4] + "-", color=f"C{k}", label=method)
+        ax.set(title=measure, xlabel="As fast as without n layers", xticks=sorted(set(rows["layers"])))
+    axes[0].set_ylabel("Right (%)")
 
 
 def plot_leaderboard(table: pd.DataFrame, axes) -> None:

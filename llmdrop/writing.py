@@ -127,11 +127,12 @@ def against(rows: pd.DataFrame, base: str = "Baseline", rounds: int = 2000) -> p
     return pd.DataFrame(found)
 
 
-def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
+def side_by_side(table: pd.DataFrame, digits: int = 0) -> pd.DataFrame:
     """`against` as a table, one row a model and one column a measure: "31 [22, 41] *" in percent, * where p < 0.05."""
+    percent = 100 * table[["value", "low", "high"]]
     cells = [
-        f"{100 * row.value:.0f} [{100 * row.low:.0f}, {100 * row.high:.0f}]{' *' * (row.p < 0.05)}"
-        for row in table.itertuples()
+        f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{' *' * (p < 0.05)}"
+        for (value, low, high), p in zip(percent.to_numpy(), table["p"], strict=True)
     ]
     wide = table.assign(cell=cells).pivot(index="model", columns="measure", values="cell")
     return wide.loc[table["model"].unique(), table["measure"].unique()].rename_axis(columns=None).reset_index()

@@ -20,10 +20,12 @@ from llmdrop.beyond import (
 )
 from llmdrop.compensate import compensated, corrections, fit
 from llmdrop.leaderboard import (
+    added_tensors,
     frontier,
     leaderboard,
     losses,
     paired,
+    plot_answers,
     plot_leaderboard,
     plot_lost,
     plot_pareto,
@@ -34,6 +36,7 @@ from llmdrop.leaderboard import (
 )
 from llmdrop.roofline import predict_speed
 from llmdrop.selection import Choice
+from llmdrop.writing import against
 
 
 def rows(values, where="text", n=1) -> pd.DataFrame:
@@ -215,3 +218,25 @@ def test_stability(tmp_path):
     plot_stability(table.reset_index(), axes, 0.25)
     fig.savefig(tmp_path / "figure.png")
     plt.close("all")
+
+
+def test_a_refit_adds_no_tensors():
+    text, plan = Calibration(random_ids(8, 24)), DropPlan(attn=[1, 3])
+    with dropped(tiny("llama"), plan) as model:
+        total = len(model.state_dict())
+    assert added_tensors(tiny("llama"), plan, text) == ([], f"Attn-2: {total} tensors")
+
+
+def test_answers_are_drawn_by_method_and_layers():
+    import matplotlib.pyplot as plt
+
+    right = {"Baseline": [1, 1, 1, 0], "a: none, 2": [1, 0, 0, 0], "a: none, 4": [0, 0, 0, 0]}
+    right |= {"b, c: refit, 4": [1, 1, 0, 0]}
+    parts = [rows(np.array(value, float), task).assign(model=name) for name, value in right.items() for task in "xy"]
+    table = against(pd.concat(parts).rename(columns={"where": "measure"}))
+    fig, axes = plt.subplots(1, 2)
+    plot_answers(table, axes)
+    assert axes[0].get_legend_handles_labels()[1] == ["whole model", "a: none", "b, c: refit"]
+    line = axes[1].containers[0].lines[0]
+    np.testing.assert_allclose(line.get_xydata(), [[1.9, 25], [3.9, 0]])
+    plt.close(fig)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from llmdrop import checkpoints, paper, pretrain, save_model, score, text
 from llmdrop.results import Store
@@ -165,6 +167,7 @@ def test_sigkill_at_any_point_costs_nothing(small, undisturbed, build):
     store, random, seen = Store(build / "store"), np.random.default_rng(0), []
 
     def train():
+        tqdm.set_lock(threading.RLock())  # the one shared with this process would stay taken, were this killed holding it
         torch.set_num_threads(1)
         pretrain.pretrain(small, [0], **SETTINGS, store=store, save_every=0)
 

@@ -167,7 +167,7 @@ def test_sigkill_at_any_point_costs_nothing(small, undisturbed, build):
     store, random, seen = Store(build / "store"), np.random.default_rng(0), []
 
     def train():
-        tqdm.set_lock(threading.RLock())  # the one shared with this process would stay taken, were this killed holding it
+        tqdm.set_lock(threading.RLock())  # the shared one would stay taken, were this killed holding it
         torch.set_num_threads(1)
         pretrain.pretrain(small, [0], **SETTINGS, store=store, save_every=0)
 

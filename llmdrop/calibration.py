@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -59,6 +60,9 @@ class Calibration:
         return state.hexdigest()
 
 
+_text = itemgetter("text")
+
+
 def _code(row: dict) -> str:
     return "\n".join(part for part in (row["instruction"], row.get("input"), row["output"]) if part)
 
@@ -76,18 +80,18 @@ SOURCES: dict[str, tuple[str, str | None, str, Callable[[dict], str], str]] = {
         "questions and answers about a story",
     ),
     "narrativeqa": ("packaged/stories", None, "test", lambda row: row["passage"], "plots"),
-    "wiki": ("packaged/wiki", None, "test", lambda row: row["text"], "encyclopedia sentences"),
-    "squad": ("packaged/squad", None, "test", lambda row: row["text"], "encyclopedia paragraphs"),
-    "tales": ("packaged/tales", None, "test", lambda row: row["text"], "very short stories"),
-    "abstracts": ("packaged/abstracts", None, "test", lambda row: row["text"], "medical abstracts"),
-    "reviews": ("packaged/reviews", None, "test", lambda row: row["text"], "film reviews"),
-    "stdlib": ("python/stdlib", None, "train", lambda row: row["text"], "Python code"),
+    "wiki": ("packaged/wiki", None, "test", _text, "encyclopedia sentences"),
+    "squad": ("packaged/squad", None, "test", _text, "encyclopedia paragraphs"),
+    "tales": ("packaged/tales", None, "test", _text, "very short stories"),
+    "abstracts": ("packaged/abstracts", None, "test", _text, "medical abstracts"),
+    "reviews": ("packaged/reviews", None, "test", _text, "film reviews"),
+    "stdlib": ("python/stdlib", None, "train", _text, "Python code"),
     "asdiv": (
         *("EleutherAI/asdiv", None, "validation"),
         lambda row: f"{row['body']} {row['question']}\nAnswer: {row['answer']}",
         "school mathematics",
     ),
-    "c4": ("allenai/c4", "en", "validation", lambda row: row["text"], "web pages"),
+    "c4": ("allenai/c4", "en", "validation", _text, "web pages"),
     "lima": ("GAIR/lima", None, "train", lambda row: "\n".join(row["conversations"]), "instructions"),
     "codealpaca": ("sahil2801/CodeAlpaca-20k", None, "train", _code, "code instructions"),
     "mathinstruct": ("TIGER-Lab/MathInstruct", None, "train", _code, "mathematics instructions"),

@@ -14,6 +14,7 @@ from .plan import DropPlan
 from .prune import dropped
 from .roofline import predict_speed
 from .selection import agreement
+from .writing import plot_percent
 
 
 def share_left(
@@ -190,20 +191,12 @@ def plot_answers(table: pd.DataFrame, axes) -> None:
 
     Models are named "Baseline" and "<method>, <n>".
     """
-    base = table["model"] == "Baseline"
     named = table["model"].str.extract(r"^(?P<method>.*), (?P<layers>\d+)$")
-    rows = table[~base].join(named).astype({"layers": int})
-    groups = list(dict.fromkeys(rows["method"]))
-    for ax, (measure, whole) in zip(axes, table[base].groupby("measure", sort=False), strict=True):
-        value, low, high = 100 * whole[["value", "low", "high"]].iloc[0]
-        ax.axhline(value, color="0.4", ls="--", lw=0.8, label="whole model")
-        ax.axhspan(low, high, color="0.4", alpha=0.12, linewidth=0)
-        for k, method in enumerate(groups):
-            part = rows[(rows["measure"] == measure) & (rows["method"] == method)]
-            error = [100 * (part["value"] - part["low"]), 100 * (part["high"] - part["value"])]
-            x = part["layers"] + 0.2 * (k - (len(groups) - 1) / 2)  # side by side
-            ax.errorbar(x, 100 * part["value"], error, fmt="osv^"[k % 4] + "-", color=f"C{k}", label=method)
-        ax.set(title=measure, xlabel="As fast as without n layers", xticks=sorted(set(rows["layers"])))
+    for ax, (measure, rows) in zip(axes, table.join(named).groupby("measure", sort=False), strict=True):
+        rest = rows.dropna(subset="method").astype({"layers": int})
+        lines = dict(iter(rest.groupby("method", sort=False)))
+        plot_percent(ax, rows[rows["model"] == "Baseline"].iloc[0], lines, apart=0.2, label="whole model")
+        ax.set(title=measure, xlabel="As fast as without n layers")
     axes[0].set_ylabel("Right (%)")
 
 

@@ -148,14 +148,28 @@ def plot_measures(table: pd.DataFrame, axes, chance: Mapping[str, float]) -> Non
     for ax in axes[table["measure"].nunique() :]:
         ax.set_axis_off()
     for ax, (measure, rows) in zip(axes, table.groupby("measure", sort=False), strict=False):
-        look, base = style.METHODS["Baseline"], rows[rows["model"] == "Baseline"].iloc[0]
-        ax.axhline(100 * base["value"], color=look["color"], linestyle=look["linestyle"], lw=0.8, label="Baseline")
-        ax.axhspan(100 * base["low"], 100 * base["high"], color=look["color"], alpha=0.07, linewidth=0)
-        for k, (label, color) in enumerate({"Dropped": "#0072B2", "Dropped, refitted": "#E69F00"}.items()):
-            some = rows[(rows["model"].str.endswith("refitted") == bool(k)) & (rows["model"] != "Baseline")]
-            n = some["model"].str.extract(r"-(\d+)")[0].astype(int) + 0.3 * (2 * k - 1)  # side by side
-            error = [100 * (some["value"] - some["low"]), 100 * (some["high"] - some["value"])]
-            ax.errorbar(n, 100 * some["value"], error, fmt="os"[k] + "-", color=color, capsize=1.5, ms=3, label=label)
+        rest = rows[rows["model"] != "Baseline"]
+        rest = rest.assign(layers=rest["model"].str.extract(r"-(\d+)")[0].astype(int))
+        refitted = rest["model"].str.endswith("refitted")
+        lines = {"Dropped": rest[~refitted], "Dropped, refitted": rest[refitted]}
+        plot_percent(ax, rows[rows["model"] == "Baseline"].iloc[0], lines, apart=0.6)
         if measure in chance:
             ax.axhline(chance[measure], color="0.5", ls=":", lw=1, label="Guessing")
-        ax.set(title=measure, ylim=(-2, 102), xlabel="Dropped layers", xticks=sorted(set(n.round())))
+        ax.set(title=measure, ylim=(-2, 102), xlabel="Dropped layers")
+
+
+def plot_percent(ax, base: pd.Series, lines: Mapping[str, pd.DataFrame], apart: float, label: str = "Baseline") -> None:
+    """Percent against layers, a line a method with 95 % intervals, side by side; the base model's, and its interval.
+
+    base: a row of `against`, lines: rows of it with `layers`, both by name. apart: layers between two methods' markers.
+    """
+    look = style.METHODS["Baseline"]
+    value, low, high = (100 * base[name] for name in ("value", "low", "high"))
+    ax.axhline(value, color=look["color"], linestyle=look["linestyle"], lw=0.8, label=label)
+    ax.axhspan(low, high, color=look["color"], alpha=0.07, linewidth=0)
+    for k, (name, rows) in enumerate(lines.items()):
+        x = rows["layers"] + apart * (k - (len(lines) - 1) / 2)
+        error = [100 * (rows["value"] - rows["low"]), 100 * (rows["high"] - rows["value"])]
+        how = {"fmt": "osv^"[k % 4] + "-", "color": ("#0072B2", "#E69F00", "#009E73", "#CC79A7")[k % 4]}
+        ax.errorbar(x, 100 * rows["value"], error, capsize=1.5, ms=3, label=name, **how)
+    ax.set_xticks(sorted({n for rows in lines.values() for n in rows["layers"]}))

@@ -63,6 +63,8 @@ def predict_speed(
     cache_bits: float = 16,
     cache: str = "dynamic",
     cache_traffic: float = 1.0,
+    windowed: int = 0,
+    window: int = 0,
 ) -> SpeedLimit:
     """Least time for one batch: a prefill of prompt_len tokens and new_tokens decode steps, after dropping `plan`.
 
@@ -70,7 +72,9 @@ def predict_speed(
     weight_bits: of attention and MLP matrices (4-bit with one 16-bit scale per 128 weights is 4.125); the head stays in
     16 bits, or weight_bits if that is more. cache="static": every step reads the whole allocation, also what is still
     empty. cache_traffic: how often a step moves each cached byte (1: it reads it; software that appends by copying the
-    cache reads, writes and reads it, 3). Raises ValueError for unknown names, sizes below 1 and unknown indices.
+    cache reads, writes and reads it, 3). windowed: how many of the attention layers keep no more than the last `window`
+    tokens, sinks included (`windows`); a prefill is taken to compute what they hide, as stock kernels do. Raises
+    ValueError for unknown names, sizes below 1, unknown indices, and more windows than layers.
     """
     if min(batch_size, prompt_len) < 1 or new_tokens < 0 or cache not in ("dynamic", "static"):
         raise ValueError(
@@ -82,20 +86,29 @@ def predict_speed(
     layers, width, heads, kv_heads, mlp_width, vocabulary = shapes(model)
     plan = DropPlan(plan.attn, plan.mlp, layers)
     n_attn, n_mlp = layers - len(plan.attn), layers - len(plan.mlp)
+    if not 0 <= windowed <= n_attn or (windowed and (window < 1 or cache == "static")):
+        raise ValueError(
+            f"{windowed=} of {n_attn} attention layers, with {window=}: give 1 token or more, and a dynamic cache"
+        )
     kv_width = width // heads * kv_heads
     body = n_attn * (2 * width * width + 2 * width * kv_width) + n_mlp * 3 * width * mlp_width  # weights per token
     head = width * vocabulary
     weight_bytes = body * weight_bits / 8 + head * max(weight_bits, 16) / 8
-    kv_token = 2 * n_attn * kv_width * cache_bits / 8  # bytes per token of one sequence
-    pair_flops = 4 * width * n_attn  # per (query, key) pair: its score and its part of the weighted sum
+    kv_token = 2 * kv_width * cache_bits / 8  # bytes per token of one sequence, in one layer
+    pair_flops = 4 * width  # per (query, key) pair, in one layer: its score and its part of the weighted sum
 
-    prefill_flops = batch_size * (2 * body * prompt_len + 2 * head + pair_flops * prompt_len * (prompt_len + 1) / 2)
-    prefill_bytes = weight_bytes + batch_size * prompt_len * kv_token
+    def tokens(n):  # that the caches of all layers hold after n
+        return (n_attn - windowed) * n + windowed * np.minimum(n, window)
+
+    prefill_flops = batch_size * (
+        2 * body * prompt_len + 2 * head + pair_flops * n_attn * prompt_len * (prompt_len + 1) / 2
+    )
+    prefill_bytes = weight_bytes + batch_size * kv_token * float(tokens(prompt_len))
     prefill = max(prefill_flops / rate, prefill_bytes / bandwidth)
     context = prompt_len + np.arange(1, new_tokens + 1)  # tokens each step attends to
     moved = np.full(new_tokens, prompt_len + new_tokens) if cache == "static" else context
-    step_bytes = weight_bytes + batch_size * kv_token * cache_traffic * moved
-    step_flops = batch_size * (2.0 * (body + head) + pair_flops * context)
+    step_bytes = weight_bytes + batch_size * kv_token * cache_traffic * tokens(moved)
+    step_flops = batch_size * (2.0 * (body + head) + pair_flops * tokens(context))
     decode = float(np.maximum(step_bytes / bandwidth, step_flops / rate).sum())
     return SpeedLimit(
         seconds=prefill + decode,
@@ -103,7 +116,7 @@ def predict_speed(
         decode_seconds=decode,
         bytes=prefill_bytes + float(step_bytes.sum()),
         flops=prefill_flops + float(step_flops.sum()),
-        kv_bytes=batch_size * (prompt_len + new_tokens) * kv_token,
+        kv_bytes=batch_size * kv_token * float(tokens(prompt_len + new_tokens)),
         weight_bytes=weight_bytes,
     )
 

@@ -71,8 +71,9 @@ def greedy(
     predictions from the undropped model's (as FinerCut), which needs far fewer tokens for the same certainty.
     corrections: what each sublayer's own compensation would be (`compensate.corrections`), applied while it is gone, so
     that what compensation can make up for goes first. seconds: time that one sublayer of each kind takes
-    ({"attn": ..., "mlp": ...}); the added loss is then counted per second saved. width: every step tries only so many
-    sublayers, those that added least when last tried (None: all). every: the loss is taken at each `every`-th token
+    ({"attn": ..., "mlp": ...}); the added loss is then counted per second saved. width: a step tries so many
+    sublayers at a time, those first that added least when last tried, until the best of all has been tried beside what
+    is gone by now (None: all at once). every: the loss is taken at each `every`-th token
     only, since the head of a large vocabulary costs as much as many layers. Streams before the first difference are
     shared.
 
@@ -87,15 +88,17 @@ def greedy(
     base = search.loss(())
     added = {item: value - base for item, value in search.without((), left).items()}
     losses = {"0": base}
+    fresh = set(left)  # tried beside all that is gone by now
     while len(order) < n:
-        if order:
-            tried = sorted(added, key=lambda item: added[item] / worth[item])[:width]
+        while (ranked := sorted(added, key=lambda item: added[item] / worth[item]))[0] not in fresh:
+            tried = [item for item in ranked if item not in fresh][:width]
             found = search.without(tuple(order), tried)
             added |= {item: value - base for item, value in found.items()}
-        best = min(added, key=lambda item: added[item] / worth[item])
-        base += added.pop(best)
-        order.append(best)
+            fresh |= set(found)
+        base += added.pop(ranked[0])
+        order.append(ranked[0])
         losses[str(len(order))] = base
+        fresh.clear()
     return Choice(order, search.tokens, losses)
 
 

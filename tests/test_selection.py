@@ -72,6 +72,14 @@ def test_greedy_takes_the_best_next_step():
     assert narrow.tokens < choice.tokens and narrow.order[0] == choice.order[0]
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_narrow_greedy_never_takes_what_it_has_not_just_tried(width):
+    model = tiny("llama")
+    choice = greedy(model, TEXT, "joint", 7, width=width)
+    for n in range(1, 8):
+        assert choice.losses[str(n)] == pytest.approx(loss(model, choice.plan(n), "kl"), abs=1e-5)
+
+
 def test_greedy_with_corrections_measures_the_compensated_model():
     model, text = tiny("llama"), Calibration(random_ids(16, 24, seed=3))
     found = corrections(model, text)

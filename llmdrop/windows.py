@@ -1,0 +1,199 @@
+"""Give attention layers a window instead of dropping them: less KV cache and less to read, every weight kept.
+
+A windowed layer's token t attends to the last `window` tokens, t itself included, and to the first `sinks` of the text
+(attention sinks: without them most models break; StreamingLLM, Xiao et al. 2024, arXiv 2309.17453). Positions stay
+those of the whole text. Its KV cache holds sinks + window - 1 tokens, however long the text: with long contexts or
+many sequences, where reading the cache takes the time, that saves almost what dropping the layer saves. With short
+ones it saves nothing, and changes nothing.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .anatomy import anatomy
+from .calibration import Calibration
+from .compensate import _Walk
+from .plan import DropPlan
+from .roofline import predict_speed
+
+WINDOW, SINKS = 64, 4
+
+
+@contextmanager
+def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sinks: int = SINKS) -> Iterator[nn.Module]:
+    """`model` with these attention layers windowed; everything is restored afterwards, also after an exception.
+
+    layers: indices as in the undropped model. A KV cache made inside must not be used outside. Batches must not be
+    padded: padding would take up the window and stand where the sinks should be.
+
+    Raises ValueError for layers that are not there or dropped, a window below 1 or sinks below 0, an architecture with
+    windows of its own, and attention other than "sdpa" and "eager"; at a forward pass, for a padded batch or one with
+    masks of its own (`sweep` packs rows so), and a cache that was not filled with these windows.
+    """
+    parts, layers = anatomy(model), sorted(set(layers))
+    if window < 1 or sinks < 0:
+        raise ValueError(f"{window=} must be at least 1 token, the own one, and {sinks=} at least 0")
+    wrong = [i for i in layers if i not in parts.live("attn")]
+    if wrong:
+        raise ValueError(f"no attention in layers {wrong} to give a window; there is in {parts.live('attn')}")
+    config = model.config
+    own = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if own:
+        raise ValueError(
+            f"this {config.model_type!r} model has windows of its own; llmdrop gives them to full attention"
+        )
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attention {config._attn_implementation!r} takes no mask; load with attn_implementation='sdpa' or 'eager'"
+        )
+    handles = []
+    try:
+        for i in layers:
+            module = getattr(parts.layers[i], parts.layout.attn_core)
+            hook = _Window(window, sinks, config._attn_implementation == "eager")
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class WindowLayer(DynamicLayer):
+    """KV-cache slot of a windowed layer: the first `sinks` tokens and the last window - 1, [B, heads, n, head_dim].
+
+    To the model it looks as long as the text, so that positions and masks of the other layers stay right.
+    """
+
+    is_croppable = False
+
+    def __init__(self, window: int, sinks: int):
+        super().__init__()
+        self.window, self.sinks, self.seen = window, sinks, 0
+
+    def held(self) -> torch.Tensor:
+        """Positions in the text of the tokens in the cache."""
+        start = max(self.seen - self.window + 1, min(self.sinks, self.seen))
+        return torch.cat([torch.arange(min(self.sinks, self.seen)), torch.arange(start, self.seen)])
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        keys, values = super().update(key_states, value_states)
+        self.seen += key_states.shape[-2]
+        n, last = keys.shape[-2], self.window - 1
+        if n > self.sinks + last:
+            parts = [(x[..., : self.sinks, :], x[..., n - last :, :]) for x in (keys, values)]
+            self.keys, self.values = (torch.cat(pair, -2) for pair in parts)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a windowed KV cache cannot be cut back: what left the window is gone; fill it anew")
+
+
+class _Window:
+    """Forward pre-hook of an attention module: its own mask, and its own slot in a fresh KV cache."""
+
+    def __init__(self, window: int, sinks: int, additive: bool):
+        self.window, self.sinks, self.additive = window, sinks, additive
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        names = [name for name in ("past_key_values", "layer_past") if isinstance(kwargs.get(name), Cache)]
+        cached = self._slot(kwargs[names[0]], module.layer_idx) if names else None
+        n, past = hidden.shape[1], cached.seen if cached else 0
+        now = past + torch.arange(n)
+        keys = torch.cat([cached.held(), now]) if cached else now
+        causal = keys <= now[:, None]  # [n, keys]
+        given = kwargs.get("attention_mask")
+        if given is not None:
+            seen = given if given.dtype == torch.bool else given == 0
+            if seen.shape[-1] != past + n or not bool(
+                seen[..., keys.to(seen.device)][..., causal.to(seen.device)].all()
+            ):
+                raise ValueError(
+                    "windowed layers take whole texts of one length: this batch is padded, has masks of its own, or a "
+                    f"KV cache other than a dynamic one (mask {tuple(given.shape)}, {past + n} tokens so far). Run "
+                    "texts of different lengths one by one"
+                )
+        mask = causal & ((now[:, None] - keys < self.window) | (keys < self.sinks))
+        if n == 1:
+            return args, kwargs | {"attention_mask": None}  # one token sees all that the cache holds
+        if past == 0 and n <= self.window:
+            return args, kwargs  # nothing is hidden yet
+        mask = mask[None, None].to(hidden.device)
+        if self.additive:
+            lowest = torch.finfo(hidden.dtype).min
+            mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, lowest)
+        return args, kwargs | {"attention_mask": mask}
+
+    def _slot(self, cache: Cache, slot: int) -> WindowLayer:
+        while len(cache.layers) <= slot and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[slot]
+        if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+            layer = cache.layers[slot] = WindowLayer(self.window, self.sinks)
+        if not isinstance(layer, WindowLayer) or (layer.window, layer.sinks) != (self.window, self.sinks):
+            raise ValueError(
+                f"slot {slot} of this KV cache is a {type(layer).__name__} not made for a window of {self.window} and "
+                f"{self.sinks} sinks; give each `windowed` model a fresh dynamic cache"
+            )
+        return layer
+
+
+# ---- which layers, and how many
+
+
+@torch.no_grad()
+def score_windows(
+    model: nn.Module, calibration: Calibration, window: int = WINDOW, sinks: int = SINKS, batch_size: int = 1
+) -> list[float]:
+    """S of each attention layer's window: 1 - cos(y, y'), from one pass; the lowest can do with a window.
+
+    y = x + f(norm(x)) is the layer's residual stream, [B, T, C], y' that with a window; the mean is over the tokens
+    that come after the first window + sinks, the only ones that a window can change. It is the paper's S (Eq. 1) with
+    "windowed" in the place of "dropped". NaN for layers without attention. Raises ValueError for samples that are no
+    longer than window + sinks, and what `windowed` raises.
+    """
+    if calibration.input_ids.shape[1] <= window + sinks:
+        raise ValueError(
+            f"samples of {calibration.input_ids.shape[1]} tokens show nothing of a window of {window} and {sinks} "
+            "sinks; score on longer ones"
+        )
+    parts, scores = anatomy(model), []
+    run = _Walk(model, parts, calibration, batch_size)
+    x = run.start
+    for i in range(parts.n_layers):
+        if i not in parts.live("attn"):
+            scores.append(float("nan"))
+        else:
+            with windowed(model, [i], window, sinks):
+                narrow = run.through(x, "attn", i)
+            x, similar = run.through(x, "attn", i), []
+            for a, b in zip(x, narrow, strict=True):
+                a, b = (y[:, window + sinks :].double() for y in (a, b))
+                similar.append(torch.cosine_similarity(a, b, dim=-1).flatten())
+            scores.append(1 - float(torch.cat(similar).mean()))
+        if parts.layers[i] is not None:
+            x = run.through(x, "mlp", i)
+    return scores
+
+
+def as_fast(model, n: int, window: int = WINDOW, sinks: int = SINKS, **speed) -> int | None:
+    """How many windowed attention layers it takes to be as fast as without n of them, by `predict_speed`.
+
+    speed: settings of `predict_speed`. None where windows in all layers save less time than that: the weights stay.
+    """
+    limit = predict_speed(model, DropPlan(attn=range(n)), **speed).seconds * (1 + 1e-9)
+    numbers = range(len(anatomy(model).live("attn")) + 1)
+    held = window + sinks
+    return next((k for k in numbers if predict_speed(model, windowed=k, window=held, **speed).seconds <= limit), None)

@@ -1,0 +1,225 @@
+"""A windowed layer sees what its window says, its cache holds no more, and what is measured is what was asked for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import random_ids, tiny
+
+from llmdrop import Calibration, DropPlan, Store, apply_plan, dropped, predict_speed
+from llmdrop.cuts import Cut, compare_speed, measure, order, percent
+from llmdrop.questions import retrieval
+from llmdrop.windows import WindowLayer, as_fast, score_windows, windowed
+
+
+def reference(n: int, window: int, sinks: int) -> torch.Tensor:
+    """[n, n]: which tokens each may see, pair by pair."""
+    return torch.tensor([[k <= q and (q - k < window or k < sinks) for k in range(n)] for q in range(n)])
+
+
+def with_mask(model, ids, layers, allowed):
+    """Logits with this mask in these layers, by hand."""
+
+    def put(module, args, kwargs):
+        return args, kwargs | {"attention_mask": allowed[None, None]}
+
+    handles = [model.model.layers[i].self_attn.register_forward_pre_hook(put, with_kwargs=True) for i in layers]
+    try:
+        return model(ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+@settings(max_examples=15, deadline=None)
+@given(
+    window=st.integers(1, 9),
+    sinks=st.integers(0, 5),
+    layers=st.sets(st.integers(0, 3), min_size=1),
+    cuts=st.lists(st.integers(1, 23), max_size=4),
+)
+def test_cached_steps_of_any_size_equal_the_mask(window, sinks, layers, cuts):
+    model, n = tiny("llama", "sdpa"), 24
+    ids = random_ids(2, n)
+    with windowed(model, layers, window, sinks):
+        whole, cache, parts = model(ids, use_cache=False).logits, None, []
+        ends = [*sorted(set(cuts)), n]
+        for start, end in zip([0, *ends], ends, strict=False):
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+    torch.testing.assert_close(whole, with_mask(model, ids, layers, reference(n, window, sinks)))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+    for i, layer in enumerate(cache.layers):
+        assert layer.keys.shape[-2] == (min(n, sinks + window - 1) if i in layers else n)
+        assert layer.get_seq_length() == n
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt_neox", "olmo2"])
+def test_every_family_with_full_attention(family):
+    model = tiny(family, "sdpa")
+    ids = random_ids(1, 20)
+    plain = model(ids, use_cache=False).logits
+    with windowed(model, [0, 2], 3, 1):
+        masked = model(ids, use_cache=False).logits
+        first = model(ids[:, :12], use_cache=True)
+        rest = model(ids[:, 12:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), masked, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(masked[:, :3], plain[:, :3])  # nothing is hidden from the first three
+    assert not torch.allclose(masked[:, 8:], plain[:, 8:])
+    torch.testing.assert_close(model(ids, use_cache=False).logits, plain)  # restored
+
+
+@torch.no_grad()
+def test_eager_attention_gives_the_same():
+    one, two = tiny("llama", "sdpa"), tiny("llama", "eager")
+    ids = random_ids(2, 20)
+    with windowed(one, [1, 3], 4, 2), windowed(two, [1, 3], 4, 2):
+        torch.testing.assert_close(one(ids).logits, two(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_window_of_the_whole_text_changes_nothing():
+    model = tiny("llama", "sdpa")
+    ids = random_ids(2, 20)
+    with windowed(model, range(5), 20, 0):
+        assert torch.equal(model(ids).logits, model(ids, use_cache=False).logits)
+        inside = model(ids).logits
+    assert torch.equal(inside, model(ids).logits)
+
+
+@torch.no_grad()
+def test_generate_runs_and_beside_dropped_layers():
+    model = tiny("llama", "sdpa")
+    ids = random_ids(1, 10)
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with dropped(model, DropPlan(attn=[1], mlp=[1, 2])), windowed(model, [0, 3], 3, 1):
+        out = model.generate(ids, **how)
+        for _ in range(12):  # without any cache
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert out.tolist() == ids.tolist()
+
+
+@torch.no_grad()
+def test_what_is_refused_says_why():
+    model = tiny("llama", "sdpa")
+    ids = random_ids(2, 12)
+    with pytest.raises(ValueError, match="at least 1"), windowed(model, [0], 0):
+        pass
+    with pytest.raises(ValueError, match=r"no attention in layers \[1, 9\]"):
+        with dropped(model, DropPlan(attn=[1])), windowed(model, [0, 1, 9]):
+            pass
+    with pytest.raises(ValueError, match="windows of its own"), windowed(tiny("mistral"), [0]):
+        pass
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    with windowed(model, [0], 4, 1):
+        with pytest.raises(ValueError, match="padded"):
+            model(ids, attention_mask=padded)
+        cache = model(ids).past_key_values
+        with pytest.raises(ValueError, match="cannot be cut back"):
+            cache.crop(-2)
+    filled = model(ids).past_key_values
+    with windowed(model, [0], 4, 1), pytest.raises(ValueError, match="fresh dynamic cache"):
+        model(ids[:, :1], past_key_values=filled)
+    with pytest.raises(ValueError, match="longer ones"):
+        score_windows(model, Calibration(ids), window=8, sinks=4)
+
+
+@torch.no_grad()
+def test_scores_are_one_minus_the_cosine_beyond_the_window():
+    model = tiny("llama", "sdpa")
+    ids = random_ids(3, 16)
+    scores = score_windows(model, Calibration(ids), window=4, sinks=1, batch_size=2)
+    assert len(scores) == 5 and all(0 < s < 2 for s in scores)
+    seen = {}
+    layer = model.model.layers[2]
+    hooks = [layer.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))]
+    hooks.append(layer.self_attn.register_forward_hook(lambda m, args, out: seen.update(f=out[0])))
+    model(ids)
+    whole = seen["x"] + seen["f"]
+    with windowed(model, [2], 4, 1):
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    similar = torch.cosine_similarity(whole.double(), (seen["x"] + seen["f"]).double(), dim=-1)[:, 5:]
+    assert scores[2] == pytest.approx(1 - float(similar.mean()), rel=1e-4)
+    apply_plan(model, DropPlan(attn=[1]))
+    assert [i for i, s in enumerate(score_windows(model, Calibration(ids), 4, 1)) if s != s] == [1]
+
+
+def test_as_fast_is_the_fewest_layers():
+    model = tiny("llama", "sdpa")
+    speed = {"batch_size": 64, "prompt_len": 4096, "new_tokens": 64}
+    k = as_fast(model, 2, 16, 4, **speed)
+    target = predict_speed(model, DropPlan(attn=[0, 1]), **speed).seconds
+    assert predict_speed(model, windowed=k, window=20, **speed).seconds <= target * (1 + 1e-9)
+    assert predict_speed(model, windowed=k - 1, window=20, **speed).seconds > target
+    assert as_fast(model, 2, 16, 4, batch_size=1, prompt_len=16, new_tokens=1) is None
+
+
+def test_predicted_bytes_of_windows():
+    model = tiny("llama", "sdpa")
+    some = predict_speed(model, windowed=3, window=10, batch_size=2, prompt_len=100, new_tokens=5)
+    none = predict_speed(model, batch_size=2, prompt_len=100, new_tokens=5)
+    one = none.kv_bytes / 5 / 105
+    assert some.kv_bytes == pytest.approx(one * (2 * 105 + 3 * 10))
+    assert none.bytes - some.bytes == pytest.approx(one * 3 * (90 + sum(range(91, 96))))
+    assert some.weight_bytes == none.weight_bytes
+    with pytest.raises(ValueError, match="windowed=6 of 5"):
+        predict_speed(model, windowed=6, window=4)
+    with pytest.raises(ValueError, match="window=0"):
+        predict_speed(model, windowed=1)
+
+
+def test_measured_rows_are_stored_and_right(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    store = Store(tmp_path)
+    text = Calibration(torch.tensor([tokenizer("The river runs past the mill and the old bridge. " * 6)["input_ids"]]))
+    asked = {"facts": retrieval(tokenizer, 256, 4)}
+    rows = measure(store, model, tokenizer, Cut(), {"text": text}, asked)
+    with torch.no_grad():
+        loss = float(model(text.input_ids, labels=text.input_ids).loss)
+    assert rows.query("where == 'text'")["value"].tolist() == pytest.approx([loss], rel=1e-4)
+    narrow = Cut(layers=range(30), window=8, sinks=4)
+    cut = measure(store, model, tokenizer, narrow, {"text": text}, asked)
+    for found, window in ((rows, 300), (cut, 8)):  # by whole passes with the mask, and no cache
+        right = []
+        for prompt, target in zip(*asked["facts"], strict=True):
+            before, after = (tokenizer(part)["input_ids"] for part in (prompt, target))
+            ids = torch.tensor([before + after])
+            with torch.no_grad():
+                logits = with_mask(model, ids, range(30), reference(ids.shape[1], window, 4))
+            right.append(float(logits[0, len(before) - 1 : -1].argmax(-1).tolist() == after))
+        assert found.query("where == 'facts'")["value"].tolist() == right
+    assert percent(rows, asked)[0] > percent(cut, asked)[0] == 0
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert measure(store, model, tokenizer, narrow, {"text": text}, asked).equals(cut)
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+
+
+def test_order_and_speed_are_stored(tmp_path):
+    model, store = tiny("llama", "sdpa"), Store(tmp_path)
+    text = Calibration(random_ids(2, 16))
+    scores = score_windows(model, text, 4, 1)
+    assert order(store, model, text, 4, 1) == sorted(range(5), key=lambda i: scores[i])
+    cuts = [Cut(DropPlan(attn=[0])), Cut(layers=[1, 2], window=4, sinks=1)]  # 3 + 1 tokens stay
+    table = compare_speed(store, model, cuts, rounds=2, batch_size=1, prompt_len=32, new_tokens=4)
+    one = 2 * model.config.num_key_value_heads * model.config.head_dim * 4 / 1e6  # MB per token and layer
+    assert table["kv"].tolist() == pytest.approx([one * 4 * 36, one * (3 * 36 + 2 * 4)])
+    assert (table[["prefill", "decode"]] > 0).all(axis=None) and len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_the_cache_layer_by_itself():
+    layer = WindowLayer(window=3, sinks=1)
+    for start, n in ((0, 2), (2, 4), (6, 1)):
+        positions = torch.arange(start, start + n, dtype=torch.float)[None, None, :, None]
+        before = layer.held()
+        keys, _ = layer.update(positions, positions)
+        assert keys.flatten().tolist() == [*before.tolist(), *range(start, start + n)]
+        assert layer.keys.flatten().tolist() == layer.held().tolist()
+    assert layer.held().tolist() == [0, 5, 6]
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.held().tolist() == []

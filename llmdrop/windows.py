@@ -27,12 +27,13 @@ WINDOW, SINKS = 64, 4
 def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sinks: int = SINKS) -> Iterator[nn.Module]:
     """`model` with these attention layers windowed; everything is restored afterwards, also after an exception.
 
-    layers: indices as in the undropped model. A KV cache made inside must not be used outside. Batches must not be
-    padded: padding would take up the window and stand where the sinks should be.
+    layers: indices as in the undropped model. A KV cache made inside must not be used outside. Without a cache, tokens
+    are counted by their positions, so that padded batches and the packed rows of `evaluate` and `perplexity` are right;
+    with one, batches must not be padded: padding would take up the window and stand where the sinks should be.
 
     Raises ValueError for layers that are not there or dropped, a window below 1 or sinks below 0, an architecture with
-    windows of its own, and attention other than "sdpa" and "eager"; at a forward pass, for a padded batch or one with
-    masks of its own (`sweep` packs rows so), and a cache that was not filled with these windows.
+    windows of its own, and attention other than "sdpa" and "eager"; at a forward pass, for padding beside a cache, and
+    a cache that was not filled with these windows.
     """
     parts, layers = anatomy(model), sorted(set(layers))
     if window < 1 or sinks < 0:
@@ -107,34 +108,42 @@ class _Window:
         self.window, self.sinks, self.additive = window, sinks, additive
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        names = [name for name in ("past_key_values", "layer_past") if isinstance(kwargs.get(name), Cache)]
-        cached = self._slot(kwargs[names[0]], module.layer_idx) if names else None
+        hidden, given = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+        caches = [kwargs[name] for name in ("past_key_values", "layer_past") if isinstance(kwargs.get(name), Cache)]
+        cached = self._slot(caches[0], module.layer_idx) if caches else None
         n, past = hidden.shape[1], cached.seen if cached else 0
-        now = past + torch.arange(n)
-        keys = torch.cat([cached.held(), now]) if cached else now
-        causal = keys <= now[:, None]  # [n, keys]
-        given = kwargs.get("attention_mask")
-        if given is not None:
-            seen = given if given.dtype == torch.bool else given == 0
-            if seen.shape[-1] != past + n or not bool(
-                seen[..., keys.to(seen.device)][..., causal.to(seen.device)].all()
-            ):
-                raise ValueError(
-                    "windowed layers take whole texts of one length: this batch is padded, has masks of its own, or a "
-                    f"KV cache other than a dynamic one (mask {tuple(given.shape)}, {past + n} tokens so far). Run "
-                    "texts of different lengths one by one"
-                )
-        mask = causal & ((now[:, None] - keys < self.window) | (keys < self.sinks))
-        if n == 1:
-            return args, kwargs | {"attention_mask": None}  # one token sees all that the cache holds
-        if past == 0 and n <= self.window:
-            return args, kwargs  # nothing is hidden yet
-        mask = mask[None, None].to(hidden.device)
-        if self.additive:
-            lowest = torch.finfo(hidden.dtype).min
-            mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, lowest)
-        return args, kwargs | {"attention_mask": mask}
+        place = past + torch.arange(n, device=hidden.device)
+        keys = torch.cat([cached.held().to(hidden.device), place]) if cached else place
+        causal = (keys <= place[:, None])[None, None]  # [1, 1, n, keys]
+        now, positions = place[None], kwargs.get("position_ids")
+        if cached is None and positions is not None:  # of tokens beside padding, or in the tries of `sweep`
+            now = keys = positions
+        elif given is not None and not self._sees_all(given, keys, causal, past + n):
+            raise ValueError(
+                "this batch is padded (or has masks of its own) where windowed layers have a KV cache, or no positions "
+                f"to go by: padding would take up the window and stand for the sinks. Mask {tuple(given.shape)}, "
+                f"{past + n} tokens so far; run texts of different lengths one by one, or without a cache"
+            )
+        else:
+            keys, given = keys[None], None
+        distance = now[:, :, None] - keys[:, None, :]
+        near = ((distance < self.window) | (keys[:, None, :] < self.sinks))[:, None]  # [B, 1, n, keys]
+        if given is None and bool((near | ~causal).all()):
+            return args, kwargs | ({"attention_mask": None} if n == 1 else {})  # nothing is hidden
+        if given is None or given.dtype == torch.bool:
+            given = near & (causal if given is None else given)
+            if self.additive:
+                lowest = torch.finfo(hidden.dtype).min
+                given = torch.zeros(given.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~given, lowest)
+        else:
+            given = given.masked_fill(~near, torch.finfo(given.dtype).min)
+        return args, kwargs | {"attention_mask": given}
+
+    @staticmethod
+    def _sees_all(given: torch.Tensor, keys: torch.Tensor, causal: torch.Tensor, n: int) -> bool:
+        """Whether the mask hides nothing but what is to come."""
+        seen = given if given.dtype == torch.bool else given == 0
+        return seen.shape[-1] == n and bool((seen[..., keys] | ~causal).all())
 
     def _slot(self, cache: Cache, slot: int) -> WindowLayer:
         while len(cache.layers) <= slot and cache.layer_class_to_replicate is not None:

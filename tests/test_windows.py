@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, Store, apply_plan, dropped, predict_speed
+from llmdrop import Calibration, DropPlan, Store, apply_plan, dropped, evaluate, predict_speed
 from llmdrop.cuts import Cut, compare_speed, measure, order, percent
 from llmdrop.questions import retrieval
+from llmdrop.sweep import Item, loglikelihoods
 from llmdrop.windows import WindowLayer, as_fast, score_windows, windowed
 
 
@@ -103,6 +104,37 @@ def test_generate_runs_and_beside_dropped_layers():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_without_a_cache_hides_nothing_else(attention):
+    model, ids = tiny("llama", attention), random_ids(1, 12)
+    with windowed(model, [0, 2, 4], 3, 1):
+        alone = model(ids, use_cache=False).logits
+        for left, right in ((5, 0), (0, 4)):
+            padded = torch.nn.functional.pad(ids, (left, right), value=1)
+            mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            out = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            torch.testing.assert_close(out[:, left : left + 12], alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt_neox", "olmo2"])
+def test_the_sweep_of_a_windowed_model(family):
+    model, text = tiny(family, "sdpa"), Calibration(random_ids(5, 30))
+    items = [Item(tuple(ids[: 12 + 3 * k]), 4) for k, ids in enumerate(text.input_ids.tolist() * 2)]
+    items += [Item((*item.tokens[:-1], 7), 2) for item in items]  # what shares a context shares a row
+    with windowed(model, [1, 3], 4, 2):
+        sums = loglikelihoods(model, [DropPlan(), DropPlan(attn=[0])], items, progress=False)[0]
+        for plan, found in zip([DropPlan(), DropPlan(attn=[0])], sums, strict=True):
+            with dropped(model, plan):
+                for item, total in zip(items, found, strict=True):
+                    ids = torch.tensor([item.tokens])
+                    logits = model(ids, use_cache=False).logits[0].log_softmax(-1)
+                    each = logits[:-1].gather(-1, ids[0, 1:, None])[-item.n_scored :]
+                    assert float(total) == pytest.approx(float(each.sum()), abs=1e-4)
+
+
+@torch.no_grad()
 def test_what_is_refused_says_why():
     model = tiny("llama", "sdpa")
     ids = random_ids(2, 12)
@@ -117,7 +149,7 @@ def test_what_is_refused_says_why():
     padded[0, :3] = 0
     with windowed(model, [0], 4, 1):
         with pytest.raises(ValueError, match="padded"):
-            model(ids, attention_mask=padded)
+            model(ids, attention_mask=padded, use_cache=True)
         cache = model(ids).past_key_values
         with pytest.raises(ValueError, match="cannot be cut back"):
             cache.crop(-2)
@@ -198,6 +230,16 @@ def test_measured_rows_are_stored_and_right(smollm2, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert measure(store, model, tokenizer, narrow, {"text": text}, asked).equals(cut)
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+
+
+def test_lm_eval_of_a_windowed_model(smollm2):
+    """Real questions: a window longer than they are changes nothing, a short one does."""
+    model, tokenizer = smollm2
+    results = {}
+    for window in (None, 256, 4):
+        with windowed(model, range(30) if window else [], window or 1, 2):
+            results[window] = evaluate(model, tokenizer, ["piqa"], limit=12)
+    assert results[256].equals(results[None]) and not results[4].equals(results[None])
 
 
 def test_order_and_speed_are_stored(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .anatomy import anatomy
+from .beyond import text_rows
 from .calibration import Calibration
 from .fingerprint import model_key, provenance, speed_key, tokenizer_digest
 from .generation import check_length
@@ -79,19 +80,20 @@ def measure(
     """What is left of the model: rows as of `beyond.measure`.
 
     One row per sample of a text (mean negative log-likelihood per token, in nats) and per question (1: the answer's
-    tokens come, taken greedily, else 0). questions: prompts and targets by name, as from `questions.retrieval`. Samples
-    run alone; every text and set of questions is stored on its own.
+    tokens come, taken greedily, else 0). questions: prompts and targets by name, as from `questions.retrieval`. Every
+    text and set of questions is stored on its own.
     """
-    key = model_key(model, 1, "cuts", "windows", "prune", "anatomy") | cut.key
+    key = model_key(model, 1, "cuts", "windows", "beyond", "sweep", "prune", "anatomy") | cut.key
     whats = {name: {"text": text.digest} for name, text in texts.items()}
     for name, asked in questions.items():
         whats[name] = {"asked": [list(part) for part in asked], "tokenizer": tokenizer_digest(tokenizer)}
 
     def compute(name: str) -> list[dict]:
         with cut.of(model):
-            values = _losses(model, texts[name]) if name in texts else _answered(model, tokenizer, *questions[name])
-        n = texts[name].input_ids.shape[1] - 1 if name in texts else 1
-        return [{"where": name, "item": k, "value": value, "n": n} for k, value in enumerate(values)]
+            if name in texts:
+                return text_rows(model, [DropPlan()], {name: texts[name]})[0]
+            values = _answered(model, tokenizer, *questions[name])
+        return [{"where": name, "item": k, "value": value, "n": 1} for k, value in enumerate(values)]
 
     rows = []
     for name, what in whats.items():
@@ -103,16 +105,6 @@ def measure(
 def percent(rows: pd.DataFrame, questions: Iterable[str]) -> list[float]:
     """Percent answered of each set of questions, from `measure`."""
     return [100 * float(rows.loc[rows["where"] == name, "value"].mean()) for name in questions]
-
-
-@torch.no_grad()
-def _losses(model: nn.Module, text: Calibration) -> list[float]:
-    """Of each sample, alone: the mean negative log-likelihood of its tokens but the first."""
-    values = []
-    for ids in text.input_ids.to(model.get_input_embeddings().weight.device):
-        logits = model(ids[None, :-1], use_cache=False).logits[0]
-        values.append(float(nn.functional.cross_entropy(logits.float(), ids[1:])))
-    return values
 
 
 @torch.no_grad()
@@ -188,7 +180,6 @@ def table(
     allows for b sequences.
     """
     out = losses(found, whole, texts)
-    out["low"], out["high"] = out[["low", "left"]].min(axis=1), out[["high", "left"]].max(axis=1)
     out["windowed"] = [len(cut.layers) for cut in models.values()]
     out[list(questions)] = [percent(found[key], questions) for key in models]
     for b in sequences:

@@ -35,7 +35,7 @@ def share_left(
             shares.append(lost[pick].sum(1) / most[pick].sum(1))
     mean = np.mean(shares, axis=0)
     low, high = np.nanquantile(mean[1:], [0.025, 0.975])
-    return float(mean[0]), float(low), float(high)
+    return float(mean[0]), float(min(low, mean[0])), float(max(high, mean[0]))  # equal ones differ by rounding
 
 
 def paired(

@@ -9,10 +9,8 @@ from scipy.stats import kendalltau
 from .calibration import Calibration
 from .compensate import compensated, fit
 from .figures import _plain_log_ticks
-from .geometry import kv_cache_bytes
 from .plan import DropPlan
 from .prune import dropped
-from .roofline import predict_speed
 from .selection import agreement
 from .writing import plot_percent
 
@@ -127,40 +125,6 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     columns = [column for start in starts for column in out if column.startswith(start)]
     best = out[[f"lost_{first}", f"refitted_{first}"]].astype(float).min(axis=1).sort_values().index
     return out.loc[best, [*columns, "overlap", "passes"]].reset_index()
-
-
-def frontier(
-    model,
-    plans: Mapping[tuple[str, int], DropPlan],
-    found: Mapping[tuple[str, str, int], pd.DataFrame],
-    whole: pd.DataFrame,
-    speed: pd.DataFrame,
-    where: Sequence[str],
-    **settings,
-) -> pd.DataFrame:
-    """One row per key (choice, compensation, n) of `found`: what is lost on the texts `where`, and what is saved.
-
-    speed: as from `compare_speed`, indexed by "<attention layers dropped>, <MLPs dropped>". settings: of
-    `predict_speed`. Columns: method, choice, compensation, n, attn, mlp (numbers dropped), lost with _low, _high (95 %)
-    and _stderr, predicted_speedup, measured_speedup with _stderr (half the range over rounds), kv_bytes (per token, in
-    the model's own dtype), parameters (millions).
-    """
-    rows, base = [], predict_speed(model, **settings).seconds
-    for (how, method, n), each in found.items():
-        plan = plans[how, n]
-        timed = speed.loc[f"{len(plan.attn)}, {len(plan.mlp)}"]
-        row = {"method": how if method == "none" else f"{how}: {method}", "choice": how, "compensation": method, "n": n}
-        row |= {"attn": len(plan.attn), "mlp": len(plan.mlp)}
-        row["lost"], row["lost_low"], row["lost_high"] = paired(each, whole, where)
-        row["lost_stderr"] = (row["lost_high"] - row["lost_low"]) / 3.92
-        row["predicted_speedup"] = base / predict_speed(model, plan, **settings).seconds
-        row["measured_speedup"] = timed["speedup"]
-        row["measured_speedup_stderr"] = (timed["speedup_high"] - timed["speedup_low"]) / 2
-        row["kv_bytes"] = kv_cache_bytes(model, 1, 1, plan)
-        with dropped(model, plan):
-            row["parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def added_tensors(model, plan: DropPlan, text: Calibration) -> tuple[list[str], str]:

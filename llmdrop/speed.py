@@ -269,8 +269,8 @@ def compare_speed(model, plans: Mapping[str, DropPlan], rounds: int = 3, **setti
 def over_rounds(rows: pd.DataFrame, first: str) -> pd.DataFrame:
     """Medians by plan of rows timed in turn: plan, round, seconds, and perhaps prefill_seconds, decode_seconds.
 
-    Adds speedup over the plan `first` (prefill_speedup, decode_speedup), each of one round, speedup_low and
-    speedup_high (its smallest and largest), and spread (the range of seconds over their median).
+    Adds speedup over the plan `first` (prefill_speedup, decode_speedup), each of one round, its smallest and largest
+    (speedup_low, speedup_high, ...), and spread (the range of seconds over their median).
     """
     base = rows[rows["plan"] == first].set_index("round")
     timed = [column for column in rows if column.endswith("seconds")]
@@ -280,7 +280,8 @@ def over_rounds(rows: pd.DataFrame, first: str) -> pd.DataFrame:
     groups = rows.assign(**speedups).drop(columns="round").groupby("plan", sort=False)
     low, high, out = groups.min(), groups.max(), groups.median()
     out["spread"] = (high["seconds"] - low["seconds"]) / out["seconds"]
-    return out.assign(speedup_low=low["speedup"], speedup_high=high["speedup"])
+    ends = [part[list(speedups)].add_suffix(end) for part, end in ((low, "_low"), (high, "_high"))]
+    return out.join(ends)
 
 
 def that_fits(model, batch_size: int = 1, **settings) -> tuple[dict | None, int]:

@@ -27,9 +27,10 @@ WINDOW, SINKS = 64, 4
 def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sinks: int = SINKS) -> Iterator[nn.Module]:
     """`model` with these attention layers windowed; everything is restored afterwards, also after an exception.
 
-    layers: indices as in the undropped model. A KV cache made inside must not be used outside. Without a cache, tokens
-    are counted by their positions, so that padded batches and the packed rows of `evaluate` and `perplexity` are right;
-    with one, batches must not be padded: padding would take up the window and stand where the sinks should be.
+    layers: indices as in the undropped model; with none, any model stays as it is. A KV cache made inside must not be
+    used outside. Without a cache, tokens are counted by their positions, so that padded batches and the packed rows of
+    `evaluate` and `perplexity` are right; with one, batches must not be padded: padding would take up the window and
+    stand where the sinks should be.
 
     Raises ValueError for layers that are not there or dropped, a window below 1 or sinks below 0, an architecture with
     windows of its own, and attention other than "sdpa" and "eager"; at a forward pass, for padding beside a cache, and
@@ -43,11 +44,11 @@ def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sink
         raise ValueError(f"no attention in layers {wrong} to give a window; there is in {parts.live('attn')}")
     config = model.config
     own = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if own:
+    if own and layers:
         raise ValueError(
             f"this {config.model_type!r} model has windows of its own; llmdrop gives them to full attention"
         )
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if layers and config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"attention {config._attn_implementation!r} takes no mask; load with attn_implementation='sdpa' or 'eager'"
         )

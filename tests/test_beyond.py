@@ -21,7 +21,6 @@ from llmdrop.beyond import (
 from llmdrop.compensate import compensated, corrections, fit
 from llmdrop.leaderboard import (
     added_tensors,
-    frontier,
     leaderboard,
     losses,
     paired,
@@ -191,19 +190,6 @@ def test_figures_are_drawn(tmp_path):
     fig.savefig(tmp_path / "figure.png")
     assert len(axes[0].containers) == 3
     plt.close("all")
-
-
-def test_frontier_counts_what_is_saved():
-    model, speed = tiny("llama"), {"prompt_len": 64, "new_tokens": 8}
-    plans = {("cosine", 2): DropPlan(attn=[1, 2]), ("MLP Drop", 2): DropPlan(mlp=[3])}
-    timed = pd.DataFrame({"speedup": [1.2, 1.3], "speedup_low": 1.1, "speedup_high": 1.5}, index=["2, 0", "0, 1"])
-    found = {("cosine", "none", 2): rows([2.0, 3.0]), ("MLP Drop", "refit", 2): rows([1.5, 2.5])}
-    table = frontier(model, plans, found, rows([1.0, 2.0]), timed, ["text"], **speed)
-    assert list(table["method"]) == ["cosine", "MLP Drop: refit"] and list(table["lost"]) == [1.0, 0.5]
-    assert table["kv_bytes"][0] == 0.6 * table["kv_bytes"][1] and list(table["measured_speedup"]) == [1.2, 1.3]
-    with dropped(model, plans["MLP Drop", 2]):
-        assert table["parameters"][1] == sum(p.numel() for p in model.parameters()) / 1e6
-    assert (table["predicted_speedup"] > 1).all()
 
 
 def test_stability(tmp_path):

@@ -1,13 +1,14 @@
 """A windowed layer sees what its window says, its cache holds no more, and what is measured is what was asked for."""
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, Store, apply_plan, dropped, evaluate, predict_speed
-from llmdrop.cuts import Cut, compare_speed, measure, order, percent
+from llmdrop import Calibration, DropPlan, Store, apply_plan, cuts, dropped, evaluate, predict_speed
+from llmdrop.cuts import Cut, compare_speed, frontier, measure, order, percent
 from llmdrop.questions import retrieval
 from llmdrop.sweep import Item, loglikelihoods
 from llmdrop.windows import WindowLayer, as_fast, score_windows, windowed
@@ -143,6 +144,8 @@ def test_what_is_refused_says_why():
     with pytest.raises(ValueError, match=r"no attention in layers \[1, 9\]"):
         with dropped(model, DropPlan(attn=[1])), windowed(model, [0, 1, 9]):
             pass
+    with windowed(tiny("mistral"), []):
+        pass  # nothing is asked of it
     with pytest.raises(ValueError, match="windows of its own"), windowed(tiny("mistral"), [0]):
         pass
     padded = torch.ones_like(ids)
@@ -232,14 +235,20 @@ def test_measured_rows_are_stored_and_right(smollm2, tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
 
 
-def test_lm_eval_of_a_windowed_model(smollm2):
-    """Real questions: a window longer than they are changes nothing, a short one does."""
+def test_lm_eval_of_a_windowed_model(smollm2, tmp_path):
+    """Real questions: a window longer than they are changes nothing, a short one does; what is stored is the same."""
     model, tokenizer = smollm2
-    results = {}
+    results, answered, store = {}, {}, Store(tmp_path)
     for window in (None, 256, 4):
-        with windowed(model, range(30) if window else [], window or 1, 2):
-            results[window] = evaluate(model, tokenizer, ["piqa"], limit=12)
+        cut = Cut(layers=range(30), window=window, sinks=2) if window else Cut()
+        with cut.of(model):
+            table = evaluate(model, tokenizer, ["piqa"], limit=12)
+        results[window] = table[table["metric"].str.startswith("acc")].set_index("metric")["value"]
+        rows = measure(store, model, tokenizer, cut, {}, tasks=["piqa"], limit=12)
+        assert percent(rows, ["piqa", "facts"])[0] == pytest.approx(100 * results[window]["acc_norm"])
+        answered[window] = rows["value"].tolist()
     assert results[256].equals(results[None]) and not results[4].equals(results[None])
+    assert answered[256] == answered[None] and len(answered[4]) == 12
 
 
 def test_order_and_speed_are_stored(tmp_path):
@@ -247,11 +256,66 @@ def test_order_and_speed_are_stored(tmp_path):
     text = Calibration(random_ids(2, 16))
     scores = score_windows(model, text, 4, 1)
     assert order(store, model, text, 4, 1) == sorted(range(5), key=lambda i: scores[i])
-    cuts = [Cut(DropPlan(attn=[0])), Cut(layers=[1, 2], window=4, sinks=1)]  # 3 + 1 tokens stay
-    table = compare_speed(store, model, cuts, rounds=2, batch_size=1, prompt_len=32, new_tokens=4)
+    narrow = Cut(layers=[1, 2], window=4, sinks=1)  # 3 + 1 tokens stay
+    three = [Cut(DropPlan(attn=[0])), narrow, Cut(DropPlan(attn=[3]))]
+    table = compare_speed(store, model, three, rounds=2, batch_size=1, prompt_len=32, new_tokens=4)
     one = 2 * model.config.num_key_value_heads * model.config.head_dim * 4 / 1e6  # MB per token and layer
-    assert table["kv"].tolist() == pytest.approx([one * 4 * 36, one * (3 * 36 + 2 * 4)])
-    assert (table[["prefill", "decode"]] > 0).all(axis=None) and len(list(tmp_path.rglob("*.json"))) == 2
+    assert table["kv"].tolist() == pytest.approx([one * 4 * 36, one * (3 * 36 + 2 * 4), one * 4 * 36])
+    assert table.iloc[0].equals(table.iloc[2])  # of one shape, timed once
+    assert (table[["speedup", "prefill", "decode"]] > 0).all(axis=None) and len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def rows(values, where="text") -> pd.DataFrame:
+    return pd.DataFrame({"where": where, "item": range(len(values)), "value": values, "n": 1})
+
+
+def test_cuts_as_fast():
+    model, speed = tiny("llama"), {"prompt_len": 2048, "new_tokens": 256}
+    found = cuts.as_fast(model, {4: [3, 1, 0, 4, 2]}, [1, 3], [64, 1], **speed)
+    for (choice, how, n), cut in found.items():
+        b = int(how.split()[-1])
+        assert choice == "window 4" and cut.layers == [3, 1, 0, 4, 2][: len(cut.layers)] and cut.window == 4
+        dropping = Cut(DropPlan(attn=range(n))).speedup(model, batch_size=b, **speed)
+        assert cut.speedup(model, batch_size=b, **speed) >= dropping * (1 - 1e-9)
+        fewer = Cut(layers=cut.layers[1:], window=4)
+        assert fewer.speedup(model, batch_size=b, **speed) < dropping
+    missing = {(b, n) for b in (64, 1) for n in (1, 3)} - {(int(how.split()[-1]), n) for _, how, n in found}
+    assert ("window 4", "as fast for 64", 1) in found
+    assert all(as_fast(model, n, 4, batch_size=b, **speed) is None for b, n in missing)
+
+
+def test_table_pairs_questions_with_those_of_cosine():
+    model, whole = tiny("llama"), rows([1.0, 2.0])
+    models = {("cosine", "none", 2): Cut(DropPlan(attn=[1, 2])), ("window 4", "w", 2): Cut(layers=[1, 2, 3], window=4)}
+    found = {
+        ("cosine", "none", 2): pd.concat([rows([2.0, 3.0]), rows([0, 0, 1, 0], "facts"), rows([1, 0], "piqa")]),
+        ("window 4", "w", 2): pd.concat([rows([1.1, 2.1]), rows([1, 0, 1, 1], "facts")]),
+    }
+    table = cuts.table(model, models, found, whole, ["text"], ["facts"], ["piqa"], [1], prompt_len=64, new_tokens=8)
+    assert table["left"].tolist() == pytest.approx([1, 0.1]) and table["windowed"].tolist() == [0, 3]
+    assert table["facts"].tolist() == [25, 75] and table["more"].tolist() == [0, 50]
+    assert table["more_stderr"][0] == 0 < table["more_stderr"][1] and table["piqa"][0] == 50
+    assert table["piqa"].isna()[1]  # not asked
+    assert table["at_1"][0] > 1
+
+
+def test_frontier_counts_what_is_saved():
+    model, speed = tiny("llama"), {"prompt_len": 64, "new_tokens": 8}
+    models = {
+        ("cosine", "none", 2): Cut(DropPlan(attn=[1, 2])),
+        ("MLP Drop", "refit", 2): Cut(DropPlan(mlp=[3])),
+        ("cosine", "window 7", 2): Cut(layers=[0, 1], window=7, sinks=1),
+    }
+    found = dict(zip(models, (rows([2.0, 3.0]), rows([1.5, 2.5]), rows([1.0, 2.1])), strict=True))
+    table = frontier(model, models, found, rows([1.0, 2.0]), ["text"], **speed)
+    assert list(table["method"]) == ["cosine", "MLP Drop: refit", "cosine: window 7"]
+    assert table["lost"].tolist() == pytest.approx([1.0, 0.5, 0.05])
+    one = 2 * model.config.num_key_value_heads * model.config.head_dim * 2 / 1e6  # MB per token and layer, 16 bits
+    assert table["kv"].tolist() == pytest.approx([one * 3 * 72, one * 5 * 72, one * (3 * 72 + 2 * 8)])
+    for row, cut in zip(table["parameters"], models.values(), strict=True):
+        with dropped(model, cut.plan):
+            assert row == sum(p.numel() for p in model.parameters()) / 1e6
+    assert (table["predicted_speedup"] > 1).all() and list(table["windowed"]) == [0, 0, 2]
 
 
 def test_the_cache_layer_by_itself():

@@ -4,14 +4,17 @@ A windowed layer's token t attends to the last `window` tokens, t itself include
 (attention sinks: without them most models break; StreamingLLM, Xiao et al. 2024, arXiv 2309.17453). Positions stay
 those of the whole text. Its KV cache holds sinks + window - 1 tokens, however long the text: with long contexts or
 many sequences, where reading the cache takes the time, that saves almost what dropping the layer saves. With short
-ones it saves nothing, and changes nothing.
+ones it saves nothing, and changes nothing. Long prompts run a block of queries at a time, so that most of what is
+hidden is not computed.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .anatomy import anatomy
@@ -21,6 +24,7 @@ from .plan import DropPlan
 from .roofline import predict_speed
 
 WINDOW, SINKS = 64, 4
+BLOCK = 128  # queries at a time: fewer are slower on 2 cores, more compute more of what is hidden
 
 
 @contextmanager
@@ -52,16 +56,21 @@ def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sink
         raise ValueError(
             f"attention {config._attn_implementation!r} takes no mask; load with attn_implementation='sdpa' or 'eager'"
         )
-    handles = []
+    modules = [getattr(parts.layers[i], parts.layout.attn_core) for i in layers]
+    hook, handles, configs = _Window(window, sinks, config._attn_implementation == "eager"), [], []
     try:
-        for i in layers:
-            module = getattr(parts.layers[i], parts.layout.attn_core)
-            hook = _Window(window, sinks, config._attn_implementation == "eager")
+        for module in modules:
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if not hook.additive:
+                configs.append((module, module.config))
+                module.config = copy.copy(module.config)
+                module.config._attn_implementation = "llmdrop_blocks"
         yield model
     finally:
         for handle in handles:
             handle.remove()
+        for module, former in configs:
+            module.config = former
 
 
 class WindowLayer(DynamicLayer):
@@ -102,21 +111,46 @@ class WindowLayer(DynamicLayer):
             raise ValueError("a windowed KV cache cannot be cut back: what left the window is gone; fill it anew")
 
 
+def _attend_in_blocks(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    """SDPA, a block of queries at a time where a mask of ours says so: with the keys that one of the block sees."""
+    sdpa, blocks = AttentionInterface()["sdpa"], getattr(attention_mask, "blocks", None)
+    if not blocks:
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    parts = [
+        sdpa(module, query[:, :, start : start + BLOCK], key[:, :, seen], value[:, :, seen], mask, **kwargs)[0]
+        for start, seen, mask in blocks
+    ]
+    return torch.cat(parts, 1), None  # [B, n, heads, head_dim]
+
+
+AttentionInterface.register("llmdrop_blocks", _attend_in_blocks)
+
+
 class _Window:
-    """Forward pre-hook of an attention module: its own mask, and its own slot in a fresh KV cache."""
+    """Forward pre-hook of attention modules: masks of their own, and their own slots in a fresh KV cache."""
 
     def __init__(self, window: int, sinks: int, additive: bool):
         self.window, self.sinks, self.additive = window, sinks, additive
+        self.basis = self.alive = self.mask = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden, given = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+        hidden = args[0] if args else kwargs["hidden_states"]
         caches = [kwargs[name] for name in ("past_key_values", "layer_past") if isinstance(kwargs.get(name), Cache)]
         cached = self._slot(caches[0], module.layer_idx) if caches else None
+        given, positions, seen = kwargs.get("attention_mask"), kwargs.get("position_ids"), cached and cached.seen
+        basis = id(given), id(positions), seen, hidden.shape[1], hidden.device, hidden.dtype, hidden.is_inference()
+        if basis != self.basis:  # else the mask is that of the layer before
+            self.basis, self.alive = basis, (given, positions)  # kept, so that nothing new gets their ids
+            self.mask = self._mask(hidden, cached, given, positions)
+        return args, kwargs | {"attention_mask": self.mask}
+
+    def _mask(self, hidden: torch.Tensor, cached: WindowLayer | None, given, positions) -> torch.Tensor | None:
+        """[1 or B, 1, n, keys]: what each token sees; long ones with `blocks` for `_attend_in_blocks`."""
         n, past = hidden.shape[1], cached.seen if cached else 0
         place = past + torch.arange(n, device=hidden.device)
         keys = torch.cat([cached.held().to(hidden.device), place]) if cached else place
         causal = (keys <= place[:, None])[None, None]  # [1, 1, n, keys]
-        now, positions = place[None], kwargs.get("position_ids")
+        now, other = place[None], given
         if cached is None and positions is not None:  # of tokens beside padding, or in the tries of `sweep`
             now = keys = positions
         elif given is not None and not self._sees_all(given, keys, causal, past + n):
@@ -126,19 +160,24 @@ class _Window:
                 f"{past + n} tokens so far; run texts of different lengths one by one, or without a cache"
             )
         else:
-            keys, given = keys[None], None
+            keys, other = keys[None], None
         distance = now[:, :, None] - keys[:, None, :]
         near = ((distance < self.window) | (keys[:, None, :] < self.sinks))[:, None]  # [B, 1, n, keys]
-        if given is None and bool((near | ~causal).all()):
-            return args, kwargs | ({"attention_mask": None} if n == 1 else {})  # nothing is hidden
-        if given is None or given.dtype == torch.bool:
-            given = near & (causal if given is None else given)
-            if self.additive:
-                lowest = torch.finfo(hidden.dtype).min
-                given = torch.zeros(given.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~given, lowest)
-        else:
-            given = given.masked_fill(~near, torch.finfo(given.dtype).min)
-        return args, kwargs | {"attention_mask": given}
+        if other is None and bool((near | ~causal).all()):
+            return None if n == 1 else given  # nothing is hidden
+        if other is not None and other.dtype != torch.bool:
+            return other.masked_fill(~near, torch.finfo(other.dtype).min)
+        mask = near & (causal if other is None else other)
+        if self.additive:
+            lowest = torch.finfo(hidden.dtype).min
+            return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, lowest)
+        if n > BLOCK:
+            mask.blocks = []
+            for start in range(0, n, BLOCK):
+                part = mask[:, :, start : start + BLOCK]
+                reached = part.flatten(0, 2).any(0).nonzero()[:, 0]
+                mask.blocks.append((start, reached, part[..., reached]))
+        return mask
 
     @staticmethod
     def _sees_all(given: torch.Tensor, keys: torch.Tensor, causal: torch.Tensor, n: int) -> bool:

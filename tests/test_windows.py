@@ -1,5 +1,7 @@
 """A windowed layer sees what its window says, its cache holds no more, and what is measured is what was asked for."""
 
+from unittest.mock import patch
+
 import pandas as pd
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, Store, apply_plan, cuts, dropped, evaluate, predict_speed
+from llmdrop import Calibration, DropPlan, Store, apply_plan, cuts, dropped, evaluate, predict_speed, windows
 from llmdrop.cuts import Cut, compare_speed, frontier, measure, order, percent
 from llmdrop.questions import retrieval
 from llmdrop.sweep import Item, loglikelihoods
@@ -40,11 +42,12 @@ def with_mask(model, ids, layers, allowed):
     sinks=st.integers(0, 5),
     layers=st.sets(st.integers(0, 3), min_size=1),
     cuts=st.lists(st.integers(1, 23), max_size=4),
+    block=st.sampled_from([1, 5, 12, 128]),
 )
-def test_cached_steps_of_any_size_equal_the_mask(window, sinks, layers, cuts):
+def test_cached_steps_of_any_size_equal_the_mask(window, sinks, layers, cuts, block):
     model, n = tiny("llama", "sdpa"), 24
     ids = random_ids(2, n)
-    with windowed(model, layers, window, sinks):
+    with patch.object(windows, "BLOCK", block), windowed(model, layers, window, sinks):
         whole, cache, parts = model(ids, use_cache=False).logits, None, []
         ends = [*sorted(set(cuts)), n]
         for start, end in zip([0, *ends], ends, strict=False):
@@ -60,14 +63,25 @@ def test_cached_steps_of_any_size_equal_the_mask(window, sinks, layers, cuts):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt_neox", "olmo2"])
-def test_every_family_with_full_attention(family):
-    model = tiny(family, "sdpa")
+def test_every_family_with_full_attention(family, monkeypatch):
+    """The same with a cache and without, and no block of queries meets keys that all of it cannot see."""
+    model, sdpa, keys = tiny(family, "sdpa"), torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query, key, *args, **kwargs):
+        keys.append(key.shape[2])
+        return sdpa(query, key, *args, **kwargs)
+
     ids = random_ids(1, 20)
     plain = model(ids, use_cache=False).logits
+    monkeypatch.setattr(windows, "BLOCK", 4)
     with windowed(model, [0, 2], 3, 1):
-        masked = model(ids, use_cache=False).logits
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+            masked = model(ids, use_cache=False).logits
         first = model(ids[:, :12], use_cache=True)
         rest = model(ids[:, 12:], past_key_values=first.past_key_values, use_cache=True)
+    one = [4, 7, 7, 7, 7]  # of a windowed layer: the block's own 4, the 2 before them, the sink
+    assert keys == [*one, 20, *one, *[20] * (len(model(ids, output_hidden_states=True).hidden_states) - 4)]
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), masked, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(masked[:, :3], plain[:, :3])  # nothing is hidden from the first three
     assert not torch.allclose(masked[:, 8:], plain[:, 8:])
@@ -106,7 +120,8 @@ def test_generate_runs_and_beside_dropped_layers():
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_without_a_cache_hides_nothing_else(attention):
+def test_padding_without_a_cache_hides_nothing_else(attention, monkeypatch):
+    monkeypatch.setattr(windows, "BLOCK", 5)
     model, ids = tiny("llama", attention), random_ids(1, 12)
     with windowed(model, [0, 2, 4], 3, 1):
         alone = model(ids, use_cache=False).logits

@@ -112,9 +112,10 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     """
     blind, parts = table["selector"].str.startswith("random "), []
     for n, part in table.groupby("n"):
-        seeds = part[blind].mean(numeric_only=True).dropna().to_frame().T.assign(lost_stderr=part[blind]["lost"].sem())
-        seeds["selector"] = f"random, {blind[part.index].sum()} seeds"
-        part = pd.concat([part[~blind], seeds] if blind.any() else [part]).set_index("selector")
+        drawn, part = part[blind[part.index]], part[~blind[part.index]]
+        seeds = drawn.mean(numeric_only=True).dropna().to_frame().T.assign(lost_stderr=drawn["lost"].sem())
+        seeds["selector"] = f"random, {len(drawn)} seeds"
+        part = pd.concat([part, seeds] if len(drawn) else [part]).set_index("selector")
         part["against"] = np.where(part["against_high"] < 0, "less", np.where(part["against_low"] > 0, "more", "same"))
         kept = part[["lost", "lost_stderr", "against", "refitted", "refitted_stderr", "overlap", "passes"]]
         parts.append(kept.rename(columns={c: f"{c.removesuffix('_stderr')}_{n}{c[len(c.removesuffix('_stderr')):]}"
@@ -141,9 +142,10 @@ def plot_lost(table: pd.DataFrame, axes) -> None:
     groups = list(table.groupby(["choice", "compensation"], sort=False))
     for k, ((how, method), part) in enumerate(groups):
         look = {"label": f"{how}: {method}", "color": f"C{k}", "marker": "osv^DPX*"[k % 8]}
-        axes[0].plot(part["n"], part["lost"], **look)
+        beside = part["n"] + 0.25 * (k - (len(groups) - 1) / 2)  # or intervals would cover each other
+        axes[0].plot(part["n"] if len(part) > 1 else beside, part["lost"], **look)
         error = [part["left"] - part["low"], part["high"] - part["left"]]
-        axes[1].errorbar(part["n"] + 0.25 * (k - (len(groups) - 1) / 2), part["left"], error, linestyle="", **look)
+        axes[1].errorbar(beside, part["left"], error, linestyle="", **look)
     axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
     for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
         ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])))

@@ -203,14 +203,18 @@ def _seek(cache, position: int) -> None:
     """Make the cache as long as after `position` tokens; what a dynamic one lacks is random."""
     for layer in cache.layers:
         if layer.is_sliding:
-            raise ValueError("timed_steps and CUDA graphs skip in the cache, which sliding windows do not allow")
+            raise ValueError("timed_steps and CUDA graphs skip in the cache, which a model's own windows forbid")
+        length = position
+        if hasattr(layer, "held"):  # a window's
+            layer.seen = position
+            length = len(layer.held())
         if hasattr(layer, "max_cache_len"):
             layer.cumulative_length.fill_(position)
-        elif position > layer.keys.shape[-2]:
+        elif length > layer.keys.shape[-2]:
             for name in ("keys", "values"):  # one at a time, and the old one freed first: they are large
                 like = getattr(layer, name)[..., :1, :].clone()
                 setattr(layer, name, None)
-                size = (*like.shape[:2], position, like.shape[-1])
+                size = (*like.shape[:2], length, like.shape[-1])
                 setattr(layer, name, torch.empty(size, dtype=like.dtype, device=like.device).normal_())
 
 

@@ -184,7 +184,7 @@ def test_refuses(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             measure_speed(model, **arguments)
-    with pytest.raises(ValueError, match="sliding windows do not allow"):
+    with pytest.raises(ValueError, match="own windows forbid"):
         measure_speed(tiny("mistral"), **SIZES, timed_steps=2)
 
 

@@ -12,6 +12,7 @@ from tiny import random_ids, tiny
 from llmdrop import Calibration, DropPlan, Store, apply_plan, cuts, dropped, evaluate, predict_speed, windows
 from llmdrop.cuts import Cut, compare_speed, frontier, measure, order, percent
 from llmdrop.questions import retrieval
+from llmdrop.speed import measure_speed
 from llmdrop.sweep import Item, loglikelihoods
 from llmdrop.windows import WindowLayer, as_fast, score_windows, windowed
 
@@ -344,3 +345,17 @@ def test_the_cache_layer_by_itself():
     assert layer.held().tolist() == [0, 5, 6]
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.held().tolist() == []
+
+
+@pytest.mark.parametrize("prompt_len", [4, 30])  # shorter and longer than a window
+def test_timing_skips_on_in_windows(prompt_len):
+    model, seen = tiny("llama", "sdpa", num_hidden_layers=3), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length(1)), with_kwargs=True
+    )
+    size = dict(prompt_len=prompt_len, new_tokens=32, repeats=1, warm_up=False)
+    with windowed(model, [0, 1], 8, 2):
+        every = measure_speed(model, **size)["kv_bytes"]
+        del seen[:]
+        assert measure_speed(model, **size, timed_steps=4)["kv_bytes"] == every
+    assert seen == [0, *(prompt_len + 32 * k // 8 for k in (1, 3, 5, 7))]

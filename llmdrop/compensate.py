@@ -12,10 +12,14 @@ of W stays. An MLP's h is wide (1536 numbers a token in SmolLM2, for a stream of
 layer adds can be told from it. Shapes do not change: the model is as fast as without, every format that holds the
 dropped model holds this one, and there is nothing to load besides.
 
-The other methods stand here to be compared with: "refit in turn" fits each gap in the model with the gaps above it,
-"refit all" brings every later matrix's output back to the undropped model's stream too; a `Fill` puts something small
-where a sublayer was: its mean output (one vector), with the first tokens' apart (attention sinks), a diagonal, a
-linear map of the stream.
+"mean" takes from the text only what is missing on average, sum_t w_t f_t / sum_t w_t, and adds that vector to the same
+matrix's bias. A matrix that has none is given one: a model of a few numbers more, which formats must have room for
+("hf" and "gguf" have, see `save_model`).
+
+The other methods stand here to be compared with: "refit in turn" and "mean in turn" fit each gap in the model with the
+gaps above it dropped and fitted, "refit all" brings every later matrix's output back to the undropped model's stream
+too; a `Fill`, which no checkpoint holds, puts something small where a sublayer was: its mean output with the first
+tokens' apart (attention sinks), a diagonal, a linear map of the stream.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,30 +32,33 @@ from .anatomy import Anatomy, anatomy
 from .calibration import Calibration
 from .hooks import batches
 from .plan import DropPlan
-from .prune import NoAttention, apply_plan, dropped
+from .prune import NoAttention, apply_plan, dropped, give_biases
 from .sweep import layer_calls, run_layer
 
-FILLS = ("mean", "sink mean", "diagonal", "linear")
+MEANS = ("mean", "mean in turn")
+FILLS = ("sink mean", "diagonal", "linear")
 REFITS = ("refit", "refit in turn", "refit all")
-METHODS = ("none", *FILLS, *REFITS)
+METHODS = ("none", *MEANS, *FILLS, *REFITS)
+ALONE = ("mean", "refit")  # fit every gap on its own, in the undropped model
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2")  # a sublayer's last matrix
 SINKS = 4  # first tokens of a sample that "sink mean" keeps apart, each with a mean of its own
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, in units of the mean of h_t^2
 HELD_OUT = 4  # every fourth sample chooses the strength
 
-Changes = dict[tuple[str, int], torch.Tensor | nn.Module]  # (kind, layer) -> what to add to W, or what fills the gap
+# (kind, layer) -> what to add to W [C, H] or to its bias [C], or what fills the gap
+Changes = dict[tuple[str, int], torch.Tensor | nn.Module]
 
 
 def compensate(model: nn.Module, plan: DropPlan, changes: Changes) -> nn.Module:
     """`apply_plan`, with the changes that `fit` gave for the same model and plan, in place; returns the model.
 
-    Raises ValueError for a `Fill`, which no checkpoint holds: changes of weights ("refit" and its kin) are saved and
-    loaded like any other model.
+    Raises ValueError for a `Fill`, which no checkpoint holds: changed weights (of a refit) are saved and loaded like
+    any other model's, and biases (of a mean) that the architecture has not are listed in `model.config.llmdrop`.
     """
     if any(isinstance(change, nn.Module) for change in changes.values()):
         raise ValueError(
             f"these changes add modules ({', '.join(FILLS)}), which checkpoints do not hold; fit with one of "
-            f"{', '.join(REFITS)}, or try these with `compensated`"
+            f"{', '.join(MEANS + REFITS)}, or try these with `compensated`"
         )
     apply_plan(model, plan)
     _put(model, changes)
@@ -66,18 +73,26 @@ def compensated(model: nn.Module, plan: DropPlan, changes: Changes) -> Iterator[
         try:
             yield model
         finally:
-            for owner, name, value in undo:
+            for owner, name, value in reversed(undo):
                 setattr(owner, name, value)
 
 
 def _put(model: nn.Module, changes: Changes) -> list[tuple]:
-    parts, undo = anatomy(model), []
+    """Make the changes; returns the undo log: (owner, attribute, former value), to be put back last first."""
+    parts = anatomy(model)
+    vectors = [(kind, i) for (kind, i), change in changes.items() if _is_vector(change)]
+    without = [(kind, i) for kind, i in vectors if _output(parts, i, kind).bias is None]
+    undo = give_biases(model, [(i, _output_name(parts, i, kind)) for kind, i in without])
     for (kind, i), change in changes.items():
         layer, layout = parts.layers[i], parts.layout
         if isinstance(change, nn.Module):
             core = layout.attn_core if kind == "attn" else layout.mlp_core
             undo.append((layer, core, getattr(layer, core)))
             setattr(layer, core, change)
+        elif _is_vector(change):
+            bias = _output(parts, i, kind).bias
+            undo.append((bias, "data", bias.data))
+            bias.data = (bias.data.float() + change.to(bias.device)).to(bias.dtype)
         else:
             weight = _output(parts, i, kind).weight
             undo.append((weight, "data", weight.data))
@@ -90,17 +105,28 @@ def _like(weight: torch.Tensor, change: torch.Tensor, parts: Anatomy, i: int, ki
     return (change.T if transposed else change).to(weight.device)
 
 
+def _is_vector(change: torch.Tensor | nn.Module) -> bool:
+    return isinstance(change, torch.Tensor) and change.dim() == 1
+
+
 def _output(parts: Anatomy, i: int, kind: str) -> nn.Module:
-    """The matrix that ends a sublayer. Raises ValueError where something follows it, or the stream is not one path."""
+    return parts.layers[i].get_submodule(_output_name(parts, i, kind))
+
+
+def _output_name(parts: Anatomy, i: int, kind: str) -> str:
+    """The matrix that ends a sublayer, by its name in the layer ("mlp.down_proj").
+
+    Raises ValueError where something follows it, or the stream is not one path.
+    """
     layout = parts.layout
     core, last = (layout.attn_core, layout.attn[-1]) if kind == "attn" else (layout.mlp_core, layout.mlp[-1])
     module = getattr(parts.layers[i], core)
-    found = module if core in OUTPUTS else next((getattr(module, n) for n in OUTPUTS if hasattr(module, n)), None)
+    found = core if core in OUTPUTS else next((f"{core}.{n}" for n in OUTPUTS if hasattr(module, n)), None)
     if found is None or core != last or parts.parallel:
         why = "attention and MLP run in parallel" if parts.parallel else f"{last} follows its last matrix"
         raise ValueError(
-            f"cannot refit layer {i}'s {kind} sublayer: {why}; refit needs sublayers one after the other, each ending "
-            "in a matrix (Llama, Mistral, Qwen, Phi-3, GPT-2, OPT). Drop without compensation there"
+            f"cannot refit layer {i}'s {kind} sublayer, nor add a mean there: {why}; that needs sublayers one after "
+            "the other, each ending in a matrix (Llama, Mistral, Qwen, Phi-3, GPT-2, OPT). Drop without compensation"
         )
     return found
 
@@ -156,8 +182,8 @@ def fit(
     """What `method` changes in, or puts into, `model` without the plan's sublayers, from one pass over `calibration`.
 
     model: undropped, and unchanged afterwards. method: one of METHODS, see above. Calibration text of several kinds
-    carries over best to text of another. Takes the time of one forward pass ("refit") or two, and the memory of the
-    residual streams of all of the calibration text, of one or both models, and of one matrix's inputs.
+    carries over best to text of another. Takes the time of one forward pass ("refit", "mean") or two, and the memory of
+    the residual streams of all of the calibration text, of one or both models, and (refits) of one matrix's inputs.
 
     Raises ValueError for an unknown method, layers dropped already, or an architecture that the method cannot serve.
     """
@@ -172,7 +198,7 @@ def fit(
     sublayers = [(kind, i) for i in range(parts.n_layers) for kind in ("attn", "mlp")]
     run = _Walk(model, parts, calibration, batch_size)
     whole, rest = run.start, run.start  # streams of the undropped and the dropped model, equal up to the first gap
-    changes: Changes = {}
+    mean, changes = method in MEANS, {}
     at = 0
     while at < len(sublayers):
         kind, i = sublayers[at]
@@ -182,22 +208,24 @@ def fit(
         shared = rest is whole
         if sublayers[at] in gone:  # nothing live stands before it
             whole = run.through(whole, kind, i)
-            rest, end = whole if method == "refit" else rest, at + 1
+            rest, end = whole if method in ALONE else rest, at + 1
         elif shared and end == at + 1:
             rest = whole = run.through(whole, kind, i)
         else:
             read: list[torch.Tensor] = []
-            rest = run.through(rest, kind, i, read)
+            rest = run.through(rest, kind, i, None if mean else read)
             whole = rest if shared else run.through(whole, kind, i)
             for k in range(at + 1, end):
                 whole = run.through(whole, *sublayers[k])
             if method == "refit all" or end > at + 1:
-                change = _ridge(read, rest, whole, run.weights, strengths)
+                state = rest, whole, run.weights
+                change = _mean(*state) if mean else _ridge(read, *state, strengths)
                 if change is not None:
                     changes[kind, i] = change
-                    rest = [y + h @ change.T.to(h.dtype) for y, h in zip(rest, read, strict=True)]
-            if method == "refit":
-                rest = whole  # every gap on its own, in the undropped model
+                    added = [change] * len(rest) if mean else [h @ change.T.to(h.dtype) for h in read]
+                    rest = [y + a.to(y) for y, a in zip(rest, added, strict=True)]
+            if method in ALONE:
+                rest = whole
         at = end
     return changes
 
@@ -212,14 +240,16 @@ def corrections(
     strengths: Sequence[float] = STRENGTHS,
     layers: Sequence[int] | None = None,
 ) -> dict[tuple[str, int], Changes]:
-    """For each sublayer of these kinds, in these layers (None: all), what "refit" or a fill would change for it alone.
+    """For each sublayer of these kinds, in these layers (None: all), what `method` would change for it alone.
+
+    method: "refit", "mean" or a fill.
 
     From one pass over the undropped model, whatever is dropped later: for a plan of attention layers alone (or of MLPs
     alone), `combined` of these is what `fit` gives. It is what `selection.greedy` needs to choose with compensation in
-    mind. Layer 0's attention has nothing before it to refit.
+    mind. Layer 0's attention has nothing before it to refit, or to add its mean to.
     """
-    if method != "refit" and method not in FILLS:
-        raise ValueError(f"method {method!r} does not fit layers one by one; those that do: refit, {', '.join(FILLS)}")
+    if method not in ALONE + FILLS:
+        raise ValueError(f"method {method!r} does not fit layers one by one; those that do: {', '.join(ALONE + FILLS)}")
     parts = anatomy(model)
     _check(parts, DropPlan(mlp=[0]) if "mlp" in kinds else DropPlan(), method)
     run = _Walk(model, parts, calibration, batch_size)
@@ -231,7 +261,8 @@ def corrections(
         if wanted and method in FILLS:
             found[at] = {at: _fill(at[0], method, x, y, run.weights, strengths)}
         elif wanted and before is not None:
-            change = _ridge(read_before, x, y, run.weights, strengths)
+            state = x, y, run.weights
+            change = _mean(*state) if method == "mean" else _ridge(read_before, *state, strengths)
             if change is not None:
                 found[at] = {before: change}
         x, before, read_before = y, at, read
@@ -257,7 +288,7 @@ def shared_or_fit(
 
     It can for plans of attention layers, and methods that fit layers one by one. shared=None: always `fit`.
     """
-    alone = shared is not None and method in ("refit", *FILLS) and not plan.mlp
+    alone = shared is not None and method in ALONE + FILLS and not plan.mlp
     return combined(shared(method), plan) if alone else fit(model, plan, calibration, method, batch_size)
 
 
@@ -267,7 +298,7 @@ def _check(parts: Anatomy, plan: DropPlan, method: str) -> None:
     if parts.plan:
         raise ValueError(f"this model has {parts.plan.label} dropped already; fit on the undropped model")
     DropPlan(plan.attn, plan.mlp, parts.n_layers)  # raises for indices the model does not have
-    if method in REFITS:
+    if method in REFITS + MEANS:
         for i in range(parts.n_layers):
             _output(parts, i, "attn"), _output(parts, i, "mlp")
     elif method != "none" and (parts.parallel or plan.blocks or (method == "sink mean" and plan.mlp)):
@@ -346,6 +377,14 @@ def _ridge(read, now, wanted, weights, strengths) -> torch.Tensor | None:
             columns = best == k
             out[:, columns] = solved(fitted + held, (cross + cross_held)[:, columns], strengths[k - 1])
     return out.T.float()
+
+
+def _mean(now, wanted, weights) -> torch.Tensor:
+    """[C]: what the streams `now` lack of `wanted` on average, each token with its weight."""
+    ones = [y.new_ones(*y.shape[:2], 1) for y in now]  # regression on a constant
+    sums = [(one.T @ one, lacks.T @ one) for one, lacks in _samples(ones, now, wanted, weights)]
+    weight, lacking = (sum(each.double() for each in column) for column in zip(*sums, strict=True))
+    return (lacking / weight)[:, 0].float()
 
 
 def _fill(kind: str, method: str, now, wanted, weights, strengths) -> Fill:

@@ -24,7 +24,8 @@ def write_hf(model, tokenizer, folder: Path) -> None:
     parts, file = anatomy(model), folder / "config.json"
     config = json.loads(file.read_text())
     scaled = getattr(model.config, "scale_attn_by_inverse_layer_idx", False)  # GPT-2 with depth in its attention
-    if (set(parts.plan.attn) != set(parts.plan.mlp) or (scaled and parts.plan)) and config["model_type"] != OURS:
+    whole_blocks = set(parts.plan.attn) == set(parts.plan.mlp) and not (scaled and parts.plan)
+    if (not whole_blocks or prune.given_biases(model.config)) and config["model_type"] != OURS:
         (folder / "modeling_llmdrop.py").write_text(_modeling_file(config["model_type"]))
         config = _our_config(config, parts)
     file.write_text(json.dumps(config | _for_transformers_4(config), indent=2))
@@ -70,7 +71,7 @@ def _modeling_file(model_type: str) -> str:
     source = inspect.getsource(modeling_llmdrop)
     source = source.replace("LlamaForCausalLM", stock).replace("LlamaConfig", stock_config)
     start = source.index("# in a checkpoint these stand here themselves")
-    parts = (prune.stub_sublayer, prune.NoAttention, prune.NoMLP, prune.TokenCount, prune.CacheCut)
+    parts = (prune.stub_sublayer, prune.add_bias, prune.NoAttention, prune.NoMLP, prune.TokenCount, prune.CacheCut)
     end = source.index("\n", source.index("from llmdrop.prune import")) + 1
     return source[:start].rstrip() + "\n\n\n" + "\n\n".join(map(inspect.getsource, parts)) + source[end:]
 
@@ -94,10 +95,16 @@ def write_nemotron_nas(model, tokenizer, folder: Path) -> None:
     Weights keep their Llama names; config.json says layer by layer what is there. Serve it with `python -m
     vllm.entrypoints.openai.api_server --model folder` where llmdrop is installed (it registers the config), else with
     --trust-remote-code (the config file is beside the weights). Raises ValueError for what the engine cannot run: other
-    architectures, mixed dtypes, no attention in the first layer that is left.
+    architectures, mixed dtypes, no attention in the first layer that is left, biases of a mean.
     """
     check_llama(model, "nemotron-nas")
     parts, config = anatomy(model), model.config
+    if biases := prune.given_biases(config):
+        raise ValueError(
+            f"{len(biases)} matrices of this model have a bias that compensation by a mean gave them (layer "
+            f"{biases[0][0]}'s {biases[0][1]}, ...), and format='nemotron-nas' has none. Use format='hf' or 'gguf', or "
+            "compensate by a refit, which adds no tensors"
+        )
     kept = [i for i in range(parts.n_layers) if i not in parts.plan.blocks]
     if kept[0] in parts.plan.attn:
         raise ValueError(

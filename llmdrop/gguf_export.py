@@ -25,7 +25,7 @@ from .anatomy import anatomy
 from .export import attended, check_llama
 from .gguf_tokenizer import read_tokenizer, tokenizer_facts
 from .plan import DropPlan
-from .prune import apply_plan
+from .prune import apply_plan, give_biases
 
 WEIGHTS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0, "q4_1": Kind.Q4_1}
 ZERO_WIDTH = 32  # of an MLP that is not there; one quantisation block
@@ -40,7 +40,8 @@ def write_gguf(model, tokenizer, path: str | os.PathLike, weights: str = "f16", 
     """Write a Llama or Mistral model, dropped or not, with its tokenizer and chat template, as one GGUF file.
 
     weights: "f32", "f16", "bf16", "q8_0", "q4_0" or "q4_1", quantised by the gguf package; then embedding and output
-    stay at 8 bits. Norms are float32, as the engine wants them. The plan is recorded and `load_model(path)` finds it.
+    stay at 8 bits. Norms, and biases that a mean added, are float32, as the engine wants them. The plan is recorded and
+    `load_model(path)` finds it.
     Raises ValueError for other architectures, mixed dtypes, tokenizers that llama.cpp has no form for and numbers
     beyond float16; FileExistsError if `path` exists (overwrite=True replaces it).
     """
@@ -84,10 +85,12 @@ def write_gguf(model, tokenizer, path: str | os.PathLike, weights: str = "f16", 
         for slot, i in enumerate(i for i in range(parts.n_layers) if i not in parts.plan.blocks):
             present = ({} if i in parts.plan.attn else ATTN) | ({} if i in parts.plan.mlp else MLP)
             for name, key in present.items():
-                tensor = state[f"model.layers.{slot}.{key}.weight"].float().numpy()
-                if name in ("attn_q", "attn_k"):
-                    tensor = _interleaved(tensor, head)
-                yield f"blk.{i}.{name}.weight", *_encode(tensor, kind)
+                for what in ("weight", "bias"):
+                    tensor = state.get(f"model.layers.{slot}.{key}.{what}")
+                    if tensor is not None:
+                        tensor = tensor.float().numpy()
+                        tensor = _interleaved(tensor, head) if name in ("attn_q", "attn_k") else tensor
+                        yield f"blk.{i}.{name}.{what}", *_encode(tensor, kind)
 
     return _write(path, parts.plan, parts.n_layers, head, facts, tensors(), overwrite)
 
@@ -113,7 +116,7 @@ def drop_gguf(source: str | os.PathLike, plan: DropPlan, path: str | os.PathLike
 
     def tensors():
         for tensor in reader.tensors:
-            layer, name = _place(tensor.name)
+            layer, name, _ = _place(tensor.name)
             if not (name in ATTN and layer in plan.attn) and not (name in MLP and layer in plan.mlp):
                 yield tensor.name, tensor.data, tensor.tensor_type
 
@@ -161,20 +164,22 @@ def load_gguf(path: str | os.PathLike, dtype: str = "float32"):
     with torch.device("meta"):
         model = apply_plan(AutoModelForCausalLM.from_config(config), plan)
     kept = [i for i in range(plan.n_layers) if i not in plan.blocks]
-    state = {}
+    state, biases = {}, []
     for tensor in tensors.values():
-        slot, name = _place(tensor.name)
+        slot, name, what = _place(tensor.name)
         if slot is None:
             key = OUTER.get(name)
         else:
             gone = (name in ATTN and kept[slot] in plan.attn) or (name in MLP and kept[slot] in plan.mlp)
             key = None if gone else f"model.layers.{slot}.{(ATTN | MLP)[name]}"
+            biases += [(kept[slot], (ATTN | MLP)[name])] if key and what == "bias" else []
         if key:
             array = gguf.dequantize(tensor.data, tensor.tensor_type)
             array = _halves(array, head) if name in ("attn_q", "attn_k") else array
-            state[f"{key}.weight"] = torch.tensor(array).to(getattr(torch, dtype))
+            state[f"{key}.{what}"] = torch.tensor(array).to(getattr(torch, dtype))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    give_biases(model, biases)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is no part of the state; Mistral's is the same
@@ -219,8 +224,8 @@ def _write(path, plan: DropPlan, n_layers: int, head: int, facts: dict, tensors:
                 known = key.startswith(("general.", "tokenizer.", "llmdrop."))
                 _add(writer, key if known else f"{arch}.{key}", value)
         for name, array, kind in tensors:
-            layer, rest = _place(name)
-            name = name if layer is None else f"blk.{kept.index(layer)}.{rest}.weight"
+            layer, rest, what = _place(name)
+            name = name if layer is None else f"blk.{kept.index(layer)}.{rest}.{what}"
             writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind)
         for name, shape in zeros.items():
             kind = np.float32 if len(shape) == 1 else np.float16
@@ -254,10 +259,10 @@ def _read(path) -> tuple[gguf.GGUFReader, dict]:
     return reader, {name.removeprefix(f"{arch}."): value for name, value in facts.items()}
 
 
-def _place(name: str) -> tuple[int | None, str]:
-    """Layer and name of a tensor: "blk.3.attn_q.weight" -> (3, "attn_q"), "output.weight" -> (None, "output")."""
-    parts = name.removesuffix(".weight").split(".", 2)
-    return (int(parts[1]), parts[2]) if parts[0] == "blk" else (None, parts[0])
+def _place(name: str) -> tuple[int | None, str, str]:
+    """Of a tensor: "blk.3.attn_q.weight" -> (3, "attn_q", "weight"), "output.weight" -> (None, "output", "weight")."""
+    *place, what = name.split(".")
+    return (int(place[1]), ".".join(place[2:]), what) if place[0] == "blk" else (None, ".".join(place), what)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -272,12 +277,12 @@ def _encode(array: np.ndarray, kind: Kind) -> tuple[np.ndarray, Kind]:
 
 def _interleaved(array: np.ndarray, head: int) -> np.ndarray:
     """Rows of Q or K [heads * head, C] from transformers' order (halves are rotated) to llama.cpp's (neighbours)."""
-    return array.reshape(-1, 2, head // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+    return array.reshape(-1, 2, head // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def _halves(array: np.ndarray, head: int) -> np.ndarray:
     """Inverse of `_interleaved`."""
-    return array.reshape(-1, head // 2, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+    return array.reshape(-1, head // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def rope_theta(config) -> float:

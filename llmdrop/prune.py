@@ -1,6 +1,6 @@
 """Remove sublayers from a stock model: for good (`apply_plan`) or for a while (`dropped`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,8 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
     The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both
     leaves the layer list, so a plan of blocks only gives an ordinary, shorter model. The remaining attention modules
     are renumbered and every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped
-    model, also when the model was dropped from before. What was dropped is recorded in `model.config.llmdrop`.
+    model, also when the model was dropped from before. What was dropped is recorded in `model.config.llmdrop`, beside
+    the biases that compensation gave to what stays.
 
     Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, and
     plans that leave no sublayer at all. The model is unchanged then.
@@ -92,8 +93,44 @@ def _drop(model: nn.Module, plan: DropPlan) -> list[tuple]:
     if not live:
         put(getattr(parts.layers[kept[0]], layout.attn_core), "counts_tokens", True)
     record = {"n_layers": parts.n_layers, "attn": list(plan.attn), "mlp": list(plan.mlp)}
-    put(config, "llmdrop", record)
+    gone = {layout.attn_core: plan.attn, layout.mlp_core: plan.mlp}
+    biases = [[i, name] for i, name in given_biases(config) if i not in gone[name.split(".")[0]]]
+    put(config, "llmdrop", record | ({"biases": biases} if biases else {}))
     return undo
+
+
+def drop_recorded(model: nn.Module, record: dict) -> nn.Module:
+    """`apply_plan` of what a checkpoint's record lists, with room for its biases; returns the model."""
+    apply_plan(model, DropPlan(record["attn"], record["mlp"], record["n_layers"]))
+    give_biases(model, record.get("biases", ()))
+    return model
+
+
+def give_biases(model: nn.Module, places: Iterable[tuple[int, str]]) -> list[tuple]:
+    """Give matrices that have none a bias of zeros; returns the undo log: (owner, attribute, former value).
+
+    places: (index of the layer in the undropped model, name in the layer as "mlp.down_proj") of each. They are listed
+    in `model.config.llmdrop` where it has a record: stock classes have no room for them.
+    """
+    parts, config, places = anatomy(model), model.config, [[i, name] for i, name in places]
+    undo = [add_bias(parts.layers[i].get_submodule(name)) for i, name in places]
+    if places and getattr(config, "llmdrop", None):
+        undo.append((config, "llmdrop", config.llmdrop))
+        config.llmdrop = config.llmdrop | {"biases": sorted(given_biases(config) + places)}
+    return undo
+
+
+def given_biases(config) -> list[list]:
+    """[index of the layer in the undropped model, name in the layer] of the matrices that `give_biases` gave one."""
+    return list((getattr(config, "llmdrop", None) or {}).get("biases", ()))
+
+
+def add_bias(matrix: nn.Linear) -> tuple[nn.Linear, str, None]:
+    """Give it a bias of zeros; returns (owner, attribute, former value)."""
+    dtype = matrix.weight.dtype if matrix.weight.is_floating_point() else torch.get_default_dtype()  # 4-bit: bytes
+    zeros = torch.zeros(matrix.out_features, dtype=dtype, device=matrix.weight.device)
+    matrix.bias = nn.Parameter(zeros, requires_grad=matrix.weight.requires_grad)
+    return matrix, "bias", None
 
 
 def stub_sublayer(layer: nn.Module, layout: Layout, kind: str) -> list[tuple[nn.Module, str, nn.Module]]:

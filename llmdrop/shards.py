@@ -17,9 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from .models import _locate, _stock_class
+from .models import _locate, _stock_class, saved_record
 from .plan import DropPlan
-from .prune import apply_plan
+from .prune import apply_plan, drop_recorded
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
@@ -82,7 +82,7 @@ def open_checkpoint(
     weights that do not fit the config, quantised weights and unknown architectures.
     """
     folder = _local(str(name))
-    config, dropped, theirs = _config(folder)
+    config, record, theirs = _config(folder)
     shards = _read_headers(folder)
     entries = {raw: entry for file in shards.values() for raw, entry in file.items()}
     kinds = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
@@ -94,8 +94,8 @@ def open_checkpoint(
         model = AutoModelForCausalLM.from_config(config, **settings).eval()
     model.tie_weights()  # what is tied is one parameter again
     model.name_or_path = str(name)
-    if dropped:
-        apply_plan(model, dropped)
+    if record:
+        drop_recorded(model, record)
     before = model.state_dict(keep_vars=True)
     if theirs:  # files with the undropped model's numbers, with or without the dropped weights
         apply_plan(model, theirs)
@@ -143,8 +143,8 @@ def _local(name: str) -> Path:
         ) from error
 
 
-def _config(folder: Path) -> tuple[PretrainedConfig, DropPlan, DropPlan]:
-    """Config of the undropped model; what one of our checkpoints has dropped; what one of LLM-Drop's has."""
+def _config(folder: Path) -> tuple[PretrainedConfig, dict, DropPlan]:
+    """Config of the undropped model; the record of one of our checkpoints; what one of LLM-Drop's has dropped."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(folder)
     except OSError as error:
@@ -153,15 +153,15 @@ def _config(folder: Path) -> tuple[PretrainedConfig, DropPlan, DropPlan]:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"{folder} holds quantised weights ({method}); this reads plain ones ({', '.join(DTYPES)})")
-    record, nothing = raw.get("llmdrop") or {}, DropPlan()
+    record = saved_record(raw, folder)
     if "model_type" not in raw:
         raise ValueError(f"{folder}/config.json has no model_type; expected the config of a transformers model")
     config = AutoConfig.for_model(**raw | record.get("undropped", {}))
     _stock_class(config)
     if "undropped" in record:
         config.llmdrop = None
-        return config, DropPlan(record["attn"], record["mlp"], record["n_layers"]), nothing
-    return config, nothing, DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+        return config, record, DropPlan()
+    return config, {}, DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
 
 
 def _read_headers(folder: Path) -> dict[Path, dict[str, Entry]]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 import llmdrop
 from llmdrop import DropPlan, apply_plan, dropped, load_model, save_model, serving_vllm
-from llmdrop.compensate import compensated, fit
+from llmdrop.compensate import compensate, compensated, fit
 from llmdrop.gguf_export import drop_gguf
 from llmdrop.gguf_tokenizer import tokenizer_facts
 from llmdrop.serving import serve
@@ -218,6 +218,26 @@ def test_refitted_weights_are_ordinary_ones(tmp_path, tokenizer):
     assert any(torch.equal(tensor, refitted) for tensor in load_file(nas / "model.safetensors").values())
 
 
+def with_means(plan: DropPlan):
+    """A dropped model with the biases of "mean in turn", ten times as large so that they matter to a tiny model."""
+    model = wide()
+    changes = fit(model, plan, llmdrop.Calibration(random_ids(8, 24)), "mean in turn")
+    return compensate(model, plan, {at: 10 * change for at, change in changes.items()})
+
+
+@needs_engine
+@pytest.mark.parametrize("name", ["mixed", "blocks"])  # in llama.cpp's "deci" and "llama"
+def test_llama_cpp_adds_the_means(name, tmp_path, tokenizer):
+    model, prompts, ids = with_means(PLANS[name]), [tokenizer(text).input_ids for text in TEXTS], random_ids(1, 7)
+    record = model.config.llmdrop["biases"]
+    assert {place for _, place in record} == {"mlp.down_proj"} | ({"self_attn.o_proj"} if name == "mixed" else set())
+    assert (logits(model, ids) - logits(wide(PLANS[name]), ids)).abs().max() > 0.1
+    path = save_model(model, tokenizer, tmp_path / "m.gguf", format="gguf", weights="f32")
+    with serve(path, exact=True) as engine:
+        out = compare(engine, model, prompts, 32)
+    assert out["n_equal"] >= out["n_tokens"] - 1 and out["max_difference"] < 2e-3 and out["max_loss"] < 2e-3
+
+
 @needs_engine
 def test_the_cache_shrinks_with_the_layers(tmp_path, tokenizer):
     sizes = {}
@@ -254,6 +274,35 @@ def test_gguf_round_trip(name, tmp_path, tokenizer):
     assert again.special_tokens_map == tokenizer.special_tokens_map
 
 
+@pytest.mark.parametrize("weights", ["f32", "q4_0"])
+def test_biases_in_a_gguf(weights, tmp_path, tokenizer):
+    import gguf
+
+    plan, ids = PLANS["mixed"], random_ids(1, 7)
+    model = with_means(plan)
+    path = save_model(model, tokenizer, tmp_path / "m.gguf", format="gguf", weights=weights)
+    biases = {t.name: t for t in gguf.GGUFReader(path).tensors if t.name.endswith(".bias")}
+    assert biases.keys() == {"blk.0.ffn_down.bias", "blk.2.attn_output.bias"}
+    assert {t.tensor_type for t in biases.values()} == {gguf.GGMLQuantizationType.F32}
+    loaded = load_model(path, device="cpu")[0]
+    assert loaded.config.llmdrop == model.config.llmdrop
+    bias = loaded.model.layers[2].self_attn.o_proj.bias
+    assert torch.equal(bias, model.model.layers[2].self_attn.o_proj.bias) and bias.abs().max() > 0
+    if weights == "f32":
+        torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
+
+
+def test_dropping_from_a_gguf_keeps_the_biases_of_what_stays(tmp_path, tokenizer):
+    model, more, ids = wide(), DropPlan([1, 3], [1]), random_ids(1, 7)
+    places = [("mlp", 0), ("mlp", 1), ("attn", 2), ("attn", 3), ("mlp", 3)]
+    compensate(model, DropPlan(), {at: torch.full([32], 0.5 + k) for k, at in enumerate(places)})
+    whole = save_model(model, tokenizer, tmp_path / "whole.gguf", format="gguf", weights="f32")
+    loaded = load_model(drop_gguf(whole, more, tmp_path / "dropped.gguf"), device="cpu")[0]
+    torch.testing.assert_close(logits(loaded, ids), logits(apply_plan(model, more), ids), atol=1e-5, rtol=0)
+    assert loaded.config.llmdrop == model.config.llmdrop
+    assert [[0, "mlp.down_proj"], [2, "self_attn.o_proj"], [3, "mlp.down_proj"]] == loaded.config.llmdrop["biases"]
+
+
 def test_dropping_from_a_gguf_copies_what_stays(tmp_path, tokenizer):
     import gguf
 
@@ -286,6 +335,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, tokenizer):
         (wide(DropPlan([0])), "nemotron-nas", {}, "layer 0 would be the first and has no attention.*format='gguf'"),
         (wide(DropPlan([0, 1], [0])), "nemotron-nas", {}, "layer 1 would be the first"),
         (wide(attention_bias=True), "gguf", {}, "no biases"),
+        (with_means(DropPlan([4])), "nemotron-nas", {}, "layer 3's mlp.down_proj.*format='hf' or 'gguf'.*by a refit"),
         (tiny("llama"), "gguf", {}, "400 tokens, the model 97"),
         (wide(), "gguf", {"weights": "q3"}, "weights='q3' is not one of f32, f16"),
         (wide(), "hf", {"weights": "f16"}, "without settings"),

@@ -188,9 +188,9 @@ def measure(
     key = model_key(model, batch_size, *modules) | _plan_key(plan) | {"method": method}
     key |= {"fitted": None if method == "none" else fitted.digest}
     whats = {name: {"text": each.digest} for name, each in texts.items()}
-    for name in tasks:
-        whats[name] = {"task": task_digest(name, data_dir), "limit": limit, "lm_eval": version("lm_eval")}
-        whats[name] |= {"tokenizer": tokenizer_digest(tokenizer)}
+    settings = {"limit": limit, "lm_eval": version("lm_eval")}
+    settings |= {"tokenizer": tokenizer_digest(tokenizer)} if tasks else {}
+    whats |= {name: {"task": task_digest(name, data_dir)} | settings for name in tasks}
 
     def compute(name: str) -> list[dict]:
         with compensated(model, plan, changes()):

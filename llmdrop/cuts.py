@@ -2,10 +2,10 @@
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from os.path import commonprefix
 from types import MappingProxyType
@@ -17,11 +17,10 @@ from torch import nn
 from . import beyond, windows
 from .anatomy import anatomy
 from .calibration import Calibration
+from .compensate import Changes, combined, compensated, corrections, shared_or_fit
 from .fingerprint import model_key, provenance, speed_key, tokenizer_digest, version
 from .generation import check_length
-from .leaderboard import losses, paired, plot_lost
 from .plan import DropPlan
-from .prune import dropped
 from .results import Store, _name, _plan_key
 from .roofline import SpeedLimit, predict_speed
 from .speed import measure_speed, over_rounds
@@ -31,24 +30,28 @@ from .windows import SINKS, WINDOW, score_windows, windowed
 
 @dataclass(frozen=True)
 class Cut:
-    """What is done to a model: sublayers dropped, and attention layers windowed. Cut() is the whole model."""
+    """What is done to a model: sublayers dropped, and attention layers windowed. Cut() is the whole model.
+
+    method: what makes up for the plan, one of `compensate.METHODS`; `of` takes the changes that it gave.
+    """
 
     plan: DropPlan = DropPlan()
     layers: Sequence[int] = ()
     window: int = WINDOW
     sinks: int = SINKS
+    method: str = "none"
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator[nn.Module]:
+    def of(self, model: nn.Module, changes: Changes = MappingProxyType({})) -> Iterator[nn.Module]:
         """`model` so cut, for the length of a `with` block."""
-        with dropped(model, self.plan), windowed(model, self.layers, self.window, self.sinks):
+        with compensated(model, self.plan, changes), windowed(model, self.layers, self.window, self.sinks):
             yield model
 
     @property
     def key(self) -> dict:
         """What tells it from other cuts."""
         narrow = {"layers": sorted(self.layers), "window": self.window, "sinks": self.sinks} if self.layers else {}
-        return _plan_key(self.plan) | narrow
+        return _plan_key(self.plan) | narrow | ({"method": self.method} if self.method != "none" else {})
 
     @property
     def label(self) -> str:
@@ -92,28 +95,36 @@ def measure(
     limit: int | None = None,
     data_dir: str | os.PathLike | None = None,
     batch_size: int = 8,
+    fitted: Calibration | None = None,
+    shared: Callable[[str], dict] | None = None,
 ) -> pd.DataFrame:
     """What is left of the model: rows as of `beyond.measure`, of texts, questions and tasks.
 
     One row per sample of a text (mean negative log-likelihood per token, in nats), per question (1: the answer's
     tokens come, taken greedily, else 0), and per question of a benchmark (1: right). questions: prompts and targets by
-    name, as from `questions.retrieval`. limit, data_dir, batch_size: of the benchmarks. Every text, set of questions
-    and benchmark is stored on its own; of a model without windows, `beyond.measure` stores texts and benchmarks.
+    name, as from `questions.retrieval`. limit, data_dir, batch_size: of the benchmarks. fitted, shared: text for, and
+    the corrections of, the cut's method, as for `beyond.measure`. Every text, set of questions and benchmark is stored
+    on its own; of a model without windows, `beyond.measure` stores texts and benchmarks. Raises ValueError for a method
+    without text to fit it on.
     """
-    modules = ("cuts", "windows", "beyond", "sweep", "harness", "tasks", "prune", "anatomy")
+    if cut.method != "none" and fitted is None:
+        raise ValueError(f"{cut.method!r} is fitted on text: pass fitted=, or a cut with method='none'")
+    changes = cache(lambda: shared_or_fit(model, cut.plan, fitted, cut.method, shared, batch_size))
+    modules = ("cuts", "windows", "beyond", "compensate", "sweep", "harness", "tasks", "prune", "anatomy")
     rows, key = [], model_key(model, batch_size, *modules) | cut.key
+    key |= {"fitted": fitted.digest} if cut.method != "none" else {}
     whats = {name: {"asked": [list(part) for part in asked]} for name, asked in questions.items()}
     if not cut.layers:
-        settings = None, texts, tasks, limit, data_dir, None, batch_size
-        rows = beyond.measure(store, model, tokenizer, cut.plan, "none", *settings).to_dict("records")
+        settings = fitted, texts, tasks, limit, data_dir, shared, batch_size
+        rows = beyond.measure(store, model, tokenizer, cut.plan, cut.method, *settings).to_dict("records")
     else:
         whats |= {name: {"text": text.digest} for name, text in texts.items()}
         for name in tasks:
             whats[name] = {"task": task_digest(name, data_dir), "limit": limit, "lm_eval": version("lm_eval")}
-    digest = tokenizer_digest(tokenizer)
+    digest = cache(lambda: tokenizer_digest(tokenizer))
 
     def compute(name: str) -> list[dict]:
-        with cut.of(model):
+        with cut.of(model, changes()):
             if name in texts:
                 return beyond.text_rows(model, [DropPlan()], {name: texts[name]})[0]
             if name in tasks:
@@ -122,10 +133,79 @@ def measure(
         return [{"where": name, "item": k, "value": value, "n": 1} for k, value in enumerate(values)]
 
     for name, what in whats.items():
-        one = key | what | ({} if name in texts else {"tokenizer": digest})
+        one = key | what | ({} if name in texts else {"tokenizer": digest()})
         slug = f"{_name(model)}-{cut.label}-{name}"
         rows += store.get("windows", one, partial(compute, name), slug, lambda: provenance(model))
     return pd.DataFrame(rows)
+
+
+def mixed(
+    store: Store,
+    model: nn.Module,
+    counts: Iterable[int],
+    text: Calibration,
+    search: Calibration,
+    long: Calibration,
+    most: int,
+    window: int = WINDOW,
+    shared: Callable[[str], dict] | None = None,
+    method: str = "refit in turn",
+    batch_size: int = 8,
+    **speed,
+) -> dict[tuple[str, str, int], Cut]:
+    """{("drops and windows", "as fast for <b>", n): the cut as fast as without n attention layers} for every n, stored.
+
+    Sublayers are listed by loss per second saved in a model of windows alone: `most` attention layers and MLPs,
+    refitted on `text`, run on `search` (as "compensated KL greedy, per second" of `beyond.choose`). A cut drops the
+    first k of them, made up for by `method`, and gives windows to as many of the other attention layers as it takes to
+    be as fast by `predict_speed`, those first that `order` has first. k goes up from the fewest that can be as fast,
+    while the loss on `long` falls; meanwhile every gap is refitted by itself. method="none": nothing is refitted
+    anywhere. shared("refit"): gives `corrections(model, text)` of both kinds. Raises ValueError where all sublayers
+    listed and all windows save less time.
+    """
+    layers, compensates = order(store, model, long, window), method != "none"
+    shared = shared or cache(lambda how: corrections(model, text, ("attn", "mlp"), how, batch_size))
+    live = len(anatomy(model).live("attn"))
+    seconds = {
+        kind: Cut(layers=range(live), window=window).limit(model, **speed).seconds - one.limit(model, **speed).seconds
+        for kind, one in (
+            ("attn", Cut(DropPlan(attn=[0]), range(1, live), window)),
+            ("mlp", Cut(DropPlan(mlp=[0]), range(live), window)),
+        )
+    }
+    how = "compensated KL greedy, per second" if compensates else "KL greedy, per second"
+    choice = beyond.choose(store, model, how, text, search, most, shared, batch_size, seconds)
+
+    def cut(k: int, n: int) -> Cut | None:
+        plan = choice.plan(k)
+        if (number := windows.as_fast(model, n, window, plan=plan, **speed)) is None:
+            return None
+        return Cut(plan, [i for i in layers if i not in plan.attn][:number], window, SINKS, method if plan else "none")
+
+    def compute(n: int) -> dict[str, float]:
+        losses: dict[str, float] = {}
+        for k in range(most + 1):
+            if (one := cut(k, n)) is None:
+                continue
+            with one.of(model, combined(shared("refit"), one.plan) if compensates and one.plan else {}):
+                rows = beyond.text_rows(model, [DropPlan()], {"long": long})[0]
+            losses[str(k)] = sum(row["value"] for row in rows) / len(rows)
+            if losses[str(k)] > min(losses.values()) or not one.layers:
+                break
+        return losses
+
+    modules = ("cuts", "windows", "beyond", "compensate", "sweep", "prune", "anatomy")
+    key = model_key(model, batch_size, *modules) | {"window": window, "layers": layers, "speed": speed}
+    key |= {"choice": choice.order, "text": text.digest if compensates else None, "long": long.digest}
+    found = {}
+    for n in counts:
+        slug = f"{_name(model)}-{n}"
+        losses = store.get("mixed", key | {"n": n}, partial(compute, n), slug, lambda: provenance(model, long))
+        if not losses:
+            raise ValueError(f"windows and {most=} sublayers save less time than {n} attention layers; raise most")
+        b = speed.get("batch_size", 1)
+        found["drops and windows", f"as fast for {b}", n] = cut(int(min(losses, key=losses.get)), n)
+    return found
 
 
 def percent(rows: pd.DataFrame, questions: Iterable[str]) -> list[float]:
@@ -200,83 +280,3 @@ def as_fast(
         if (k := windows.as_fast(model, n, window, batch_size=b, **speed)) is not None:
             out[f"window {window}", f"as fast for {b}", n] = Cut(layers=layers[:k], window=window)
     return out
-
-
-def table(
-    model,
-    models: Mapping[tuple[str, str, int], Cut],
-    found: Mapping[tuple[str, str, int], pd.DataFrame],
-    whole: pd.DataFrame,
-    texts: Iterable[str],
-    questions: Sequence[str],
-    tasks: Sequence[str],
-    sequences: Iterable[int],
-    **speed,
-) -> pd.DataFrame:
-    """`leaderboard.losses` of the cuts, with what they answer and save; one row a key (choice, how, n) of `models`.
-
-    Adds windowed (layers), the percent answered of each set of questions and each benchmark, more (how many points
-    above cosine at n, paired by question, mean over the sets of questions, benchmarks apart) with half its 95 %
-    interval (_stderr), and at_<b>: the speedup that `predict_speed` allows for b sequences.
-    """
-    out = losses(found, whole, texts)
-    out["windowed"] = [len(cut.layers) for cut in models.values()]
-    out[[*questions, *tasks]] = [percent(found[key], [*questions, *tasks]) for key in models]
-    more = [paired(found[key], found["cosine", "none", key[2]], questions) for key in models]
-    out["more"], out["more_stderr"] = zip(*[(100 * mean, 50 * (high - low)) for mean, low, high in more], strict=True)
-    for b in sequences:
-        out[f"at_{b}"] = [cut.speedup(model, batch_size=b, **speed) for cut in models.values()]
-    return out
-
-
-def plot(model, rows: pd.DataFrame, models: Mapping, whole: pd.DataFrame, tokens: Mapping, axes, **speed) -> None:
-    """Four panels: nats lost, the share left of the paper's loss, questions answered, predicted speedup by sequences.
-
-    rows: from `table`; tokens: {set of questions: tokens of their context}. The last two panels show the smallest n, of
-    windows those of the first kind of "as fast".
-    """
-    plot_lost(rows, axes[:2])
-    kinds = list(dict.fromkeys(how for _, how, _ in models))[:2]
-    n, at_a_time = int(rows["n"].min()), [1, 2, 4, 8, 16, 32, 64]
-    axes[2].plot(tokens.values(), percent(whole, tokens), color="0.6", label="whole model")
-    for line, (choice, how) in zip(axes[0].get_lines(), dict.fromkeys(key[:2] for key in models), strict=True):
-        if how in kinds and (choice, how, n) in models:
-            look = {"color": line.get_color(), "marker": line.get_marker()}
-            mine = rows[(rows["choice"] == choice) & (rows["compensation"] == how) & (rows["n"] == n)]
-            axes[2].plot(tokens.values(), mine[list(tokens)].iloc[0], **look)
-            speedups = [models[choice, how, n].speedup(model, batch_size=b, **speed) for b in at_a_time]
-            axes[3].plot(at_a_time, speedups, **look)
-    for ax in axes[:2]:
-        ax.set_xlabel("As fast as without n layers")
-    axes[2].set(xlabel="Tokens of context", ylabel=f"Facts found (%), n = {n}", ylim=(-2, 102))
-    axes[3].set(xscale="log", xlabel="Sequences at a time", ylabel=f"Predicted speedup, n = {n}")
-    axes[3].set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-    axes[3].minorticks_off()
-
-
-def frontier(
-    model,
-    models: Mapping[tuple[str, str, int], Cut],
-    found: Mapping[tuple[str, str, int], pd.DataFrame],
-    whole: pd.DataFrame,
-    texts: Sequence[str],
-    **speed,
-) -> pd.DataFrame:
-    """One row per key (choice, compensation, n) of `models`: what is lost on the texts, and what is saved.
-
-    speed: settings of `predict_speed`. Columns: method, choice, compensation, n, attn, mlp, windowed (numbers of
-    sublayers), lost with _low, _high (95 %) and _stderr, predicted_speedup, kv (megabytes of the cache at the end, by
-    prediction), parameters (millions).
-    """
-    rows = []
-    for (how, method, n), cut in models.items():
-        row = {"method": how if method == "none" else f"{how}: {method}", "choice": how, "compensation": method, "n": n}
-        row |= {"attn": len(cut.plan.attn), "mlp": len(cut.plan.mlp), "windowed": len(cut.layers)}
-        row["lost"], row["lost_low"], row["lost_high"] = paired(found[how, method, n], whole, texts)
-        row["lost_stderr"] = (row["lost_high"] - row["lost_low"]) / 3.92
-        row["predicted_speedup"] = cut.speedup(model, **speed)
-        row["kv"] = cut.limit(model, **speed).kv_bytes / 1e6
-        with cut.of(model):
-            row["parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
-        rows.append(row)
-    return pd.DataFrame(rows)

@@ -156,9 +156,7 @@ def check_llama(model, format: str) -> None:
             "format='hf' holds every model that llmdrop knows"
         )
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        raise ValueError(
-            f"the weights are of mixed or integer types {sorted(map(str, dtypes))}; use model.to(...)"
-        )
+        raise ValueError(f"the weights are of mixed or integer types {sorted(map(str, dtypes))}; use model.to(...)")
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
         raise ValueError(
             f"format={format!r} has no biases and no activation but SiLU; this model has attention_bias="

@@ -232,24 +232,3 @@ def plot_stability(table: pd.DataFrame, axes, chance: float) -> None:
         ax.set_ylim(len(selectors) - 0.5, -0.5)
     axes[0].set_yticklabels(selectors)
     axes[0].axvline(chance, color="black", lw=0.7, ls=":")
-
-
-def plot_pareto(table: pd.DataFrame, axes, x: Mapping[str, str], y: str = "lost") -> None:
-    """Nats lost against several costs: one line a method through its sizes, intervals, and the frontier in grey.
-
-    `table`: method, <y>, <y>_low, <y>_high and the columns that are keys of x. x: {column: label}, one Axes each;
-    columns whose name ends in "speedup" are better when larger, others when smaller.
-    """
-    methods = list(dict.fromkeys(table["method"]))
-    for ax, (column, label) in zip(axes, x.items(), strict=True):
-        rising = column.endswith("speedup")
-        front = table.dropna(subset=[column]).sort_values([column, y], ascending=[not rising, True])
-        front = front[front[y].cummin() == front[y]]
-        ax.step(front[column], front[y], where="post", color="0.75", lw=3, zorder=0)
-        for k, method in enumerate(methods):
-            part = table[table["method"] == method].sort_values(y)
-            error = [part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]
-            look = {"color": f"C{k % 6}", "marker": "osv^DP*X<>"[k % 10], "label": method}
-            ax.errorbar(part[column], part[y], yerr=error, lw=0.7, ms=3.5, **look | ({"mfc": "white"} if k > 5 else {}))
-        ax.set(xlabel=label, yscale="log")
-        _plain_log_ticks(ax.yaxis)

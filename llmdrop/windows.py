@@ -237,12 +237,15 @@ def score_windows(
     return scores
 
 
-def as_fast(model, n: int, window: int = WINDOW, sinks: int = SINKS, **speed) -> int | None:
-    """How many windowed attention layers it takes to be as fast as without n of them, by `predict_speed`.
+def as_fast(
+    model, n: int, window: int = WINDOW, sinks: int = SINKS, plan: DropPlan = DropPlan(), **speed
+) -> int | None:
+    """How many windowed attention layers it takes, beside dropping `plan`, to be as fast as without n attention layers.
 
-    speed: settings of `predict_speed`. None where windows in all layers save less time than that: the weights stay.
+    By `predict_speed` with the settings `speed`. None where windows in all layers save less time than that: the weights
+    stay.
     """
     limit = predict_speed(model, DropPlan(attn=range(n)), **speed).seconds * (1 + 1e-9)
-    numbers = range(len(anatomy(model).live("attn")) + 1)
-    held = window + sinks
-    return next((k for k in numbers if predict_speed(model, windowed=k, window=held, **speed).seconds <= limit), None)
+    numbers, held = range(len(set(anatomy(model).live("attn")) - set(plan.attn)) + 1), window + sinks
+    seconds = ((k, predict_speed(model, plan, windowed=k, window=held, **speed).seconds) for k in numbers)
+    return next((k for k, took in seconds if took <= limit), None)

@@ -27,7 +27,6 @@ from llmdrop.leaderboard import (
     plot_answers,
     plot_leaderboard,
     plot_lost,
-    plot_pareto,
     plot_stability,
     share_left,
     stability,
@@ -35,6 +34,7 @@ from llmdrop.leaderboard import (
 )
 from llmdrop.roofline import predict_speed
 from llmdrop.selection import Choice
+from llmdrop.tradeoffs import plot_pareto
 from llmdrop.writing import against
 
 

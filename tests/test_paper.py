@@ -139,8 +139,8 @@ def test_gamma():
 
 # --- claims ---------------------------------------------------------------------------------------------------------
 
-NOTEBOOKS = """beyond_answers beyond_compensation beyond_healing beyond_pareto beyond_selectors beyond_stability
-beyond_windows
+NOTEBOOKS = """beyond_answers beyond_compensation beyond_healing beyond_mixed beyond_pareto beyond_selectors
+beyond_stability beyond_windows
 fig01_04_schematics fig02_03_importance fig05_drop_curves
 fig06_11_dropping_order fig07_checkpoints fig08_joint fig09_one_shot_iterative fig10_sample_size fig12_gsm8k speedups
 tab01_03_drop_modules tab04_kv_cache tab05_settings tab06_residual tab07_metrics tab08_shortened_llama tab09_wanda

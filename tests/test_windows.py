@@ -1,7 +1,9 @@
 """A windowed layer sees what its window says, its cache holds no more, and what is measured is what was asked for."""
 
+import json
 from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,11 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, Store, apply_plan, cuts, dropped, evaluate, predict_speed, windows
-from llmdrop.cuts import Cut, compare_speed, frontier, measure, order, percent
+from llmdrop import (
+    Calibration,
+    DropPlan,
+    Store,
+    apply_plan,
+    cuts,
+    dropped,
+    evaluate,
+    perplexity,
+    predict_speed,
+    tradeoffs,
+    windows,
+)
+from llmdrop.compensate import compensated, fit
+from llmdrop.cuts import Cut, compare_speed, measure, order, percent
 from llmdrop.questions import retrieval
 from llmdrop.speed import measure_speed
 from llmdrop.sweep import Item, loglikelihoods
+from llmdrop.tradeoffs import frontier
 from llmdrop.windows import WindowLayer, as_fast, score_windows, windowed
 
 
@@ -307,7 +323,8 @@ def test_table_pairs_questions_with_those_of_cosine():
         ("cosine", "none", 2): pd.concat([rows([2.0, 3.0]), rows([0, 0, 1, 0], "facts"), rows([1, 0], "piqa")]),
         ("window 4", "w", 2): pd.concat([rows([1.1, 2.1]), rows([1, 0, 1, 1], "facts")]),
     }
-    table = cuts.table(model, models, found, whole, ["text"], ["facts"], ["piqa"], [1], prompt_len=64, new_tokens=8)
+    speed = {"prompt_len": 64, "new_tokens": 8}
+    table = tradeoffs.table(model, models, found, whole, ["text"], ["facts"], ["piqa"], [1], **speed)
     assert table["left"].tolist() == pytest.approx([1, 0.1]) and table["windowed"].tolist() == [0, 3]
     assert table["facts"].tolist() == [25, 75] and table["more"].tolist() == [0, 50]
     assert table["more_stderr"][0] == 0 < table["more_stderr"][1] and table["piqa"][0] == 50
@@ -320,11 +337,11 @@ def test_frontier_counts_what_is_saved():
     models = {
         ("cosine", "none", 2): Cut(DropPlan(attn=[1, 2])),
         ("MLP Drop", "refit", 2): Cut(DropPlan(mlp=[3])),
-        ("cosine", "window 7", 2): Cut(layers=[0, 1], window=7, sinks=1),
+        ("window 7", "as fast", 2): Cut(layers=[0, 1], window=7, sinks=1),
     }
     found = dict(zip(models, (rows([2.0, 3.0]), rows([1.5, 2.5]), rows([1.0, 2.1])), strict=True))
     table = frontier(model, models, found, rows([1.0, 2.0]), ["text"], **speed)
-    assert list(table["method"]) == ["cosine", "MLP Drop: refit", "cosine: window 7"]
+    assert list(table["method"]) == ["cosine", "MLP Drop: refit", "window 7"]
     assert table["lost"].tolist() == pytest.approx([1.0, 0.5, 0.05])
     one = 2 * model.config.num_key_value_heads * model.config.head_dim * 2 / 1e6  # MB per token and layer, 16 bits
     assert table["kv"].tolist() == pytest.approx([one * 3 * 72, one * 5 * 72, one * (3 * 72 + 2 * 8)])
@@ -359,3 +376,44 @@ def test_timing_skips_on_in_windows(prompt_len):
         del seen[:]
         assert measure_speed(model, **size, timed_steps=4)["kv_bytes"] == every
     assert seen == [0, *(prompt_len + 32 * k // 8 for k in (1, 3, 5, 7))]
+
+
+def test_drops_and_windows_together(tmp_path):
+    """As fast as asked, the best k of those tried, stored; measured with its refit and its windows both in place."""
+    model, store = tiny("llama", "sdpa"), Store(tmp_path)
+    text, search, long = (Calibration(random_ids(8, n, seed=n)) for n in (24, 12, 40))
+    speed = {"prompt_len": 512, "new_tokens": 64}
+    found = cuts.mixed(store, model, [2, 3], text, search, long, 5, 4, method="refit", **speed)
+    assert list(found) == [("drops and windows", "as fast for 1", n) for n in (2, 3)]
+    for (*_, n), cut in found.items():
+        assert not set(cut.plan.attn) & set(cut.layers) and (cut.window, cut.method) == (4, "refit")
+        assert cut.speedup(model, **speed) >= Cut(DropPlan(attn=range(n))).speedup(model, **speed) * (1 - 1e-9)
+    for path in (tmp_path / "mixed").glob("*.json"):
+        losses = list(json.loads(path.read_text())["value"].values())
+        assert losses and losses[:-1] == sorted(losses[:-1], reverse=True)  # tried on only while it fell
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert cuts.mixed(store, model, [2, 3], text, search, long, 5, 4, method="refit", **speed) == found
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+
+    cut = found["drops and windows", "as fast for 1", 3]
+    changes = fit(model, cut.plan, text, "refit")
+    assert cut.plan and cut.layers and changes
+    measured = measure(store, model, None, cut, {"long": long}, fitted=text)["value"]
+    with compensated(model, cut.plan, changes), windowed(model, cut.layers, 4):
+        assert measured.mean() == pytest.approx(np.log(perplexity(model, long)["perplexity"]), rel=1e-4)
+    with compensated(model, cut.plan, changes):
+        assert measured.mean() != pytest.approx(np.log(perplexity(model, long)["perplexity"]), rel=1e-4)
+    plain = cuts.mixed(store, model, [3], text, search, long, 5, 4, method="none", **speed)
+    assert {cut.method for cut in plain.values()} == {"none"}
+    with pytest.raises(ValueError, match="most=1 sublayers save less time than 5"):
+        cuts.mixed(store, model, [5], text, search, long, 1, 4, method="none", **speed)
+    with pytest.raises(ValueError, match="'refit' is fitted on text"):
+        measure(store, model, None, cut, {"long": long})
+
+
+def test_left_as_timed():
+    rows = pd.DataFrame({
+        "choice": ["cosine", "cosine", "windows", "drops", "drops"], "n": [8, 16, 8, 8, 16],
+        "lost": [1.0, 2.0, 0.1, 0.2, 0.5], "speedup": [1.2, 1.6, 1.1, 1.2, 1.5],
+    })  # fmt: skip
+    assert tradeoffs.left_as_timed(rows, [8, 16]) == {8: 0.2, 16: 1.0}

@@ -14,7 +14,7 @@ dropped model holds this one, and there is nothing to load besides.
 
 "mean" takes from the text only what is missing on average, sum_t w_t f_t / sum_t w_t, and adds that vector to the same
 matrix's bias. A matrix that has none is given one: a model of a few numbers more, which formats must have room for
-("hf" and "gguf" have, see `save_model`).
+(those of `save_model` have).
 
 The other methods stand here to be compared with: "refit in turn" and "mean in turn" fit each gap in the model with the
 gaps above it dropped and fitted, "refit all" brings every later matrix's output back to the undropped model's stream

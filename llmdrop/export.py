@@ -2,6 +2,8 @@
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +14,11 @@ from . import configuration_nemotron_nas, modeling_llmdrop, prune
 from .anatomy import Anatomy, anatomy
 
 OURS = "llmdrop"  # model type of a checkpoint that stock classes must not read
+# a matrix to which a mean adds a bias: vLLM's switch for it, and the matrices that it then gives one in every layer
+SWITCHES = {
+    "self_attn.o_proj": ("attention_bias", (".o_proj",)),  # with qkv_bias off
+    "mlp.down_proj": ("mlp_bias", (".gate_proj", ".up_proj", ".down_proj")),
+}
 
 
 def write_hf(model, tokenizer, folder: Path) -> None:
@@ -94,29 +101,27 @@ def write_nemotron_nas(model, tokenizer, folder: Path) -> None:
 
     Weights keep their Llama names; config.json says layer by layer what is there. Serve it with `python -m
     vllm.entrypoints.openai.api_server --model folder` where llmdrop is installed (it registers the config), else with
-    --trust-remote-code (the config file is beside the weights). Raises ValueError for what the engine cannot run: other
-    architectures, mixed dtypes, no attention in the first layer that is left, biases of a mean.
+    --trust-remote-code (the config file is beside the weights). A model with biases that a mean added is for vLLM
+    alone: the others have no place for them and would skip them in silence, but for an MLP width that they cannot read.
+    Raises ValueError for what the engine cannot run: other architectures, mixed dtypes, no attention in the first layer
+    that is left.
     """
     check_llama(model, "nemotron-nas")
     parts, config = anatomy(model), model.config
-    if biases := prune.given_biases(config):
-        raise ValueError(
-            f"{len(biases)} matrices of this model have a bias that compensation by a mean gave them (layer "
-            f"{biases[0][0]}'s {biases[0][1]}, ...), and format='nemotron-nas' has none. Use format='hf' or 'gguf', or "
-            "compensate by a refit, which adds no tensors"
-        )
+    biased = [SWITCHES[name] for name in sorted({name for _, name in prune.given_biases(config)})]
     kept = [i for i in range(parts.n_layers) if i not in parts.plan.blocks]
     if kept[0] in parts.plan.attn:
         raise ValueError(
             f"layer {kept[0]} would be the first and has no attention: vLLM loads that and fails at the first request. "
             f"Keep that attention, drop the whole block (attn and mlp of {kept[0]}), or use format='gguf'"
         )
-    _save_pretrained(model, tokenizer, folder)
+    with _zeros_beside(model, tuple(ending for _, endings in biased for ending in endings)):
+        _save_pretrained(model, tokenizer, folder)
     file = folder / "config.json"
     written = json.loads(file.read_text())
     record = _our_config(dict(written) | {"llmdrop": written.get("llmdrop") or _record(parts)}, parts)["llmdrop"]
     grouped = config.num_attention_heads // config.num_key_value_heads
-    blocks = [_block(i in parts.plan.attn, i in parts.plan.mlp, grouped, config) for i in kept]
+    blocks = [_block(i in parts.plan.attn, i in parts.plan.mlp, grouped, config, bool(biased)) for i in kept]
     written |= {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -125,22 +130,37 @@ def write_nemotron_nas(model, tokenizer, folder: Path) -> None:
         "llmdrop": record,
         "max_position_embeddings": attended(config),
     }
+    if biased:
+        record["undropped"] |= {switch: False for switch, _ in SWITCHES.values()}  # load_model adds the record's
+        written |= {"qkv_bias": False} | {switch: True for switch, _ in biased}
     for key in ("sliding_window", "layer_types"):
         written.pop(key, None)
     file.write_text(json.dumps(written | _for_transformers_4(written), indent=2))
     (folder / "configuration_nemotron_nas.py").write_text(inspect.getsource(configuration_nemotron_nas))
 
 
+@contextmanager
+def _zeros_beside(model, endings: tuple[str, ...]) -> Iterator[None]:
+    """For the length of a `with` block no matrix of these names lacks a bias: vLLM would take what is in memory."""
+    matrices = [module for name, module in model.named_modules() if name.endswith(endings) and module.bias is None]
+    undo = [prune.add_bias(matrix) for matrix in matrices]
+    try:
+        yield
+    finally:
+        for owner, name, value in undo:
+            setattr(owner, name, value)
+
+
 def _record(parts: Anatomy) -> dict:
     return {"n_layers": parts.n_layers, "attn": list(parts.plan.attn), "mlp": list(parts.plan.mlp)}
 
 
-def _block(no_attn: bool, no_mlp: bool, grouped: int, config) -> dict:
+def _block(no_attn: bool, no_mlp: bool, grouped: int, config, biased: bool) -> dict:
     """One entry of block_configs. Engines take an MLP's width as 2 * ffn_mult * hidden / 3, rounded up to 256."""
     attention = {"no_op": no_attn, "replace_with_linear": False, "n_heads_in_group": None if no_attn else grouped}
     ffn = {"no_op": no_mlp, "replace_with_linear": False, "ffn_mult": None}
-    if not no_mlp and config.intermediate_size % 256:
-        del ffn["ffn_mult"]  # vLLM then reads the width itself; other engines cannot have this one
+    if not no_mlp and (biased or config.intermediate_size % 256):
+        del ffn["ffn_mult"]  # vLLM then reads the width itself; other engines stop, and cannot have this model
         ffn["intermediate_size"] = config.intermediate_size
     elif not no_mlp:
         ffn["ffn_mult"] = 1.5 * config.intermediate_size / config.hidden_size

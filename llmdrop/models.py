@@ -217,7 +217,8 @@ def save_model(
         checkpoint. One with single sublayers dropped, or with biases that a mean added, gets model type "llmdrop":
         `load_model` reads it, and `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` where llmdrop is
         not installed; stock classes refuse it instead of filling the gaps with random weights.
-    "nemotron-nas": a directory for vLLM (and SGLang, TensorRT-LLM), see `export.write_nemotron_nas`; no added biases.
+    "nemotron-nas": a directory for vLLM (and SGLang, TensorRT-LLM), see `export.write_nemotron_nas`; with added
+        biases for vLLM alone.
     "gguf": one file for llama.cpp (Ollama, LM Studio), with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
         `gguf_export.write_gguf`; `load_model` reads it back.
 

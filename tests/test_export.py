@@ -64,6 +64,13 @@ def wide(plan: DropPlan = DropPlan(), **overrides):
     return apply_plan(tiny("llama", vocab_size=N_TOKENS, **overrides), plan)
 
 
+def with_means(plan: DropPlan, **overrides):
+    """A dropped model with the biases of "mean in turn", ten times as large so that they matter to a tiny model."""
+    model = wide(**overrides)
+    changes = fit(model, plan, llmdrop.Calibration(random_ids(8, 24)), "mean in turn")
+    return compensate(model, plan, {at: 10 * change for at, change in changes.items()})
+
+
 def logits(model, ids):
     with torch.inference_mode():
         return model(ids, use_cache=False).logits
@@ -134,6 +141,7 @@ def test_nemotron_nas_says_what_is_there(plan, tmp_path, tokenizer):
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
     assert config.architectures == ["DeciLMForCausalLM"] and config.model_type == "nemotron-nas"
     assert len(config.block_configs) == config.num_hidden_layers == 5 - len(plan.blocks)
+    assert not config.attention_bias and not config.mlp_bias and not hasattr(config, "qkv_bias")
     json.loads(config.to_json_string())
     kept = [i for i in range(5) if i not in plan.blocks]
     tensors = set(model.state_dict())
@@ -147,6 +155,28 @@ def test_nemotron_nas_says_what_is_there(plan, tmp_path, tokenizer):
     loaded = load_model(path, device="cpu")[0]
     assert llmdrop.anatomy(loaded).plan == plan
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mixed", "blocks"])  # with o_proj's biases, and with down_proj's alone
+def test_nemotron_nas_has_a_bias_wherever_vllm_expects_one(name, tmp_path, tokenizer):
+    model, ids = with_means(PLANS[name], intermediate_size=512), random_ids(1, 7)
+    before = model.state_dict()
+    path = save_model(model, tokenizer, tmp_path / "m", format="nemotron-nas")
+    assert model.state_dict().keys() == before.keys() and not model.config.mlp_bias, "the zeros are in the file alone"
+    config, tensors = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+    assert config["mlp_bias"] and config["attention_bias"] == (name == "mixed") and not config["qkv_bias"]
+    wanted = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"} | ({"self_attn.o_proj"} if name == "mixed" else set())
+    biased = {key.replace(".weight", ".bias") for key in before if any(matrix in key for matrix in wanted)}
+    assert tensors.keys() == before.keys() | biased
+    assert all(torch.equal(tensors[key], before[key]) for key in before)
+    assert not any(tensors[key].any() for key in tensors.keys() - before.keys())
+    live = [block["ffn"] for block in config["block_configs"] if not block["ffn"]["no_op"]]
+    assert all(ffn["intermediate_size"] == 512 and "ffn_mult" not in ffn for ffn in live), "no engine but vLLM runs it"
+    loaded = load_model(path, device="cpu")[0]
+    assert loaded.config.llmdrop == model.config.llmdrop and loaded.state_dict().keys() == before.keys()
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
+    again = save_model(loaded, tokenizer, tmp_path / "again", format="nemotron-nas")
+    assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
 def test_vllm_finds_the_config_without_remote_code():
@@ -166,6 +196,18 @@ def test_vllm_gives_the_same_numbers(tokenizer):
     (out,) = check_export("vLLM", model, tokenizer, DropPlan([2, 3, 4], [1, 3, 4]), prompts, 64)
     assert out["n_equal"] >= 639 and out["max_difference"] < 2e-3 and out["max_loss"] < 2e-3
     assert "first" in check_export("vLLM", model, tokenizer, DropPlan([0]), prompts, 4)[0]["refused"]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_adds_the_means(tokenizer):
+    shape, prompts = dict(hidden_size=128, intermediate_size=512), [tokenizer(text).input_ids for text in TEXTS]
+    model, ids = with_means(MIXED, **shape), random_ids(4, 32)
+    assert model.config.llmdrop["biases"] == [[0, "mlp.down_proj"], [2, "self_attn.o_proj"]]
+    equal = logits(model, ids).argmax(-1) == logits(wide(MIXED, **shape), ids).argmax(-1)
+    assert equal.float().mean() < 0.5, "biases that matter to greedy text"
+    (out,) = check_export("vLLM", model, tokenizer, MIXED, prompts, 64)
+    assert out["n_equal"] >= 639 and out["max_difference"] < 2e-3 and out["max_loss"] < 2e-3
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
@@ -216,13 +258,6 @@ def test_refitted_weights_are_ordinary_ones(tmp_path, tokenizer):
         torch.testing.assert_close(logits(again, random_ids(1, 7)), logits(model, random_ids(1, 7)), atol=1e-5, rtol=0)
     assert out["n_equal"] >= out["n_tokens"] - 1 and out["max_difference"] < 2e-3
     assert any(torch.equal(tensor, refitted) for tensor in load_file(nas / "model.safetensors").values())
-
-
-def with_means(plan: DropPlan):
-    """A dropped model with the biases of "mean in turn", ten times as large so that they matter to a tiny model."""
-    model = wide()
-    changes = fit(model, plan, llmdrop.Calibration(random_ids(8, 24)), "mean in turn")
-    return compensate(model, plan, {at: 10 * change for at, change in changes.items()})
 
 
 @needs_engine
@@ -335,7 +370,6 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, tokenizer):
         (wide(DropPlan([0])), "nemotron-nas", {}, "layer 0 would be the first and has no attention.*format='gguf'"),
         (wide(DropPlan([0, 1], [0])), "nemotron-nas", {}, "layer 1 would be the first"),
         (wide(attention_bias=True), "gguf", {}, "no biases"),
-        (with_means(DropPlan([4])), "nemotron-nas", {}, "layer 3's mlp.down_proj.*format='hf' or 'gguf'.*by a refit"),
         (tiny("llama"), "gguf", {}, "400 tokens, the model 97"),
         (wide(), "gguf", {"weights": "q3"}, "weights='q3' is not one of f32, f16"),
         (wide(), "hf", {"weights": "f16"}, "without settings"),

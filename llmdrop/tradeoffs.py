@@ -46,7 +46,7 @@ def left_as_timed(rows: pd.DataFrame, counts: Iterable[int]) -> dict[int, float]
     """
     theirs, ours = rows[rows["choice"] == "cosine"].set_index("n"), rows[rows["choice"] != "cosine"]
     left = {}
-    for n, row in theirs.loc[list(counts)].iterrows():
+    for n, row in theirs.loc[sorted(counts)].iterrows():
         fast = ours.loc[ours["speedup"] >= row["speedup"], "lost"]
         left[n] = float(min(fast, default=row["lost"]) / row["lost"])
     return left

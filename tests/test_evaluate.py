@@ -1,5 +1,6 @@
 """Our shared evaluation against lm-eval's own HFLM on the real model and real benchmarks."""
 
+import copy
 import json
 import logging
 import os
@@ -38,7 +39,14 @@ def test_every_loglikelihood_equals_stock(smollm2, name):
         with dropped(model, plan):
             expected = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests, True)
         got = ours.loglikelihood(requests, True)
-        np.testing.assert_allclose([g[0] for g in got], [e[0] for e in expected], atol=1e-4, rtol=2e-6)
+        sums, stock = (np.array([row[0] for row in rows]) for rows in (got, expected))
+        own = 0.0  # float32's own error: without attention in layer 0 some processors' kernels are 7e-4 off
+        if not np.allclose(sums, stock, atol=1e-4, rtol=2e-6):
+            exact = copy.deepcopy(model).double()
+            with dropped(exact, plan):
+                lm = HFLM(pretrained=exact, tokenizer=tokenizer, batch_size=4)
+                own = np.abs(stock - [row[0] for row in lm.loglikelihood(requests, True)]).max()
+        np.testing.assert_allclose(sums, stock, atol=max(1e-4, own), rtol=2e-6)
         assert [g[1] for g in got] == [e[1] for e in expected]
 
 

@@ -166,13 +166,9 @@ def mixed(
     layers, compensates = order(store, model, long, window), method != "none"
     shared = shared or cache(lambda how: corrections(model, text, ("attn", "mlp"), how, batch_size))
     live = len(anatomy(model).live("attn"))
-    seconds = {
-        kind: Cut(layers=range(live), window=window).limit(model, **speed).seconds - one.limit(model, **speed).seconds
-        for kind, one in (
-            ("attn", Cut(DropPlan(attn=[0]), range(1, live), window)),
-            ("mlp", Cut(DropPlan(mlp=[0]), range(live), window)),
-        )
-    }
+    took = Cut(layers=range(live), window=window).limit(model, **speed).seconds
+    less = {"attn": Cut(DropPlan(attn=[0]), range(1, live), window), "mlp": Cut(DropPlan(mlp=[0]), range(live), window)}
+    seconds = {kind: took - one.limit(model, **speed).seconds for kind, one in less.items()}
     how = "compensated KL greedy, per second" if compensates else "KL greedy, per second"
     choice = beyond.choose(store, model, how, text, search, most, shared, batch_size, seconds)
 

@@ -141,7 +141,7 @@ def plot_lost(table: pd.DataFrame, axes) -> None:
     """Nats lost, and the share left of the paper's loss with its interval, against layers dropped; from `losses`."""
     groups = list(table.groupby(["choice", "compensation"], sort=False))
     for k, ((how, method), part) in enumerate(groups):
-        look = {"label": f"{how}: {method}", "color": f"C{k}", "marker": "osv^DPX*"[k % 8]}
+        look = {"label": f"{how}: {method}", "color": f"C{k}", "marker": "osv^DPX*<"[k % 9]}
         beside = part["n"] + 0.25 * (k - (len(groups) - 1) / 2)  # or intervals would cover each other
         axes[0].plot(part["n"] if len(part) > 1 else beside, part["lost"], **look)
         error = [part["left"] - part["low"], part["high"] - part["left"]]

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -109,6 +110,22 @@ def available_tasks(data_dir: Data = None) -> list[str]:
         if data_dir == "hub" or all(file for _, files in definitions for file in files.values()):
             names.append(name)
     return names
+
+
+def unread(name: str, data_dir: Data = None) -> float:
+    """Share of a task's questions that are right without reading them: the most common answer, or a guess if better.
+
+    The most common answer is one place among the choices, always the same (of BoolQ "yes", 0.62 of its questions), or
+    one text where there are no choices. A model whose interval reaches this share may know nothing. Raises as
+    `load_tasks`.
+    """
+    answers, guesses = Counter(), []
+    for task in load_tasks([name], data_dir, num_fewshot=0)[name].values():
+        chosen = task.OUTPUT_TYPE == "multiple_choice"
+        for doc in task.eval_docs:
+            answers[str(task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc))] += 1
+            guesses.append(1 / len(task.doc_to_choice(doc)) if chosen else 0)
+    return max(answers.most_common(1)[0][1], sum(guesses)) / len(guesses)
 
 
 def pool(values: list[float], stderrs: list[float], sizes: list[int]) -> tuple[float, float]:

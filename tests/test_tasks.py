@@ -159,6 +159,21 @@ def test_lm_eval_runs_them_and_mmlu_is_weighted_by_size(mirror):
 # ---- digests
 
 
+def test_what_needs_no_reading(mirror):
+    """The most common answer, a guess where that is better; MMLU as one, however its subjects differ in size."""
+    assert tasks.unread("winogrande", mirror) == 1 / 2
+    assert tasks.unread("hellaswag", mirror) == 1 / 4
+    assert tasks.unread("gsm8k", mirror) == 1 / 6  # six texts, all different
+    answers = [i % 4 for k in range(len(SUBJECTS)) for i in range(2 + k % 3)]
+    assert tasks.unread("mmlu", mirror) == answers.count(0) / len(answers) > 1 / 4
+    write(mirror, "allenai/winogrande/winogrande_xl/validation", [
+        {"sentence": "The _ is.", "option1": "cat", "option2": "dog", "answer": answer} for answer in "22212"
+    ])  # fmt: skip
+    assert tasks.unread("winogrande", mirror) == 4 / 5
+    with pytest.raises(ValueError, match="unknown task 'arc'"):
+        tasks.unread("arc", mirror)
+
+
 def test_digest_sees_rows_shots_and_definition_only(mirror, monkeypatch, tmp_path_factory):
     def digest(shots=3):
         return task_digest("hellaswag", mirror, shots)

@@ -113,18 +113,19 @@ def available_tasks(data_dir: Data = None) -> list[str]:
 
 
 def unread(name: str, data_dir: Data = None) -> float:
-    """Share of a task's questions that are right without reading them: the most common answer, or a guess if better.
+    """Share of a task's questions that are right without reading them: by the most common answer, or by a guess.
 
-    The most common answer is one place among the choices, always the same (of BoolQ "yes", 0.62 of its questions), or
-    one text where there are no choices. A model whose interval reaches this share may know nothing. Raises as
-    `load_tasks`.
+    Whichever is more. Answers are told apart by their text: of BoolQ's 0.62 are "yes", of the packaged MMLU's 0.26 one
+    letter; where questions have choices of their own, a guess is all there is. A model whose interval reaches this
+    share may know nothing. Raises as `load_tasks`.
     """
     answers, guesses = Counter(), []
     for task in load_tasks([name], data_dir, num_fewshot=0)[name].values():
-        chosen = task.OUTPUT_TYPE == "multiple_choice"
         for doc in task.eval_docs:
-            answers[str(task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc))] += 1
-            guesses.append(1 / len(task.doc_to_choice(doc)) if chosen else 0)
+            answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+            choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else []
+            answers[choices[answer] if choices and isinstance(answer, int) else answer] += 1
+            guesses.append(1 / len(choices) if choices else 0)
     return max(answers.most_common(1)[0][1], sum(guesses)) / len(guesses)
 
 

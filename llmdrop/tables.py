@@ -19,6 +19,7 @@ NAMES = {
     "boolq": "BoolQ",
     "commonsense_qa": "CSQA",
     "hellaswag": "HellaSwag",
+    "logiqa": "LogiQA",
     "mmlu": "MMLU",
     "openbookqa": "OBQA",
     "piqa": "PIQA",

@@ -156,9 +156,6 @@ def test_lm_eval_runs_them_and_mmlu_is_weighted_by_size(mirror):
     assert pool([0.25], [0.1], [7]) == (0.25, 0.1)
 
 
-# ---- digests
-
-
 def test_what_needs_no_reading(mirror):
     """The most common answer, a guess where that is better; MMLU as one, however its subjects differ in size."""
     assert tasks.unread("winogrande", mirror) == 1 / 2  # "The cat" three times of six
@@ -172,6 +169,9 @@ def test_what_needs_no_reading(mirror):
     assert tasks.unread("hellaswag", mirror) == 1 / 4
     with pytest.raises(ValueError, match="unknown task 'arc'"):
         tasks.unread("arc", mirror)
+
+
+# ---- digests
 
 
 def test_digest_sees_rows_shots_and_definition_only(mirror, monkeypatch, tmp_path_factory):

@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # -- notebooks --------------------------------------------------------------------------------------------------------
 NAMES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb))
-LIBRARY := $(wildcard llmdrop/*.py llmdrop/*.mplstyle llmdrop/paper/*)
+LIBRARY := $(wildcard llmdrop/*.py llmdrop/*/*.py llmdrop/repro/*.mplstyle llmdrop/repro/published/*)
 PROFILE_FILE := notebooks/profiles/$(PROFILE).yaml
 DONE := build/notebooks/$(PROFILE)
 RESULTS = $${LLMDROP_BUILD:-build}/results

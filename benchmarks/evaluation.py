@@ -17,9 +17,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import llmdrop
-from llmdrop.harness import SweepLM
-from llmdrop.sweep import Item, pack
-from llmdrop.tasks import load_tasks
+from llmdrop.evaluation.lm_eval_models import SweepLM
+from llmdrop.evaluation.sweep import Item, pack
+from llmdrop.evaluation.tasks import load_tasks
 
 
 def timed(function):

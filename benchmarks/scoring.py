@@ -65,13 +65,15 @@ def main() -> None:
     def scored() -> None:
         llmdrop.score(model, text, batch_size=args.batch_size, progress=False)
 
-    forward(), scored()  # warm up
+    forward()  # warm up
+    scored()
     pairs = [(timed(scored, device), timed(forward, device)) for _ in range(args.rounds)]
     ratios = [a / b for a, b in pairs]
     print(f"score    median {statistics.median(a for a, _ in pairs):.3f} s")
     print(f"forward  median {statistics.median(b for _, b in pairs):.3f} s")
     print(f"ratio    median {statistics.median(ratios):.3f}  ({min(ratios):.3f} to {max(ratios):.3f})")
-    small, large = peak(args, 16), peak(args, 128)
+    small = peak(args, 16)
+    large = peak(args, 128)
     print(
         f"memory   16 samples {small / 2**20:.0f} MiB, 128 samples {large / 2**20:.0f} MiB, ratio {large / small:.3f}"
     )

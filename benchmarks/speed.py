@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 import llmdrop
-from llmdrop import speedups
+from llmdrop.repro import speedups
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -38,20 +38,20 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     args = parser.parse_args()
     p = parameters(args.profile)
-    settings = {name: p[name.upper()] for name in ("prompt_len", "new_tokens", "timed_steps", "rounds", "cache")}
-    settings |= {"compiled": p["COMPILED"], "batch_size": p["BATCH_SIZE"]}
+    names = ("prompt_len", "new_tokens", "timed_steps", "rounds", "cache", "decoding", "batch_sizes")
+    settings = {name: p[name.upper()] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         store = llmdrop.Store(folder if args.fresh else None)
-        names = (args.model or p["MODEL"]).split(",")
-        rows, facts = speedups.measure_models(store, names, p["DTYPE"], p["DEVICE"], **settings)
+        models = (args.model or p["MODEL"]).split(",")
+        rows, facts = speedups.measure_models(store, models, p["DTYPE"], p["DEVICE"], **settings)
     print(f"{facts['device']}, {p['DTYPE']}, torch {facts['torch']}, threads {facts['threads']}")
     print(f"{rows['bandwidth'].max() / 1e9:.3g} GB/s, {rows['rate'].max() / 1e12:.3g} TFLOP/s measured\n")
     columns = ["model", "decoding", "batch", "method", "status", "speedup", "limit", "ratio", "spread"]
-    print(rows[columns].to_string(index=False, float_format="{:.3f}".format))
+    print(rows[columns].to_string(index=False, float_format="{:.3f}".format), end="\n\n")
     for (model, decoding), group in rows[rows["n_dropped"] > 0].groupby(["model", "decoding"], sort=False):
-        low, spread = group["ratio"].min(), group["spread"].max()
-        print(f"\n{model}, {decoding}: measured / predicted at least {low:.3f}, spread at most {spread:.3f}", end="")
-    print()
+        low = group["ratio"].min()
+        spread = group["spread"].max()
+        print(f"{model}, {decoding}: measured / predicted at least {low:.3f}, spread at most {spread:.3f}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def forward(args) -> dict:
 
 
 def read(args) -> dict:
-    buffer, start, n = bytearray(2**24), time.perf_counter(), 0
+    buffer = bytearray(2**24)
+    n = 0
+    start = time.perf_counter()
     for path in sorted(args.folder.glob("*.safetensors")):
         with open(path, "rb", buffering=0) as file:
             while k := file.readinto(buffer):
@@ -82,8 +84,10 @@ def read(args) -> dict:
 
 def copy(args) -> dict:
     """All shards, as shutil copies, each waited for until it is on the disk."""
-    start, n, target = time.perf_counter(), 0, args.folder / "copy"
+    target = args.folder / "copy"
     target.mkdir()
+    n = 0
+    start = time.perf_counter()
     for path in sorted(args.folder.glob("*.safetensors")):
         shutil.copyfile(path, target / path.name)
         with open(target / path.name, "rb+") as file:
@@ -136,9 +140,14 @@ def main() -> None:
         return result
 
     if args.only != "drop":
-        disk, before, scored, after = part("read"), part("forward"), part("stream"), part("forward")
-        plain, layer = before["seconds"] + after["seconds"], 100_669_440 * 2
-        limit, room = max(disk["seconds"], plain), 1.5e9 + layer
+        disk = part("read")
+        before = part("forward")
+        scored = part("stream")
+        after = part("forward")
+        plain = before["seconds"] + after["seconds"]
+        limit = max(disk["seconds"], plain)
+        layer = 100_669_440 * 2
+        room = 1.5e9 + layer
         print(f"disk     {disk['seconds']:.1f} s, {disk['bytes'] / disk['seconds'] / 1e6:.0f} MB/s")
         print(f"forward  {plain:.1f} s for {args.samples} x {LENGTH} tokens")
         print(f"score    {scored['seconds']:.1f} s, {scored['seconds'] / limit:.3f} x the slower of the two (goal 1.2)")

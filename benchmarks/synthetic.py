@@ -40,7 +40,8 @@ def write_checkpoint(folder: Path, layers: int = 28, dtype: torch.dtype = torch.
         model = AutoModelForCausalLM.from_config(config(layers), dtype=dtype)
     model.config.save_pretrained(folder)
     shapes = {name: p.shape for name, p in model.state_dict().items() if name != "lm_head.weight"}
-    shards, size = [[]], 0
+    shards = [[]]
+    size = 0
     for name, shape in shapes.items():
         if size + shape.numel() * dtype.itemsize > SHARD and shards[-1]:
             shards.append([])
@@ -49,15 +50,18 @@ def write_checkpoint(folder: Path, layers: int = 28, dtype: torch.dtype = torch.
         size += shape.numel() * dtype.itemsize
     torch.manual_seed(0)
     noise = torch.randn(2**24 + 1).mul_(0.02).to(dtype)  # repeated: random enough, and written in seconds
-    weight_map, total = {}, 0
+    weight_map = {}
+    total = 0
     for k, names in enumerate(shards, start=1):
-        file, tensors = f"model-{k:05d}-of-{len(shards):05d}.safetensors", {}
+        file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
         for name in names:
             shape = shapes[name]
             n = shape.numel()
-            ones = len(shape) == 1  # norms
-            tensors[name] = torch.ones(n, dtype=dtype) if ones else noise.repeat(n // len(noise) + 1)[:n].view(shape)
-            weight_map[name], total = file, total + n * dtype.itemsize
+            is_norm = len(shape) == 1
+            tensors[name] = torch.ones(n, dtype=dtype) if is_norm else noise.repeat(n // len(noise) + 1)[:n].view(shape)
+            weight_map[name] = file
+            total += n * dtype.itemsize
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / file, {"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

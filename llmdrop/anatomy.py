@@ -55,6 +55,8 @@ LAYOUTS = {
         final="final_layer_norm",
     ),
 }
+# what architectures call a sublayer's last matrix
+OUTPUT_MATRICES = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2")
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,12 @@ class Anatomy:
         gone = set(getattr(self.plan, kind))
         return [i for i in range(self.n_layers) if i not in gone]
 
+    def whole_plan(self, plan: DropPlan) -> DropPlan:
+        """`plan` and what is dropped already. Raises ValueError for a plan of another depth or unknown indices."""
+        return plan.for_depth(self.n_layers) | self.plan.for_depth(self.n_layers)
 
-def anatomy(model: nn.Module) -> Anatomy:
+
+def find_anatomy(model: nn.Module) -> Anatomy:
     """Find the parts of a transformers causal language model (or its bare decoder).
 
     Raises ValueError for an architecture, or a variant of a known one, whose residual stream is not known.
@@ -106,6 +112,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def _check(layer: nn.Module, layout: Layout, model_type: str) -> None:
+    """ValueError unless the layer is the stock one of its architecture."""
     named = set(layout.attn + layout.mlp)
     missing = [name for name in named if not hasattr(layer, name)]
     unknown = [name for name, child in layer.named_children() if name not in named and list(child.parameters())]
@@ -117,6 +124,33 @@ def _check(layer: nn.Module, layout: Layout, model_type: str) -> None:
         )
     if getattr(layer, "do_layer_norm_before", True) is False:
         raise ValueError(
-            "this OPT variant normalises after the residual sum (do_layer_norm_before=False, as opt-350m): it has no "
+            "this OPT variant normalizes after the residual sum (do_layer_norm_before=False, as opt-350m): it has no "
             "residual stream, so S = 1 - cos(x, x + f(norm(x))) is not defined. Use another OPT size."
         )
+
+
+def output_matrix(parts: Anatomy, i: int, kind: str) -> nn.Module:
+    """The matrix that ends layer i's "attn" or "mlp" sublayer. Raises what `output_name` raises."""
+    return parts.layers[i].get_submodule(output_name(parts, i, kind))
+
+
+def output_name(parts: Anatomy, i: int, kind: str) -> str:
+    """The name in layer i of the matrix that ends its "attn" or "mlp" sublayer: "mlp.down_proj".
+
+    Raises ValueError where something follows that matrix, or attention and MLP run in parallel.
+    """
+    layout = parts.layout
+    core = layout.attn_core if kind == "attn" else layout.mlp_core
+    last = getattr(layout, kind)[-1]
+    if core in OUTPUT_MATRICES:
+        name = core
+    else:
+        module = getattr(parts.layers[i], core)
+        name = next((f"{core}.{matrix}" for matrix in OUTPUT_MATRICES if hasattr(module, matrix)), None)
+    if name is None or core != last or parts.parallel:
+        why = "attention and MLP run in parallel" if parts.parallel else f"{last} follows its last matrix"
+        raise ValueError(
+            f"cannot reconstruct at layer {i}'s {kind} sublayer: {why}; that needs sublayers one after the other, each "
+            "ending in a matrix (Llama, Mistral, Qwen, Phi-3, GPT-2, OPT). Drop without reconstruction"
+        )
+    return name

@@ -1,17 +1,17 @@
 """Calibration text: the token windows on which layers are scored and perplexity is measured."""
 
 import hashlib
+import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from operator import itemgetter
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-
-from .data import read_split, split_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,10 @@ class Calibration:
             object.__setattr__(self, "attention_mask", mask.long())
 
     @property
+    def n_samples(self) -> int:
+        return len(self.input_ids)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens that count, padding left out."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
@@ -60,64 +64,38 @@ class Calibration:
         return state.hexdigest()
 
 
-_text = itemgetter("text")
+def batches(
+    calibration: Calibration, batch_size: int, device: torch.device
+) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+    """(which samples, a decoder's inputs on `device`), batch after batch.
+
+    Inputs: input_ids [B, T]; where there is padding, on either side, also attention_mask and the position_ids that
+    leave it out.
+    """
+    for start in range(0, len(calibration.input_ids), batch_size):
+        rows = slice(start, start + batch_size)
+        inputs = {"input_ids": calibration.input_ids[rows].to(device)}
+        if calibration.attention_mask is not None:
+            mask = calibration.attention_mask[rows].to(device).long()
+            inputs["attention_mask"] = mask
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+        yield rows, inputs
 
 
-def _code(row: dict) -> str:
-    return "\n".join(part for part in (row["instruction"], row.get("input"), row["output"]) if part)
+class TextSource(Protocol):
+    """A named text: its documents, and where they come from, for people."""
+
+    where: str
+
+    def documents(self, data_dir: str | os.PathLike | None) -> list[str]: ...
 
 
-# name: (dataset, config, split, text of a row, what it is)
-SOURCES: dict[str, tuple[str, str | None, str, Callable[[dict], str], str]] = {
-    "xsum": ("EdinburghNLP/xsum", None, "test", lambda row: row["document"], "news"),
-    "multilexsum": ("allenai/multi_lexsum", "v20230518", "test", lambda row: row["summary/long"], "court cases"),
-    "boolq": ("aps/super_glue", "boolq", "train", lambda row: row["passage"], "encyclopedia paragraphs"),
-    "quac": ("allenai/quac", "plain_text", "validation", lambda row: row["context"], "encyclopedia sections"),
-    "questions": ("allenai/quac", "plain_text", "validation", lambda row: "\n".join(row["questions"]), "questions"),
-    "dialogue": (
-        *("packaged/stories", None, "test"),
-        lambda row: "\n".join(f"Q: {turn['question']}\nA: {turn['answer']}" for turn in row["turns"]),
-        "questions and answers about a story",
-    ),
-    "narrativeqa": ("packaged/stories", None, "test", lambda row: row["passage"], "plots"),
-    "wiki": ("packaged/wiki", None, "test", _text, "encyclopedia sentences"),
-    "squad": ("packaged/squad", None, "test", _text, "encyclopedia paragraphs"),
-    "tales": ("packaged/tales", None, "test", _text, "very short stories"),
-    "abstracts": ("packaged/abstracts", None, "test", _text, "medical abstracts"),
-    "reviews": ("packaged/reviews", None, "test", _text, "film reviews"),
-    "stdlib": ("python/stdlib", None, "train", _text, "Python code"),
-    "asdiv": (
-        *("EleutherAI/asdiv", None, "validation"),
-        lambda row: f"{row['body']} {row['question']}\nAnswer: {row['answer']}",
-        "school mathematics",
-    ),
-    "c4": ("allenai/c4", "en", "validation", _text, "web pages"),
-    "lima": ("GAIR/lima", None, "train", lambda row: "\n".join(row["conversations"]), "instructions"),
-    "codealpaca": ("sahil2801/CodeAlpaca-20k", None, "train", _code, "code instructions"),
-    "mathinstruct": ("TIGER-Lab/MathInstruct", None, "train", _code, "mathematics instructions"),
-    "wikitext": (
-        *("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
-        lambda row: row["page"],
-        "encyclopedia articles",
-    ),
-}
-
-
-def available_sources(data_dir: str | os.PathLike | None = None) -> list[str]:
-    """Names of the sources that load with this data_dir; with None, those that need no hub."""
-    names = []
-    for name, (dataset, config, split, *_) in SOURCES.items():
-        try:
-            if split_file(dataset, config, split, data_dir) is None and data_dir != "hub":
-                continue
-        except FileNotFoundError:
-            continue
-        names.append(name)
-    return names
+# Named texts. `llmdrop.data.texts` fills this, so that the core neither knows a dataset nor reads a mirror.
+SOURCES: dict[str, TextSource] = {}
 
 
 def load_calibration(
-    name: str,
+    source: str | os.PathLike | Iterable[str],
     tokenizer,
     n_samples: int = 16,
     seq_len: int = 512,
@@ -125,7 +103,10 @@ def load_calibration(
     data_dir: str | os.PathLike | None = None,
     skip: int = 0,
 ) -> Calibration:
-    """Cut n_samples windows of exactly seq_len tokens out of a text source (a key of `SOURCES`).
+    """Cut n_samples windows of exactly seq_len tokens out of a text.
+
+    source: a key of `SOURCES`; a .txt file (one document) or a .jsonl file (a document in the "text" of each line); a
+    datasets.Dataset with a column "text"; or documents, as strings.
 
     Documents come in an order shuffled by seed. Each sample opens with a new document; where that is too short, the
     next ones follow, an end-of-sequence token between them (as LLM-Drop packs C4); a document longer than the room
@@ -136,25 +117,24 @@ def load_calibration(
     data_dir: see `llmdrop.data`.
 
     Raises ValueError for an unknown name, sizes below 1, or a source with too little text; FileNotFoundError for data
-    that is not there.
+    that is not there; TypeError for documents that are no text.
     """
-    if name not in SOURCES:
-        raise ValueError(f"unknown calibration {name!r}; these are known: {', '.join(SOURCES)}")
-    if min(n_samples, seq_len - 1, skip + 1) < 1:
+    if n_samples < 1 or seq_len < 2 or skip < 0:
         raise ValueError(f"{n_samples=}, {seq_len=}, {skip=}: need at least 1 sample, 2 tokens and 0 to skip")
-    dataset, config, split, text, _ = SOURCES[name]
-    rows = read_split(dataset, config, split, data_dir)
-    documents = list(dict.fromkeys(map(text, rows)))  # a text that occurs twice would weigh twice
+    name, documents = _documents(source, data_dir)
+    documents = list(dict.fromkeys(documents))  # a text that occurs twice would weigh twice
     random = np.random.default_rng(seed)
     texts = (documents[i] for i in random.permutation(len(documents)))
     start, end = _special_tokens(tokenizer)
     samples: list[list[int]] = []
-    sample, rest, n_read = list(start), deque(), 0
-    for tokens, is_new in chain(((t, True) for t in _tokenize(texts, tokenizer)), _drain(rest)):
+    sample = list(start)
+    leftovers: deque[list[int]] = deque()  # what windows left of their documents
+    n_read = 0
+    for tokens, is_new in chain(((t, True) for t in _tokenize(texts, tokenizer)), _drain(leftovers)):
         n_read += len(tokens) if is_new else 0
         room = seq_len - len(sample)
         first = int(random.integers(max(len(tokens) - room, 0) + 1))
-        rest.extend(filter(None, (tokens[:first], tokens[first + room :])))
+        leftovers.extend(filter(None, (tokens[:first], tokens[first + room :])))
         sample += tokens[first : first + room] + end
         if len(sample) >= seq_len:
             samples.append(sample[:seq_len])
@@ -167,7 +147,44 @@ def load_calibration(
             f"{seq_len} tokens; {skip + n_samples} (n_samples + skip) need {(skip + n_samples) * seq_len:,} tokens. "
             f"Use fewer or shorter samples, or another source: {', '.join(SOURCES)}"
         )
-    return Calibration(torch.tensor(samples[skip:]), source=f"{name} ({dataset} {split}), seed {seed}, skip {skip}")
+    return Calibration(torch.tensor(samples[skip:]), source=f"{name}, seed {seed}, skip {skip}")
+
+
+def _documents(source, data_dir) -> tuple[str, list[str]]:
+    """What the source is called, and its documents."""
+    if isinstance(source, str) and source in SOURCES:
+        return f"{source} ({SOURCES[source].where})", SOURCES[source].documents(data_dir)
+    name = "documents"
+    if isinstance(source, str | os.PathLike):
+        name = Path(source).name
+        source = _read_documents(Path(source))
+    elif hasattr(source, "column_names"):  # a datasets.Dataset
+        if "text" not in source.column_names:
+            raise ValueError(f'the dataset has columns {", ".join(source.column_names)}; expected one called "text"')
+        source = source["text"]
+    documents = list(source)
+    if wrong := [document for document in documents if not isinstance(document, str)]:
+        raise TypeError(f"documents must be text; one is a {type(wrong[0]).__name__}. Token ids go into Calibration()")
+    return name, documents
+
+
+def _read_documents(file: Path) -> list:
+    """The one document of a .txt file, or the "text" of every line of a .jsonl file."""
+    if file.suffix not in (".txt", ".jsonl"):
+        known = ", ".join(SOURCES)
+        raise ValueError(f"unknown calibration '{file}'; these are known: {known}; or give a .txt or .jsonl file")
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; give a .txt or .jsonl file that is there, or a known name")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error})") from error
+    if file.suffix == ".txt":
+        return [text]
+    try:
+        return [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{file}: expected an object with "text" on every line ({error!r})') from error
 
 
 def _special_tokens(tokenizer) -> tuple[list[int], list[int]]:
@@ -177,9 +194,9 @@ def _special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     return start, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _drain(rest: deque) -> Iterator[tuple[list[int], bool]]:
-    while rest:  # may grow while it is drained
-        yield rest.popleft(), False
+def _drain(leftovers: deque) -> Iterator[tuple[list[int], bool]]:
+    while leftovers:  # may grow while it is drained
+        yield leftovers.popleft(), False
 
 
 def _tokenize(texts: Iterator[str], tokenizer, n: int = 16) -> Iterator[list[int]]:

@@ -1,10 +1,11 @@
-"""Watch the residual stream of a stock model layer by layer, keeping nothing; and the text it runs on, in batches."""
+"""Watch the residual stream of a stock model layer by layer, keeping nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 
-from .anatomy import anatomy
+from .anatomy import find_anatomy
 
 
 class ResidualTap:
@@ -19,30 +20,35 @@ class ResidualTap:
     """
 
     def __init__(self, model: torch.nn.Module, on_layer: Callable):
-        self.parts, self.on_layer = anatomy(model), on_layer
-        self.handles, self.seen = [], {}
+        self.parts = find_anatomy(model)
+        self.on_layer = on_layer
+        self.hooks = ExitStack()
+        self.seen: dict[str, torch.Tensor] = {}  # of the layer that is running
 
     def __enter__(self) -> "ResidualTap":
-        parts = self.parts
-        for i, layer in enumerate(parts.layers):
-            if layer is None:
-                continue
-            attn_in, attn_out = (layer.get_submodule(parts.layout.attn[k]) for k in (0, -1))
-            mlp_in, mlp_out = (layer.get_submodule(parts.layout.mlp[k]) for k in (0, -1))
-            self.handles += [
-                layer.register_forward_pre_hook(self._keep_input("x"), with_kwargs=True),
-                mlp_in.register_forward_pre_hook(self._keep_input("m"), with_kwargs=True),
-                attn_out.register_forward_hook(self._keep_output("f_attn")),
-                mlp_out.register_forward_hook(self._keep_output("f_mlp")),
-                layer.register_forward_hook(self._finish(i)),
-            ]
-            assert attn_in is not mlp_in
+        layout = self.parts.layout
+        with ExitStack() as hooks:
+            for i, layer in enumerate(self.parts.layers):
+                if layer is None:
+                    continue
+                mlp_in = layer.get_submodule(layout.mlp[0])
+                attn_out = layer.get_submodule(layout.attn[-1])
+                mlp_out = layer.get_submodule(layout.mlp[-1])
+                handles = [
+                    layer.register_forward_pre_hook(self._keep_input("x"), with_kwargs=True),
+                    mlp_in.register_forward_pre_hook(self._keep_input("m"), with_kwargs=True),
+                    attn_out.register_forward_hook(self._keep_output("f_attn")),
+                    mlp_out.register_forward_hook(self._keep_output("f_mlp")),
+                    layer.register_forward_hook(self._finish(i)),
+                ]
+                for handle in handles:
+                    hooks.callback(handle.remove)
+            self.hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *exc) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.seen = [], {}
+        self.hooks.close()
+        self.seen = {}
 
     def _keep_input(self, name: str) -> Callable:
         def hook(module, args, kwargs):
@@ -69,15 +75,3 @@ class ResidualTap:
             self.on_layer(i, x, m, y, f_attn, f_mlp)
 
         return hook
-
-
-def batches(calibration, batch_size: int, device) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
-    """(which samples, a decoder's inputs on `device`), in turn: input_ids [B, T]; where there is padding, on either
-    side, also attention_mask and the position_ids that leave it out."""
-    for start in range(0, len(calibration.input_ids), batch_size):
-        rows = slice(start, start + batch_size)
-        inputs = {"input_ids": calibration.input_ids[rows].to(device)}
-        if calibration.attention_mask is not None:
-            mask = calibration.attention_mask[rows].to(device).long()
-            inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-        yield rows, inputs

@@ -25,6 +25,8 @@ class DropPlan:
     n_layers: int | None = field(default=None, compare=False)
 
     def __post_init__(self):
+        if self.n_layers is not None and (type(self.n_layers) is not int or self.n_layers < 1):
+            raise ValueError(f"n_layers={self.n_layers!r}; expected the model's number of layers, or None if unknown")
         for kind in ("attn", "mlp"):
             object.__setattr__(self, kind, _indices(getattr(self, kind), kind, self.n_layers))
 
@@ -52,15 +54,30 @@ class DropPlan:
         return len(self) > 0
 
     def __or__(self, other: "DropPlan") -> "DropPlan":
-        return DropPlan(
-            set(self.attn) | set(other.attn), set(self.mlp) | set(other.mlp), self.n_layers or other.n_layers
-        )
+        """Both plans at once. Raises ValueError where they were made for models of different depth."""
+        n_layers = self.n_layers or other.n_layers
+        other = other.for_depth(n_layers)
+        return DropPlan(set(self.attn) | set(other.attn), set(self.mlp) | set(other.mlp), n_layers)
+
+    def for_depth(self, n_layers: int | None) -> "DropPlan":
+        """The same plan for a model of `n_layers`. Raises ValueError where it was made for another depth."""
+        if None not in (self.n_layers, n_layers) and self.n_layers != n_layers:
+            raise ValueError(
+                f"this plan was made for a model of {self.n_layers} layers, this model has {n_layers}; "
+                "make a plan from this model's own scores"
+            )
+        return DropPlan(self.attn, self.mlp, n_layers)
+
+    @property
+    def key(self) -> dict[str, list[int]]:
+        """What tells it from other plans, as plain JSON."""
+        return {"attn": list(self.attn), "mlp": list(self.mlp)}
 
     def overlap(self, other: "DropPlan") -> float:
         """Share of sublayers the two plans have in common (Jaccard index; 1.0 for two empty plans)."""
-        mine = {("attn", i) for i in self.attn} | {("mlp", i) for i in self.mlp}
-        theirs = {("attn", i) for i in other.attn} | {("mlp", i) for i in other.mlp}
-        return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
+        either = self | other
+        common = len(set(self.attn) & set(other.attn)) + len(set(self.mlp) & set(other.mlp))
+        return common / len(either) if either else 1.0
 
     def to_json(self) -> str:
         return json.dumps({"attn": list(self.attn), "mlp": list(self.mlp), "n_layers": self.n_layers})
@@ -68,16 +85,17 @@ class DropPlan:
     @classmethod
     def from_json(cls, text: str) -> "DropPlan":
         """Inverse of `to_json`. Raises ValueError for anything else."""
+        expected = 'expected an object {"attn": [...], "mlp": [...]}, n_layers optional'
         try:
             record = json.loads(text)
-            unknown = set(record) - {"attn", "mlp", "n_layers"}
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f'not a drop plan: {text[:80]!r}; expected {{"attn": [...], "mlp": [...]}}') from error
-        if not isinstance(record, dict) or unknown:
-            raise ValueError(
-                f"not a drop plan: {text[:80]!r}; expected an object with attn, mlp and (optionally) n_layers"
-            )
-        return cls(record.get("attn", ()), record.get("mlp", ()), record.get("n_layers"))
+            raise ValueError(f"not a drop plan: {str(text)[:80]!r}; {expected}") from error
+        if not isinstance(record, dict) or set(record) - {"attn", "mlp", "n_layers"}:
+            raise ValueError(f"not a drop plan: {text[:80]!r}; {expected}")
+        lists = [record.get(kind, []) for kind in ("attn", "mlp")]
+        if not all(isinstance(indices, list) for indices in lists):
+            raise ValueError(f"not a drop plan: {text[:80]!r}; {expected}")
+        return cls(*lists, record.get("n_layers"))
 
     @classmethod
     def from_llm_drop(cls, config: dict, n_layers: int | None = None) -> "DropPlan":
@@ -101,6 +119,7 @@ class DropPlan:
 
 
 def _indices(values: Iterable[int], kind: str, n_layers: int | None) -> tuple[int, ...]:
+    """The indices checked and sorted."""
     values = list(values)
     allowed = f"0-based layer indices{f' below {n_layers}' if n_layers else ''}, each once"
     for value in values:
@@ -151,6 +170,7 @@ def random(seed: int) -> Callable:
 
 
 def _ascending(values: dict[str, np.ndarray], target: str) -> list:
+    """Lowest value first, ties by layer index; NaN left out."""
     if target not in ("attn", "mlp", "block", "joint"):
         raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     if target == "joint":
@@ -168,31 +188,46 @@ def plan_drop(scores, target: str, n: int, selector: Callable = cosine) -> DropP
     """The plan that drops the `n` cheapest layers.
 
     scores: ImportanceScores. target: "attn" (Attention Drop), "mlp" (MLP Drop), "block" (Block Drop), "joint" (Joint
-    Layer Drop, n sublayers of either kind) or "consecutive" (n neighbouring blocks, the run whose input and output are
+    Layer Drop, n sublayers of either kind) or "consecutive" (n neighboring blocks, the run whose input and output are
     most alike; needs `score(..., gap=True)`). Raises ValueError if n is not between 0 and what there is.
     """
     if target == "consecutive":
         return _consecutive(scores, n)
     order = selector(scores, target)
     _check_count(n, len(order), target)
-    chosen, n_layers = order[:n], len(scores.attn)
+    chosen = order[:n]
+    n_layers = len(scores.attn)
     if target == "joint":
-        attn, mlp = ([i for kind, i in chosen if kind == wanted] for wanted in ("attn", "mlp"))
-        return DropPlan(attn, mlp, n_layers)
-    return DropPlan(
-        chosen if target in ("attn", "block") else (), chosen if target in ("mlp", "block") else (), n_layers
-    )
+        return plan_of(chosen, n_layers)
+    attn = chosen if target in ("attn", "block") else ()
+    mlp = chosen if target in ("mlp", "block") else ()
+    return DropPlan(attn, mlp, n_layers)
+
+
+def plan_of(sublayers: Iterable[tuple[str, int]], n_layers: int | None = None) -> DropPlan:
+    """The plan that drops these ("attn" | "mlp", layer) pairs."""
+    sublayers = list(sublayers)
+    attn = [i for kind, i in sublayers if kind == "attn"]
+    mlp = [i for kind, i in sublayers if kind == "mlp"]
+    return DropPlan(attn, mlp, n_layers)
 
 
 def _consecutive(scores, n: int) -> DropPlan:
+    """The run of n blocks, none of them dropped already, whose input and output are most alike."""
     if scores.gap is None:
         raise ValueError("consecutive Block Drop needs the gap matrix: call score(..., gap=True)")
+    dropped_already = np.isnan(scores.block)
+    _check_count(n, int((~dropped_already).sum()), "consecutive")
     n_layers = len(scores.block)
-    _check_count(n, n_layers, "consecutive")
+    if n == 0:
+        return DropPlan((), (), n_layers)
+    starts = [i for i in range(n_layers - n + 1) if not dropped_already[i : i + n].any()]
+    if not starts:
+        raise ValueError(f"no {n} blocks in a row are left; blocks dropped already lie between. Use a smaller n")
     # gap[i, j]: 1 - cos(input of layer i, output of layer j); a run of n blocks from i ends with j = i + n - 1
-    run = [scores.gap[i, i + n - 1] for i in range(n_layers - n + 1)] if n else [0.0]
-    start = int(np.nanargmin(run))
-    return DropPlan(range(start, start + n), range(start, start + n), n_layers)
+    start = min(starts, key=lambda i: scores.gap[i, i + n - 1])
+    run = range(start, start + n)
+    return DropPlan(run, run, n_layers)
 
 
 def _check_count(n: int, available: int, target: str) -> None:

@@ -1,14 +1,13 @@
 """Remove sublayers from a stock model: for good (`apply_plan`) or for a while (`dropped`)."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .anatomy import Anatomy, Layout, anatomy
+from .anatomy import Anatomy, Layout, find_anatomy
 from .plan import DropPlan
 
 
@@ -19,7 +18,7 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
     leaves the layer list, so a plan of blocks only gives an ordinary, shorter model. The remaining attention modules
     are renumbered and every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped
     model, also when the model was dropped from before. What was dropped is recorded in `model.config.llmdrop`, beside
-    the biases that compensation gave to what stays.
+    the biases that reconstruction gave to what stays.
 
     Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, and
     plans that leave no sublayer at all. The model is unchanged then.
@@ -34,90 +33,86 @@ def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
 
     Can be nested (the plans add up). A KV cache made inside must not be used outside.
     """
-    undo = _drop(model, plan)
-    try:
+    with _drop(model, plan):
         yield model
-    finally:
-        for owner, name, value in reversed(undo):
-            _restore(owner, name, value)
 
 
 _ABSENT = object()
 
 
-def _restore(owner, name: str, value) -> None:
-    if isinstance(owner, RemovableHandle):
-        owner.remove()
-    elif value is _ABSENT:
-        delattr(owner, name)
+def put(undo: ExitStack, owner, name: str, value) -> None:
+    """Set an attribute; `undo` gives it its former value, or deletes it where there was none."""
+    former = getattr(owner, name, _ABSENT)
+    setattr(owner, name, value)
+    if former is _ABSENT:
+        undo.callback(delattr, owner, name)
     else:
-        setattr(owner, name, value)
+        undo.callback(setattr, owner, name, former)
 
 
-def _drop(model: nn.Module, plan: DropPlan) -> list[tuple]:
-    """Drop and return the undo log: (owner, attribute, former value), to be put back last first."""
-    parts = anatomy(model)
+def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
+    """Drop, and return what restores the model when it is closed. Where dropping fails, the model is restored."""
+    parts = find_anatomy(model)
     plan = _checked(parts, plan)
-    layout, config, undo = parts.layout, model.config, []
+    layout = parts.layout
+    config = model.config
+    with ExitStack() as undo:
+        for kind in ("attn", "mlp"):
+            for i in sorted(set(getattr(plan, kind)) - set(getattr(parts.plan, kind))):
+                for name, stub in stubs(layout, kind).items():
+                    put(undo, parts.layers[i], name, stub)
 
-    def put(owner, name, value):
-        undo.append((owner, name, getattr(owner, name, _ABSENT)))
-        setattr(owner, name, value)
+        kept = [i for i in range(parts.n_layers) if i not in plan.blocks]
+        present = [i for i in range(parts.n_layers) if parts.layers[i] is not None]
+        if kept != present:
+            put(undo, parts.decoder, parts.layers_name, nn.ModuleList(parts.layers[i] for i in kept))
+            if getattr(config, "layer_types", None) is not None:
+                put(undo, config, "layer_types", [config.layer_types[present.index(i)] for i in kept])
+            put(undo, config, "num_hidden_layers", len(kept))
 
-    for kind in ("attn", "mlp"):
-        for i in getattr(plan, kind):
-            if i not in getattr(parts.plan, kind):
-                undo += stub_sublayer(parts.layers[i], layout, kind)
+        with_attention = [i for i in kept if i not in plan.attn]
+        for slot, i in enumerate(with_attention):
+            put(undo, getattr(parts.layers[i], layout.attn_core), "layer_idx", slot)
+        cut = getattr(parts.decoder, "_llmdrop_cache", None)
+        if cut is None:
+            cut = CacheCut()
+            undo.callback(parts.decoder.register_forward_pre_hook(cut, with_kwargs=True).remove)
+            put(undo, parts.decoder, "_llmdrop_cache", cut)
+        put(undo, cut, "slots", tuple(kept.index(i) for i in with_attention))
+        put(undo, cut, "n_layers", len(kept))
+        if not with_attention:
+            put(undo, getattr(parts.layers[kept[0]], layout.attn_core), "counts_tokens", True)
 
-    kept = [i for i in range(parts.n_layers) if i not in plan.blocks]
-    before = [i for i in range(parts.n_layers) if parts.layers[i] is not None]
-    if kept != before:
-        put(parts.decoder, parts.layers_name, nn.ModuleList(parts.layers[i] for i in kept))
-        if getattr(config, "layer_types", None) is not None:
-            types = [config.layer_types[before.index(i)] for i in kept]
-            put(config, "layer_types", types)
-        put(config, "num_hidden_layers", len(kept))
-
-    live = [i for i in kept if i not in plan.attn]
-    for slot, i in enumerate(live):
-        put(getattr(parts.layers[i], layout.attn_core), "layer_idx", slot)
-    slots = tuple(kept.index(i) for i in live)  # where a cache made from the config has this layer's slot
-    hook = getattr(parts.decoder, "_llmdrop_cache", None)
-    if hook is None:
-        hook = CacheCut()
-        handle = parts.decoder.register_forward_pre_hook(hook, with_kwargs=True)
-        undo.append((handle, "remove", None))
-        put(parts.decoder, "_llmdrop_cache", hook)
-    put(hook, "slots", slots)
-    put(hook, "n_layers", len(kept))
-    if not live:
-        put(getattr(parts.layers[kept[0]], layout.attn_core), "counts_tokens", True)
-    record = {"n_layers": parts.n_layers, "attn": list(plan.attn), "mlp": list(plan.mlp)}
-    gone = {layout.attn_core: plan.attn, layout.mlp_core: plan.mlp}
-    biases = [[i, name] for i, name in given_biases(config) if i not in gone[name.split(".")[0]]]
-    put(config, "llmdrop", record | ({"biases": biases} if biases else {}))
-    return undo
+        record = {"n_layers": parts.n_layers} | plan.key
+        gone = {layout.attn_core: plan.attn, layout.mlp_core: plan.mlp}
+        biases = [[i, name] for i, name in given_biases(config) if i not in gone[name.split(".")[0]]]
+        if biases:
+            record["biases"] = biases
+        put(undo, config, "llmdrop", record)
+        return undo.pop_all()
 
 
 def drop_recorded(model: nn.Module, record: dict) -> nn.Module:
     """`apply_plan` of what a checkpoint's record lists, with room for its biases; returns the model."""
     apply_plan(model, DropPlan(record["attn"], record["mlp"], record["n_layers"]))
-    give_biases(model, record.get("biases", ()))
+    give_biases(ExitStack(), model, record.get("biases", ()))
     return model
 
 
-def give_biases(model: nn.Module, places: Iterable[tuple[int, str]]) -> list[tuple]:
-    """Give matrices that have none a bias of zeros; returns the undo log: (owner, attribute, former value).
+def give_biases(undo: ExitStack, model: nn.Module, places: Iterable[tuple[int, str]]) -> None:
+    """Give matrices that have none a bias of zeros; `undo` takes them away.
 
     places: (index of the layer in the undropped model, name in the layer as "mlp.down_proj") of each. They are listed
     in `model.config.llmdrop` where it has a record: stock classes have no room for them.
     """
-    parts, config, places = anatomy(model), model.config, [[i, name] for i, name in places]
-    undo = [add_bias(parts.layers[i].get_submodule(name)) for i, name in places]
+    parts = find_anatomy(model)
+    config = model.config
+    places = [[i, name] for i, name in places]
+    for i, name in places:
+        matrix = parts.layers[i].get_submodule(name)
+        put(undo, matrix, "bias", zero_bias(matrix))
     if places and getattr(config, "llmdrop", None):
-        undo.append((config, "llmdrop", config.llmdrop))
-        config.llmdrop = config.llmdrop | {"biases": sorted(given_biases(config) + places)}
-    return undo
+        put(undo, config, "llmdrop", config.llmdrop | {"biases": sorted(given_biases(config) + places)})
 
 
 def given_biases(config) -> list[list]:
@@ -125,30 +120,23 @@ def given_biases(config) -> list[list]:
     return list((getattr(config, "llmdrop", None) or {}).get("biases", ()))
 
 
-def add_bias(matrix: nn.Linear) -> tuple[nn.Linear, str, None]:
-    """Give it a bias of zeros; returns (owner, attribute, former value)."""
-    dtype = matrix.weight.dtype if matrix.weight.is_floating_point() else torch.get_default_dtype()  # 4-bit: bytes
+def zero_bias(matrix: nn.Linear) -> nn.Parameter:
+    """A bias of zeros for this matrix, [outputs], in its type (of 4-bit weights: the default type)."""
+    dtype = matrix.weight.dtype if matrix.weight.is_floating_point() else torch.get_default_dtype()
     zeros = torch.zeros(matrix.out_features, dtype=dtype, device=matrix.weight.device)
-    matrix.bias = nn.Parameter(zeros, requires_grad=matrix.weight.requires_grad)
-    return matrix, "bias", None
+    return nn.Parameter(zeros, requires_grad=matrix.weight.requires_grad)
 
 
-def stub_sublayer(layer: nn.Module, layout: Layout, kind: str) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put stubs where the "attn" or "mlp" sublayer of one layer and its norms were; returns (layer, name, module)s."""
+def stubs(layout: Layout, kind: str) -> dict[str, nn.Module]:
+    """What stands in a layer where its "attn" or "mlp" sublayer and its norms were: {name in the layer: module}."""
     core, names = (layout.attn_core, layout.attn) if kind == "attn" else (layout.mlp_core, layout.mlp)
-    removed = [(layer, name, getattr(layer, name)) for name in names]
-    for name in names:
-        setattr(layer, name, (NoAttention() if kind == "attn" else NoMLP()) if name == core else nn.Identity())
-    return removed
+    nothing = NoAttention() if kind == "attn" else NoMLP()
+    return {name: nothing if name == core else nn.Identity() for name in names}
 
 
 def _checked(parts: Anatomy, plan: DropPlan) -> DropPlan:
-    if plan.n_layers not in (None, parts.n_layers):
-        raise ValueError(
-            f"this plan was made for a model of {plan.n_layers} layers, this model has {parts.n_layers}; "
-            "make a plan from this model's own scores"
-        )
-    whole = DropPlan(plan.attn, plan.mlp, parts.n_layers) | parts.plan  # raises for indices beyond the model
+    """The plan with what is dropped already. ValueError where it does not fit the model or leaves nothing of it."""
+    whole = parts.whole_plan(plan)
     if len(whole) == 2 * parts.n_layers:
         raise ValueError(
             f"the plan drops all {parts.n_layers} attention and all {parts.n_layers} MLP layers; keep at least one"
@@ -199,8 +187,11 @@ class CacheCut:
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=decoder.config)
             kwargs = kwargs | {"past_key_values": cache}
-        if cache is not None and len(cache.layers) == self.n_layers != len(self.slots):  # fresh; once cut, shorter
+        if cache is None:
+            return args, kwargs
+        if not self.slots:
+            if not (cache.layers and isinstance(cache.layers[0], TokenCount)):  # else it is counting already
+                cache.layers = [TokenCount()]
+        elif len(cache.layers) == self.n_layers != len(self.slots):  # fresh; once cut, shorter
             cache.layers = [cache.layers[slot] for slot in self.slots]
-        if cache is not None and not self.slots and not cache.layers:
-            cache.layers = [TokenCount()]
         return args, kwargs

@@ -1,20 +1,24 @@
 """Importance scores of Attention, MLP and Block from one forward pass (paper section 3, equations 1 to 6)."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from .anatomy import anatomy
-from .hooks import ResidualTap, batches
+from .anatomy import Anatomy, find_anatomy
+from .calibration import Calibration, batches
+from .hooks import ResidualTap
 
 KINDS = ("attn", "mlp", "block")
+VERSION = 1  # of the scores: raised when their numbers change, so that stored ones are measured again
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImportanceScores:
     """S = 1 - cos(x, y) per layer, averaged over the calibration tokens; low means redundant.
 
@@ -51,6 +55,12 @@ class ImportanceScores:
             ignore_index=True,
         )
 
+    def __eq__(self, other) -> bool:
+        return isinstance(other, ImportanceScores) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
     def to_json(self) -> str:
         record = {kind: _listed(getattr(self, kind)) for kind in KINDS}
         record |= {name: {k: _listed(getattr(self, name)[k]) for k in KINDS} for name in ("stderr", "magnitude")}
@@ -59,6 +69,7 @@ class ImportanceScores:
 
     @classmethod
     def from_json(cls, text: str) -> "ImportanceScores":
+        """Inverse of `to_json`. Raises ValueError for anything else."""
         try:
             record = json.loads(text)
             return cls(
@@ -74,16 +85,13 @@ class ImportanceScores:
             raise ValueError(f"not importance scores: {text[:80]!r} ({error})") from error
 
 
-@torch.inference_mode()
 def score(
-    model,
-    calibration,
+    model: nn.Module,
+    calibration: Calibration,
     batch_size: int = 8,
     with_residual: bool = True,
     gap: bool = False,
     progress: bool = True,
-    stream_weights: bool = False,
-    distributed: bool = False,
 ) -> ImportanceScores:
     """Score all Attention layers, MLP layers and Blocks in one forward pass over the calibration tokens.
 
@@ -93,32 +101,24 @@ def score(
     y_mlp = x + mlp(x). with_residual=False compares x with f(x) alone (Table 6). gap=True also fills the gap matrix
     (needs the residual streams of one batch at a time; otherwise nothing is kept and memory does not depend on the
     number of samples). Standard errors treat samples as independent. The language-model head is never computed.
-    stream_weights=True: `model` is the name of a checkpoint, of which one layer at a time is in memory, see
-    `score_checkpoint`. distributed=True: called in every process of torchrun or accelerate launch; samples are split
-    over the processes and all get the same scores.
 
-    Raises ValueError for unknown architectures, an empty calibration set or a batch size below 1.
+    Models larger than memory: `llmdrop.score_checkpoint`. Several processes: `llmdrop.score_distributed`.
+
+    Raises ValueError for unknown architectures, an empty calibration set, a batch size below 1, and activations that
+    are not finite, naming the layer.
     """
-    if stream_weights:
-        from .stream import score_checkpoint
-
-        if gap:
-            raise ValueError("gap=True compares every two layers, so it needs the model in memory: no stream_weights")
-        return score_checkpoint(model, calibration, batch_size, with_residual, progress, distributed)
-    if distributed:
-        from .parallel import over_processes
-
-        def part(share):
-            return sample_sums(model, share, batch_size, with_residual, gap, progress)
-
-        return summarise(*over_processes(part, calibration, anatomy(model).n_layers), calibration)
     sums, gaps = sample_sums(model, calibration, batch_size, with_residual, gap, progress)
-    return summarise(sums, gaps, calibration)
+    return scores_from_sums(sums, gaps, calibration)
 
 
 @torch.inference_mode()
 def sample_sums(
-    model, calibration, batch_size: int, with_residual: bool = True, gap: bool = False, progress: bool = True
+    model: nn.Module,
+    calibration: Calibration,
+    batch_size: int,
+    with_residual: bool = True,
+    gap: bool = False,
+    progress: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `score` averages, summed over the tokens of each sample: [n_layers, 6, n_samples] and [n_layers, n_layers].
 
@@ -127,9 +127,13 @@ def sample_sums(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
-    parts = anatomy(model)
-    n, rows, streams = len(calibration.input_ids), {}, []
-    # per layer [n_quantities, B], left on the layer's device until the batch ends, so that CUDA never waits
+    parts = find_anatomy(model)
+    n_samples = len(calibration.input_ids)
+    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
+    next_layer = dict(zip(present, present[1:], strict=False))
+    streams: list[tuple[int, torch.Tensor]] = []  # (layer, unit vectors of the stream before it), of this batch
+    # per layer [6, B], left on the layer's device until the batch ends, so that CUDA never waits
+    rows: dict[int, torch.Tensor] = {}
 
     def on_layer(i, x, m, y, f_attn, f_mlp):
         x, y = x.float(), y.float()
@@ -151,32 +155,47 @@ def sample_sums(
         rows[i] = torch.stack([torch.where(weights, q, 0.0).double().sum(1) for q in quantities])
         if gap:
             if not streams:
-                streams.append((0, x / _norm(x).unsqueeze(-1)))
+                streams.append((i, x / _norm(x).unsqueeze(-1)))
             unit = y / _norm(y).unsqueeze(-1)
             for start, before in streams:
                 cos = torch.linalg.vecdot(before.to(unit.device), unit)
                 gaps[start, i] += torch.where(weights, 1 - cos, 0.0).double().sum().item()
-            streams.append((i + 1, unit))
+            if i in next_layer:
+                streams.append((next_layer[i], unit))
 
-    sums = torch.full((parts.n_layers, 6, n), torch.nan, dtype=torch.float64)
-    gaps = torch.zeros((parts.n_layers, parts.n_layers), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    try:
-        with ResidualTap(model, on_layer), tqdm(total=n, desc="score", unit="sample", disable=not progress) as bar:
-            for batch, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
-                batch_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-                model.base_model(**inputs, use_cache=False)
-                for i, row in rows.items():
-                    sums[i, :, batch] = row.cpu()
-                streams.clear()
-                bar.update(len(batch_mask))
-    finally:
-        model.train(training)
+    sums = torch.full((parts.n_layers, 6, n_samples), torch.nan, dtype=torch.float64)
+    gaps = torch.full((parts.n_layers, parts.n_layers), torch.nan, dtype=torch.float64)
+    for start in present:
+        gaps[start, [i for i in present if i >= start]] = 0.0
+    with ExitStack() as undo:
+        undo.callback(model.train, model.training)
+        model.eval()
+        undo.enter_context(ResidualTap(model, on_layer))
+        bar = undo.enter_context(tqdm(total=n_samples, desc="score", unit="sample", disable=not progress))
+        for batch, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
+            batch_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            model.base_model(**inputs, use_cache=False)
+            for i, row in rows.items():
+                sums[i, :, batch] = row.cpu()
+            _check_finite(parts, sums[:, :, batch])
+            streams.clear()
+            bar.update(len(batch_mask))
     return sums, gaps if gap else None
 
 
-def summarise(sums: torch.Tensor, gaps: torch.Tensor | None, calibration) -> ImportanceScores:
+def _check_finite(parts: Anatomy, sums: torch.Tensor) -> None:
+    """ValueError naming the first layer whose activations are not finite: NaN in a score means "dropped already"."""
+    for i, of_layer in enumerate(sums.isfinite().all(dim=-1)):  # [6]
+        for k, kind in enumerate(("attn", "mlp")):
+            if i not in getattr(parts.plan, kind) and not of_layer[2 * k : 2 * k + 2].all():
+                raise ValueError(
+                    f"layer {i}'s {kind} gives values that are not finite on this text, so its score is not defined. "
+                    "Either its weights hold NaN or infinity (load the checkpoint again) or float16 overflows (load "
+                    "the model with dtype='bfloat16' or 'float32')"
+                )
+
+
+def scores_from_sums(sums: torch.Tensor, gaps: torch.Tensor | None, calibration: Calibration) -> ImportanceScores:
     """Scores from what `sample_sums` gives, of all samples."""
     ids, mask = calibration.input_ids, calibration.attention_mask
     n = len(ids)
@@ -188,7 +207,7 @@ def summarise(sums: torch.Tensor, gaps: torch.Tensor | None, calibration) -> Imp
         stderr = torch.full_like(stderr, torch.nan)
     mean, stderr = mean.numpy(), stderr.numpy()
     if gaps is not None:
-        gaps = np.where(np.triu(np.ones_like(gaps)) > 0, gaps.numpy() / tokens.sum().item(), np.nan)
+        gaps = gaps.numpy() / tokens.sum().item()
     return ImportanceScores(
         **{kind: 1 - mean[:, 2 * k] for k, kind in enumerate(KINDS)},
         stderr={kind: stderr[:, 2 * k] for k, kind in enumerate(KINDS)},

@@ -21,7 +21,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from pygments.formatters import HtmlFormatter
 
-from llmdrop import paper
+from llmdrop.repro import paper
 
 HERE = Path(__file__).parent
 ITEMS = [  # of the paper: key, title, the notebook that makes it, once it is written
@@ -36,7 +36,7 @@ ITEMS = [  # of the paper: key, title, the notebook that makes it, once it is wr
     ("fig09", "One-shot and iterative dropping", "fig09_one_shot_iterative"),
     ("fig10", "How many calibration samples the scores need", "fig10_sample_size"),
     ("fig11", "The order in which layers are dropped, further models", "fig06_11_dropping_order"),
-    ("fig12", "GSM8K against dropped attention layers, base and maths-tuned models", "fig12_gsm8k"),
+    ("fig12", "GSM8K against dropped attention layers, base and math-tuned models", "fig12_gsm8k"),
     ("tab01", "Dropping blocks, MLP or attention layers: Llama-2-13B and Mistral-7B", "tab01_03_drop_modules"),
     ("tab02", "Dropping attention layers: Llama-3", "tab01_03_drop_modules"),
     ("tab03", "Dropping modules: Llama-2-70B", "tab01_03_drop_modules"),
@@ -46,7 +46,7 @@ ITEMS = [  # of the paper: key, title, the notebook that makes it, once it is wr
     ("tab07", "Ways to choose the layers", "tab07_metrics"),
     ("tab08", "Against Shortened LLaMA", "tab08_shortened_llama"),
     ("tab09", "Against Wanda", "tab09_wanda"),
-    ("tab10", "What a maths model answers as its attention layers go", "tab10_output_cases"),
+    ("tab10", "What a math model answers as its attention layers go", "tab10_output_cases"),
     ("tab11", "With quantization", "tab11_quantization"),
     ("tab12", "Long contexts", "tab12_long_context"),
 ]
@@ -109,7 +109,7 @@ def read_output(figures: Path, stem: str) -> dict:
     table = ""
     if "md" in file:  # the formatted table: digits, errors and published rows as the notebook chose them
         table = markdown2html((figures / f"{stem}.md").read_text().strip().removeprefix(caption))
-        table = re.sub(r"<tr>(?=(?:(?!</tr>).)*▽)", '<tr class="low">', table, flags=re.DOTALL)  # grey, as in the paper
+        table = re.sub(r"<tr>(?=(?:(?!</tr>).)*▽)", '<tr class="low">', table, flags=re.DOTALL)  # gray, as in the paper
     elif "png" not in file and "csv" in file:
         table = pd.read_csv(figures / f"{stem}.csv").to_html(index=False, border=0, float_format="{:.4g}".format)
     details = [

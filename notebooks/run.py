@@ -22,7 +22,7 @@ NEEDS = ["minutes", "disk_gb", "download_gb", "gpu_gb"]
 
 
 def refuse_unknown(names, allowed, where: str) -> None:
-    """papermill only warns about a misspelt parameter; here it ends the run."""
+    """papermill only warns about a misspelled parameter; here it ends the run."""
     for name in names:
         if name not in allowed:
             sys.exit(f"{where}: no parameter {name!r}; there are: {', '.join(sorted(allowed))}")

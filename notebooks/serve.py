@@ -6,7 +6,8 @@ import shutil
 import sys
 
 import llmdrop
-from llmdrop import serving, serving_vllm
+from llmdrop.serving import llama_cpp as serving
+from llmdrop.serving import vllm_engine as serving_vllm
 
 ENGINES = """no engine is installed that serves dropped models. One of these is enough:
   {install}

@@ -2,19 +2,20 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmdrop import calibration as module
-from llmdrop.calibration import SOURCES, Calibration, available_sources, load_calibration
+from llmdrop.calibration import SOURCES, Calibration, batches, load_calibration
+from llmdrop.data.texts import Documents, available_sources
 
 EOS, BOS = 1, 2
 
 
 class Tokenizer:
-    """A text is its ids, spelt out: "7 8 9" -> [7, 8, 9]."""
+    """A text is its ids, spelled out: "7 8 9" -> [7, 8, 9]."""
 
     bos_token_id, eos_token_id = BOS, EOS
 
@@ -31,7 +32,7 @@ class Tokenizer:
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
     """Writes documents of consecutive, never repeated ids as the source "toy"; returns the writer."""
-    monkeypatch.setitem(SOURCES, "toy", ("toy/set", None, "train", lambda row: row["text"], "numbers"))
+    monkeypatch.setitem(SOURCES, "toy", Documents("toy/set", None, "train", "numbers"))
 
     def write(lengths: list[int]) -> str:
         start, rows = 10, []
@@ -130,6 +131,21 @@ def test_available_sources(mirror):
     assert available_sources(mirror([30])) == [*PACKAGED, "toy"]
 
 
+def test_a_source_of_ones_own(monkeypatch):
+    """Anything with documents and a place they come from: the core asks no more, and no mirror holds it."""
+
+    class Own:
+        where = "my shelf"
+
+        def documents(self, data_dir):
+            return [f"{data_dir} {k} 5" for k in range(10, 30)]
+
+    monkeypatch.setitem(SOURCES, "own", Own())
+    made = load_calibration("own", Tokenizer(), 2, 3, data_dir="7")
+    assert (made.input_ids[:, 0] == 7).all() and made.source.startswith("own (my shelf)")
+    assert "own" in available_sources()
+
+
 def test_too_little_text_says_how_much_there_is_and_is_needed(mirror):
     data_dir = mirror([30, 30])
     with pytest.raises(ValueError, match=r"60 tokens in 2 documents: enough for 3 samples of 20.* 9 .*need 180 tokens"):
@@ -147,6 +163,80 @@ def test_unknown_name_lists_the_known():
 def test_sizes_are_checked(sizes):
     with pytest.raises(ValueError, match="need at least"):
         load_calibration("xsum", Tokenizer(), **sizes)
+
+
+# ---- files, strings, datasets
+
+DOCUMENTS = [" ".join(str(k) for k in range(start, start + 12)) for start in range(100, 1300, 100)]
+
+
+def written(tmp_path, kind: str):
+    """The same documents as each kind of source."""
+    if kind in (".jsonl", "path of a .jsonl"):
+        file = tmp_path / "own.jsonl"
+        file.write_text("\n".join(json.dumps({"text": text, "other": 1}) for text in DOCUMENTS) + "\n\n")
+        return str(file) if kind == ".jsonl" else file
+    if kind == "dataset":
+        return datasets.Dataset.from_dict({"other": [1] * len(DOCUMENTS), "text": DOCUMENTS})
+    return DOCUMENTS if kind == "list" else (text for text in DOCUMENTS)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", "path of a .jsonl", "dataset", "list", "generator"])
+def test_other_sources_are_cut_as_named_ones(kind, tmp_path, monkeypatch):
+    file = tmp_path / "toy/set/default/train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    monkeypatch.setitem(SOURCES, "toy", Documents("toy/set", None, "train", "numbers"))
+    for settings_ in ({}, {"seed": 3}, {"skip": 2}):
+        named = load_calibration("toy", Tokenizer(), 5, 10, data_dir=tmp_path, **settings_)
+        made = load_calibration(written(tmp_path, kind), Tokenizer(), 5, 10, **settings_)
+        assert torch.equal(made.input_ids, named.input_ids)
+        assert made.source.startswith("own.jsonl" if "jsonl" in kind else "documents")
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("\n\n".join(DOCUMENTS))
+    made = load_calibration(file, Tokenizer(), 3, 20)
+    assert torch.equal(made.input_ids, load_calibration([file.read_text()], Tokenizer(), 3, 20).input_ids)
+    assert made.source.startswith("book.txt")
+    assert EOS not in load_calibration(file, Tokenizer(), 1, 144).input_ids, "paragraphs were taken for documents"
+    with pytest.raises(ValueError, match="book.txt has 144 tokens in 1 documents"):
+        load_calibration(file, Tokenizer(), 8, 20)
+
+
+def test_a_line_of_a_file_ends_where_json_ends_it(tmp_path):
+    """Other marks that Python takes for line ends stand in texts as they are."""
+    file = tmp_path / "own.jsonl"
+    texts = [f"{k} {mark} 7 8 9" for k, mark in enumerate("\u2028\u2029\x85\x0b\x0c\x1c", start=20)]
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    made = load_calibration(file, Tokenizer(), 6, 4)
+    assert torch.equal(made.input_ids, load_calibration(texts, Tokenizer(), 6, 4).input_ids)
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    def refused(source, error, message):
+        with pytest.raises(error, match=message):
+            load_calibration(source, Tokenizer(), 1, 4)
+
+    refused(tmp_path / "none.txt", FileNotFoundError, "no file .*none.txt; give")
+    (tmp_path / "folder.txt").mkdir()
+    refused(tmp_path / "folder.txt", FileNotFoundError, "no file .*folder.txt")
+    refused(str(tmp_path / "own.csv"), ValueError, "unknown calibration .*own.csv.*a .txt or .jsonl file")
+    refused("A text as it is.", ValueError, "unknown calibration 'A text as it is.'")
+    file = tmp_path / "own.jsonl"
+    for line in ('{"text": ', '{"body": "5 6"}', '["5 6"]', "5"):
+        file.write_text('{"text": "5 6 7 8"}\n' + line + "\n")
+        refused(file, ValueError, 'own.jsonl: expected an object with "text" on every line')
+    file.write_text('{"text": 5}\n')
+    refused(file, TypeError, "documents must be text; one is a int")
+    refused(["5 6 7 8", None], TypeError, "one is a NoneType")
+    refused([[5, 6, 7, 8]], TypeError, "one is a list.*Calibration")
+    refused(datasets.Dataset.from_dict({"body": ["5 6"]}), ValueError, 'has columns body; expected one called "text"')
+    refused([], ValueError, "0 tokens in 0 documents")
+    for name in ("own.txt", "own.jsonl"):
+        (tmp_path / name).write_bytes(b'{"text": "\xff 5 6 7"}')
+        refused(tmp_path / name, ValueError, f"{name}.*UTF-8")
 
 
 # ---- Calibration
@@ -186,4 +276,15 @@ def test_digest_sees_ids_shape_and_mask_and_nothing_else():
     assert len({c.digest for c in same}) == 1
     assert len({Calibration(i).digest for i in other} | {Calibration(ids, attention_mask=m).digest for m in masks}) == 5
     assert same[0].digest not in {Calibration(i).digest for i in other}
-    assert module.Calibration(ids).digest == same[0].digest
+
+
+def test_batches_leave_padding_out_of_positions():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]])
+    ids = torch.arange(12).reshape(3, 4)
+    made = list(batches(Calibration(ids, attention_mask=mask), 2, torch.device("cpu")))
+    assert [rows for rows, _ in made] == [slice(0, 2), slice(2, 4)]
+    assert torch.equal(torch.cat([inputs["input_ids"] for _, inputs in made]), ids)
+    assert torch.equal(torch.cat([inputs["attention_mask"] for _, inputs in made]), mask)
+    position = torch.cat([inputs["position_ids"] for _, inputs in made])
+    assert position[mask.bool()].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
+    assert set(next(batches(Calibration(ids), 2, torch.device("cpu")))[1]) == {"input_ids"}

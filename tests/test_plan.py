@@ -55,7 +55,13 @@ def test_malformed_plans(attn, message):
         DropPlan(attn, n_layers=40)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"attention": [1]}', '{"attn": [true]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "3", "null", '"attn"', '{"attention": [1]}', '{"attn": [true]}', '{"attn": null}', '{"mlp": 3}'),
+        *('{"attn": "12"}', '{"attn": {"1": 2}}', '{"attn": [1], "n_layers": "4"}', '{"n_layers": 0}'),
+    ],
+)
 def test_malformed_json(text):
     with pytest.raises(ValueError):
         DropPlan.from_json(text)
@@ -94,3 +100,29 @@ def test_counts_and_targets_are_checked():
             plan_drop(s, "attn", n)
     with pytest.raises(ValueError, match="'layer' is not one of attn, mlp, block, joint, consecutive"):
         plan_drop(s, "layer", 1)
+
+
+@given(indices, indices, st.sampled_from([None, 40, 41]), st.sampled_from([None, 40, 41]))
+def test_plans_of_different_depth_do_not_mix(attn, mlp, first, second):
+    one, other = DropPlan(attn, n_layers=first), DropPlan(mlp=mlp, n_layers=second)
+    if None not in (first, second) and first != second:
+        for combine in (lambda: one | other, lambda: one.for_depth(second), lambda: one.overlap(other)):
+            with pytest.raises(ValueError, match=f"made for a model of {second}|made for a model of {first}"):
+                combine()
+    else:
+        both = one | other
+        assert both == DropPlan(attn, mlp) and both.n_layers == (first or second)
+        assert one.for_depth(second).n_layers == second
+
+
+def test_consecutive_passes_over_dropped_blocks():
+    gap = np.full((4, 4), np.nan)
+    gap[np.triu_indices(4)] = [0.4, np.nan, 0.9, 0.9, np.nan, np.nan, np.nan, 0.3, 0.6, 0.5]
+    s = scores_of([0.1, np.nan, 0.1, 0.1], [0.1, np.nan, 0.1, 0.1], gap=gap)
+    assert plan_drop(s, "consecutive", 1) == DropPlan([2], [2])
+    assert plan_drop(s, "consecutive", 2) == DropPlan([2, 3], [2, 3])
+    with pytest.raises(ValueError, match="no 3 blocks in a row are left"):
+        plan_drop(s, "consecutive", 3)
+    with pytest.raises(ValueError, match="n must be between 0 and 3"):
+        plan_drop(s, "consecutive", 4)
+    assert plan_drop(s, "consecutive", 0) == DropPlan()

@@ -1,6 +1,7 @@
 """Dropping equals zeroing a branch; caches, nesting, saving and loading keep it so."""
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny import FAMILIES, random_ids, tiny
 from transformers import AutoModelForCausalLM, StaticCache
 
 import llmdrop
-from llmdrop import DropPlan, anatomy, apply_plan, dropped
+from llmdrop import DropPlan, apply_plan, dropped, prune
+from llmdrop.anatomy import find_anatomy as anatomy
 
 PLANS = [
     DropPlan(attn=[0]),
@@ -183,7 +185,7 @@ def test_save_load_round_trip(family, plan, tmp_path):
     llmdrop.save_model(model, None, tmp_path / "dense")
     expected = logits(apply_plan(model, plan), ids)
     llmdrop.save_model(model, None, tmp_path / "dropped")
-    loaded = llmdrop.models._load_weights(str(tmp_path / "dropped"), {}, {"dtype": torch.float32})
+    loaded = llmdrop.checkpoints.load._load_weights(str(tmp_path / "dropped"), {}, {"dtype": torch.float32})
     torch.testing.assert_close(logits(loaded.eval(), ids), expected, atol=1e-5, rtol=0)
     assert anatomy(loaded).plan == plan
     weights = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("dense", "dropped")]
@@ -203,7 +205,7 @@ def test_gpt2_with_depth_scaled_attention_keeps_its_scale(tmp_path):
     model, ids, plan = tiny("gpt2", scale_attn_by_inverse_layer_idx=True), random_ids(2, 9), DropPlan([1], [1])
     expected = logits(apply_plan(model, plan), ids)
     llmdrop.save_model(model, None, tmp_path / "m")
-    loaded = llmdrop.models._load_weights(str(tmp_path / "m"), {}, {"dtype": torch.float32})
+    loaded = llmdrop.checkpoints.load._load_weights(str(tmp_path / "m"), {}, {"dtype": torch.float32})
     torch.testing.assert_close(logits(loaded.eval(), ids), expected, atol=1e-5, rtol=0)
 
 
@@ -232,3 +234,78 @@ def test_unknown_architectures_are_refused_by_name():
         anatomy(model)
     with pytest.raises(ValueError, match="no residual stream"):
         anatomy(tiny("opt", do_layer_norm_before=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept_mlp", [0, 2, 4])
+def test_one_block_left_without_attention_still_counts_tokens(family, kept_mlp):
+    model, ids, mask = tiny(family), random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    plan = DropPlan(range(5), [i for i in range(5) if i != kept_mlp])
+    with dropped(model, plan), torch.inference_mode():
+        whole = model(ids, use_cache=False).logits
+        past = None
+        for k in range(9):  # token by token: each step's position is told by the cache alone
+            out = model(ids[:, k : k + 1], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            assert past.get_seq_length() == k + 1
+            torch.testing.assert_close(out.logits[:, 0], whole[:, k], atol=1e-5, rtol=0)
+        expected = uncached(model, ids, mask, 8)
+        assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("plan", [DropPlan([1, 3]), DropPlan([0, 4], [0, 4]), DropPlan(range(5), [1])])
+def test_dropping_that_fails_half_way_restores_the_model(family, plan, monkeypatch):
+    model, ids = tiny(family), random_ids(2, 8)
+    dense, config, keys = logits(model, ids), model.config.to_dict(), list(model.state_dict())
+    hooks = len(anatomy(model).decoder._forward_pre_hooks)
+    put = prune.put
+    with dropped(model, plan):
+        pass
+    steps = 0
+    while True:
+        calls = iter(range(steps + 1))
+
+        def failing(undo, owner, name, value, calls=calls, steps=steps):
+            if next(calls) == steps:
+                raise RuntimeError(f"cannot set {name}")
+            put(undo, owner, name, value)
+
+        monkeypatch.setattr(prune, "put", failing)
+        try:
+            with dropped(model, plan):
+                break  # no step is left to fail
+        except RuntimeError:
+            pass
+        monkeypatch.setattr(prune, "put", put)
+        assert torch.equal(logits(model, ids), dense), steps
+        assert model.config.to_dict() == config and list(model.state_dict()) == keys, steps
+        assert len(anatomy(model).decoder._forward_pre_hooks) == hooks, steps
+        steps += 1
+    assert steps > 5
+
+
+def test_a_config_that_refuses_leaves_the_model_whole():
+    """A config whose layer_types cannot be set, as newer ones may derive it."""
+    model, ids = tiny("gemma2"), random_ids(2, 8)
+    dense = logits(model, ids)
+
+    class Derived(type(model.config)):
+        def __setattr__(self, name, value):
+            if name == "layer_types" and "sealed" in self.__dict__:
+                raise AttributeError("layer_types is derived")
+            super().__setattr__(name, value)
+
+    model.config.__class__ = Derived
+    model.config.__dict__["sealed"] = True
+    with pytest.raises(AttributeError, match="derived"):
+        apply_plan(model, DropPlan([1], [1]))
+    assert torch.equal(logits(model, ids), dense) and anatomy(model).plan == DropPlan()
+
+
+def test_the_module_is_not_hidden_by_a_function():
+    """Error messages name llmdrop.anatomy.LAYOUTS; that path must lead somewhere."""
+    assert llmdrop.anatomy.LAYOUTS is not None and llmdrop.find_anatomy is anatomy
+    for name in vars(llmdrop):
+        if isinstance(vars(llmdrop)[name], types.ModuleType):
+            assert vars(llmdrop)[name].__name__ == f"llmdrop.{name}"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import FAMILIES, random_ids, tiny
 
-from llmdrop import DropPlan, ImportanceScores, anatomy, dropped, plan_drop, score
+from llmdrop import DropPlan, ImportanceScores, dropped, plan_drop, score
+from llmdrop.anatomy import find_anatomy as anatomy
 
 
 def calibration(ids, mask=None):
@@ -19,6 +20,9 @@ def stored(model, ids):
     parts, streams = anatomy(model), []
     for layer in parts.layers:
         seen = {}
+        if layer is None:
+            streams.append(seen)
+            continue
         attn_out, mlp_in, mlp_out = (
             layer.get_submodule(name) for name in (parts.layout.attn[-1], parts.layout.mlp[0], parts.layout.mlp[-1])
         )
@@ -32,7 +36,7 @@ def stored(model, ids):
         streams.append(seen)
     with torch.inference_mode():
         model(ids)
-    return [{k: v.double().reshape(*ids.shape, -1) for k, v in s.items()} for s in streams]
+    return [{k: v.double().reshape(*ids.shape, -1) for k, v in s.items() if v.ndim} for s in streams]
 
 
 def one_minus_cos(a, b):
@@ -113,3 +117,56 @@ def test_hooks_are_gone_after_an_exception():
     with pytest.raises(IndexError):
         score(model, calibration(torch.full((2, 5), 1000)), progress=False)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_gap_of_a_model_with_dropped_blocks(family):
+    model, ids, plan = tiny(family), random_ids(4, 9), DropPlan([0, 2], [0, 2])
+    with dropped(model, plan):
+        scores = score(model, calibration(ids), gap=True, progress=False)
+        streams = stored(model, ids)
+    present = [1, 3, 4]
+    assert np.isnan(scores.gap[[0, 2]]).all() and np.isnan(scores.gap[:, [0, 2]]).all()
+    for at, i in enumerate(present):
+        for k in range(at, 3):
+            expected = one_minus_cos(streams[i]["x"], streams[present[k]]["y"])
+            assert scores.gap[i, present[k]] == pytest.approx(expected, abs=1e-5)
+    assert plan_drop(scores, "consecutive", 1).attn[0] in present
+    assert plan_drop(scores, "consecutive", 2) == DropPlan([3, 4], [3, 4])
+    with pytest.raises(ValueError, match="no 3 blocks in a row"):
+        plan_drop(scores, "consecutive", 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind, name", [("attn", "self_attn.o_proj"), ("mlp", "mlp.down_proj")])
+def test_values_that_are_not_finite_are_refused_by_layer(value, kind, name):
+    model = tiny("llama")
+    model.model.layers[3].get_submodule(name).weight.data[0, 0] = value
+    with pytest.raises(ValueError, match=f"layer 3's {kind} gives values that are not finite.*bfloat16"):
+        score(model, calibration(random_ids(4, 9)), batch_size=2, progress=False)
+    assert not model.training
+
+
+def test_float16_overflow_is_refused_and_dropped_layers_are_not():
+    model = tiny("llama").half()
+    model.model.layers[2].mlp.down_proj.weight.data.fill_(60000)
+    with pytest.raises(ValueError, match="layer 2's mlp.*float16 overflows"):
+        score(model, calibration(random_ids(2, 9)), progress=False)
+    with dropped(model, DropPlan(mlp=[2])):
+        assert np.isfinite(score(model, calibration(random_ids(2, 9)), progress=False).mlp[[0, 1, 3, 4]]).all()
+
+
+def test_scores_compare_and_hash():
+    one, same = (score(tiny("llama"), calibration(random_ids(2, 8)), progress=False) for _ in range(2))
+    other = score(tiny("llama"), calibration(random_ids(2, 8, seed=1)), progress=False)
+    assert one == same and one != other and one != "scores" and len({one, same, other}) == 2
+    with dropped(model := tiny("llama"), DropPlan([1])):
+        gone = [score(model, calibration(random_ids(2, 8)), progress=False) for _ in range(2)]
+    assert gone[0] == gone[1], "NaN of dropped sublayers is no difference"
+
+
+def test_train_mode_is_put_back_after_an_exception():
+    model = tiny("llama").train()
+    with pytest.raises(IndexError):
+        score(model, calibration(torch.full((2, 5), 1000)), progress=False)
+    assert model.training

@@ -1,7 +1,8 @@
-"""Tiny randomly initialised models of every family in `anatomy`, made from their configs, no downloads."""
+"""Tiny randomly initialized models of every family in `anatomy`, made from their configs, no downloads."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, vocab_size=97)
 GQA = dict(SHAPE, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None)
@@ -51,7 +52,7 @@ def tiny(family: str, attn_implementation: str = "eager", seed: int = 0, **overr
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:  # the default initialisation is so small that dropping a layer changes nothing
+        if parameter.dim() > 1:  # the default initialization is so small that dropping a layer changes nothing
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.6 / parameter.shape[-1] ** 0.5)
         elif "bias" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -62,3 +63,12 @@ def tiny(family: str, attn_implementation: str = "eager", seed: int = 0, **overr
 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end of sequence: 257 in all. For models of a vocabulary of at least as many."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<eos>"])}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>")

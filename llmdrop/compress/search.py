@@ -1,0 +1,279 @@
+"""Ways to choose what to drop that run the model to find out: by its loss, by gradients, one by one or all at once.
+
+Those that need only scores (cosine, relative magnitude, reverse, random) are in `plan`. Each function here gives an
+order of sublayers, ("attn" | "mlp", layer) pairs, first to go first, and what finding it cost, in tokens that went
+through the whole model (a pass through half of the layers counts half a token; a backward pass counts two).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..anatomy import find_anatomy
+from ..calibration import Calibration, batches
+from ..plan import DropPlan, plan_of
+from ..prune import put, stubs
+from ..sublayers import SublayerRun, head_logits, run_layer
+from .reconstruction import Changes, Sublayer, combined, put_changes
+
+VERSION = 1  # of the choices: raised when they change
+LOSSES = ("kl", "perplexity")
+KINDS = {"attn": ("attn",), "mlp": ("mlp",), "joint": ("attn", "mlp")}  # of sublayers, by target
+
+
+@dataclass
+class Choice:
+    """order: sublayers, first to go first. tokens: what choosing cost. losses: what the order was chosen by."""
+
+    order: list[Sublayer]
+    tokens: float
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def plan(self, n: int) -> DropPlan:
+        """The plan of the first n."""
+        return plan_of(self.order[:n])
+
+
+@torch.no_grad()
+def one_shot(
+    model: nn.Module,
+    calibration: Calibration,
+    target: str = "attn",
+    loss: str = "kl",
+    every: int = 1,
+    batch_size: int = 8,
+) -> Choice:
+    """Lowest loss first, each sublayer dropped alone. target: "attn", "mlp" or "joint"; loss, every: see `greedy`."""
+    items = _sublayers(model, target)
+    search = _Search(model, calibration, loss, batch_size, {}, every)
+    found = search.losses_without((), items)
+    losses = {f"{kind} {i}": value for (kind, i), value in found.items()}
+    return Choice(sorted(found, key=found.get), search.tokens, losses)
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    calibration: Calibration,
+    target: str = "attn",
+    n: int = 8,
+    loss: str = "kl",
+    corrections: Mapping[Sublayer, Changes] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    width: int | None = 6,
+    every: int = 1,
+    batch_size: int = 8,
+) -> Choice:
+    """Drop one sublayer at a time, always the one whose loss is lowest beside those gone before.
+
+    loss: "perplexity", the next-token loss (as SLEB and BlockPruner choose), or "kl", the divergence of the
+    predictions from the undropped model's (as FinerCut), which needs far fewer tokens for the same certainty.
+    corrections: what each sublayer's own reconstruction would be (`reconstruction.corrections`), applied while it is
+    gone, so that what reconstruction can make up for goes first. seconds: time that one sublayer of each kind takes
+    ({"attn": ..., "mlp": ...}); the added loss is then counted per second saved (latency-aware search). width: a step
+    tries so many sublayers at a time, those first that added least when last tried, until the best of all has been
+    tried beside what is gone by now (None: all at once). every: the loss is taken at each `every`-th token only, since
+    the head of a large vocabulary costs as much as many layers. Streams before the first difference are shared.
+
+    Raises ValueError for an unknown loss or target, n beyond what there is, and a loss that is not finite.
+    """
+    items = _sublayers(model, target)
+    if not 0 <= n <= len(items):
+        raise ValueError(f"cannot choose n={n} of {len(items)} sublayers")
+    search = _Search(model, calibration, loss, batch_size, corrections or {}, every)
+    worth = {(kind, i): (seconds or {}).get(kind, 1.0) for kind, i in items}
+    order: list[Sublayer] = []
+    base = search.whole_loss()
+    losses = {"0": base}
+    added = {item: value - base for item, value in search.losses_without((), items).items()}
+    fresh = set(items)  # tried beside all that is gone by now
+    while len(order) < n:
+        ranked = sorted(added, key=lambda item: added[item] / worth[item])
+        while ranked[0] not in fresh:
+            tried = [item for item in ranked if item not in fresh][:width]
+            found = search.losses_without(order, tried)
+            added |= {item: value - base for item, value in found.items()}
+            fresh |= set(found)
+            ranked = sorted(added, key=lambda item: added[item] / worth[item])
+        base += added.pop(ranked[0])
+        order.append(ranked[0])
+        losses[str(len(order))] = base
+        fresh.clear()
+    return Choice(order, search.tokens, losses)
+
+
+def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", batch_size: int = 2) -> Choice:
+    """Least first-order change of the loss first: |dL/da| of a sublayer's output a f(x), at a = 1.
+
+    (Shortened LLaMA sums |weight x gradient|; the sum over the last matrix, without the absolute value inside, is this
+    derivative.) L is the mean next-token loss of a batch; padding does not count. Raises ValueError for an unknown
+    target, and for gradients that are not finite, naming the sublayer.
+    """
+    parts = find_anatomy(model)
+    items = _sublayers(model, target)
+    device = model.get_input_embeddings().weight.device
+    totals = dict.fromkeys(items, 0.0)
+    with ExitStack() as undo:
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        model.requires_grad_(False)
+        scales = {}
+        for kind, i in items:
+            scales[kind, i] = torch.ones((), device=device, requires_grad=True)
+            last = parts.layers[i].get_submodule(getattr(parts.layout, kind)[-1])
+            undo.callback(last.register_forward_hook(_scaled_by(scales[kind, i])).remove)
+        for _, inputs in batches(calibration, batch_size, device):
+            with torch.enable_grad():
+                loss = model(**inputs, labels=next_tokens(inputs), use_cache=False).loss
+                gradients = torch.autograd.grad(loss, list(scales.values()))
+            for item, gradient in zip(scales, gradients, strict=True):
+                totals[item] += abs(float(gradient))
+    for (kind, i), total in totals.items():
+        if not math.isfinite(total):
+            raise ValueError(_not_finite(f"the derivative by {kind} {i}'s output", model))
+    return Choice(sorted(totals, key=totals.get), 3.0 * calibration.n_tokens)
+
+
+def next_tokens(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Labels [B, T] for the loss of transformers: the tokens, but -100 for padding and what is predicted from it."""
+    labels = inputs["input_ids"].clone()
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        labels[mask == 0] = -100
+        labels[:, 1:][mask[:, :-1] == 0] = -100
+    return labels
+
+
+def agreement(orders: Iterable[Sequence[Sublayer]], n: int) -> float:
+    """Mean share of the first n sublayers that two of the orders have in common."""
+    sets = [set(order[:n]) for order in orders]
+    shares = [len(a & b) / n for k, a in enumerate(sets) for b in sets[k + 1 :]]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def _sublayers(model: nn.Module, target: str) -> list[Sublayer]:
+    if target not in KINDS:
+        raise ValueError(f"target {target!r} is not one of {', '.join(KINDS)}")
+    parts = find_anatomy(model)
+    return [(kind, i) for kind in KINDS[target] for i in parts.live(kind)]
+
+
+def _scaled_by(scale: torch.Tensor):
+    """A forward hook that multiplies what a module gives."""
+
+    def hook(module, args, out):
+        return (out[0] * scale, *out[1:]) if isinstance(out, tuple) else out * scale
+
+    return hook
+
+
+def _not_finite(what: str, model: nn.Module) -> str:
+    return (
+        f"{what} is not finite in {model.dtype}, so that nothing can be chosen by it. Either the weights hold NaN or "
+        "infinity (load the checkpoint again) or float16 overflows (load the model in bfloat16 or float32)"
+    )
+
+
+class _Search:
+    """The model's loss without any set of sublayers; a run starts where it first differs from the last kept one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Calibration,
+        loss: str,
+        batch_size: int,
+        corrections: Mapping[Sublayer, Changes],
+        every: int,
+    ):
+        if loss not in LOSSES:
+            raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
+        if every < 1:
+            raise ValueError(f"every={every}; the loss is taken at each 1st, 2nd, 3rd, ... token")
+        self.model = model
+        self.parts = find_anatomy(model)
+        self.corrections = corrections
+        self.n_tokens = calibration.n_tokens
+        self.tokens = 0.0  # that went through the whole model
+        self.run = SublayerRun(model, self.parts, calibration, batch_size)
+        self.taken: list[torch.Tensor] = []  # [B, T] per batch: where the loss is taken
+        for mask in self.run.masks:
+            taken = mask.bool() & ((mask.cumsum(1) - 1) % every == 0)
+            if loss == "perplexity":  # nothing is known to follow the last token
+                taken[:, -1] = False
+                taken[:, :-1] &= mask[:, 1:].bool()
+            self.taken.append(taken)
+        self.n_taken = sum(int(taken.sum()) for taken in self.taken)
+        if not self.n_taken:
+            raise ValueError("every sample has one token only, which no next token follows; use longer samples")
+        # next tokens [n] per batch; for "kl", the whole model's predictions [n, vocabulary]
+        if loss == "perplexity":
+            pairs = zip(calibration.input_ids.split(batch_size), self.taken, strict=True)
+            self.targets = [ids.to(taken.device).roll(-1, 1)[taken] for ids, taken in pairs]
+        else:
+            self.targets = list(self._predictions(self._through(self.run.start, 0, ())))
+
+    def whole_loss(self) -> float:
+        return self._loss(self._through(self.run.start, 0, ()), ())
+
+    def losses_without(self, gone: Sequence[Sublayer], items: Iterable[Sublayer]) -> dict[Sublayer, float]:
+        """The loss without `gone` and, in turn, one more sublayer."""
+        before: list[list[torch.Tensor]] = []  # streams before each layer
+        with self._changed(gone):
+            self._through(self.run.start, 0, gone, before)
+        losses = {}
+        for item in items:
+            changed = [i for _, i in self.corrections.get(item, ())]
+            first = min([item[1], *changed])  # where the run first differs
+            without = [*gone, item]
+            with self._changed(without):
+                losses[item] = self._loss(self._through(before[first], first, without), without)
+        return losses
+
+    @contextmanager
+    def _changed(self, gone: Sequence[Sublayer]) -> Iterator[None]:
+        """The layers with stubs in the place of these sublayers, and with their corrections."""
+        with ExitStack() as undo:
+            for kind, i in gone:
+                for name, stub in stubs(self.parts.layout, kind).items():
+                    put(undo, self.parts.layers[i], name, stub)
+            put_changes(undo, self.model, combined(self.corrections, plan_of(gone)))
+            yield
+
+    def _through(
+        self, streams: list[torch.Tensor], first: int, gone: Sequence[Sublayer], before: list | None = None
+    ) -> list[torch.Tensor]:
+        """The streams after the last layer, from those before layer `first`; before: collects those before each."""
+        for i in range(first, self.parts.n_layers):
+            if before is not None:
+                before.append(streams)
+            if self.parts.layers[i] is None or (("attn", i) in gone and ("mlp", i) in gone):
+                continue
+            pairs = zip(streams, self.run.calls, strict=True)
+            streams = [run_layer(self.parts, i, x, calls[i]) for x, calls in pairs]
+            self.tokens += self.n_tokens / self.parts.n_layers
+        return streams
+
+    def _predictions(self, final: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Log-probabilities [n, vocabulary], batch after batch, of the tokens where the loss is taken."""
+        for x, taken in zip(final, self.taken, strict=True):
+            yield head_logits(self.model, self.parts, x[taken]).log_softmax(-1)
+
+    def _loss(self, final: list[torch.Tensor], gone: Sequence[Sublayer]) -> float:
+        total = 0.0
+        for predicted, target in zip(self._predictions(final), self.targets, strict=True):
+            if target.ndim == 1:
+                losses = -predicted.gather(-1, target[:, None])
+            else:
+                losses = (target.exp() * (target - predicted)).sum(-1)
+            total += float(losses.double().sum())
+        if not math.isfinite(total):
+            names = ", ".join(f"{kind} {i}" for kind, i in gone)
+            what = f"the loss without {names}" if names else "the loss of the whole model"
+            raise ValueError(_not_finite(what, self.model))
+        return total / self.n_taken

@@ -1,0 +1,102 @@
+"""Named texts, for calibration and for measuring: importing this enters them into `llmdrop.calibration.SOURCES`."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..calibration import SOURCES, Calibration, load_calibration
+from .mirror import read_split, split_file
+
+
+def _text(row: dict) -> str:
+    return row["text"]
+
+
+def _dialogue(row: dict) -> str:
+    return "\n".join(f"Q: {turn['question']}\nA: {turn['answer']}" for turn in row["turns"])
+
+
+def _worked(row: dict) -> str:
+    return f"{row['body']} {row['question']}\nAnswer: {row['answer']}"
+
+
+def _instruction(row: dict) -> str:
+    return "\n".join(part for part in (row["instruction"], row.get("input"), row["output"]) if part)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one split of a dataset: a `llmdrop.calibration.TextSource`."""
+
+    dataset: str
+    config: str | None
+    split: str
+    about: str  # what kind of text it is
+    text: Callable[[dict], str] = _text  # of a row
+
+    @property
+    def where(self) -> str:
+        return f"{self.dataset} {self.split}"
+
+    def documents(self, data_dir: str | os.PathLike | None = None) -> list[str]:
+        """Every text once, in the order of the split. data_dir: see `llmdrop.data`; raises what `read_split` raises."""
+        rows = read_split(self.dataset, self.config, self.split, data_dir)
+        return list(dict.fromkeys(map(self.text, rows)))
+
+    def is_there(self, data_dir: str | os.PathLike | None = None) -> bool:
+        """Whether the split is in this data_dir or packaged; with "hub", always."""
+        try:
+            file = split_file(self.dataset, self.config, self.split, data_dir)
+        except FileNotFoundError:
+            return False
+        return file is not None or data_dir == "hub"
+
+
+_QUAC = ("allenai/quac", "plain_text", "validation")
+_WIKITEXT = ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test")
+
+SOURCES |= {
+    "xsum": Documents("EdinburghNLP/xsum", None, "test", "news", lambda row: row["document"]),
+    "multilexsum": Documents(
+        "allenai/multi_lexsum", "v20230518", "test", "court cases", lambda row: row["summary/long"]
+    ),
+    "boolq": Documents("aps/super_glue", "boolq", "train", "encyclopedia paragraphs", lambda row: row["passage"]),
+    "quac": Documents(*_QUAC, "encyclopedia sections", lambda row: row["context"]),
+    "questions": Documents(*_QUAC, "questions", lambda row: "\n".join(row["questions"])),
+    "dialogue": Documents("packaged/stories", None, "test", "questions and answers about a story", _dialogue),
+    "narrativeqa": Documents("packaged/stories", None, "test", "plots", lambda row: row["passage"]),
+    "wiki": Documents("packaged/wiki", None, "test", "encyclopedia sentences"),
+    "squad": Documents("packaged/squad", None, "test", "encyclopedia paragraphs"),
+    "tales": Documents("packaged/tales", None, "test", "very short stories"),
+    "abstracts": Documents("packaged/abstracts", None, "test", "medical abstracts"),
+    "reviews": Documents("packaged/reviews", None, "test", "film reviews"),
+    "stdlib": Documents("python/stdlib", None, "train", "Python code"),
+    "asdiv": Documents("EleutherAI/asdiv", None, "validation", "school mathematics", _worked),
+    "c4": Documents("allenai/c4", "en", "validation", "web pages"),
+    "lima": Documents("GAIR/lima", None, "train", "instructions", lambda row: "\n".join(row["conversations"])),
+    "codealpaca": Documents("sahil2801/CodeAlpaca-20k", None, "train", "code instructions", _instruction),
+    "mathinstruct": Documents("TIGER-Lab/MathInstruct", None, "train", "mathematics instructions", _instruction),
+    "wikitext": Documents(*_WIKITEXT, "encyclopedia articles", lambda row: row["page"]),
+}
+
+
+def available_sources(data_dir: str | os.PathLike | None = None) -> list[str]:
+    """Names of the sources that load with this data_dir; with None, those that need no hub."""
+    return [name for name, source in SOURCES.items() if not isinstance(source, Documents) or source.is_there(data_dir)]
+
+
+def mixture(
+    names: Sequence[str],
+    tokenizer,
+    n_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+    skip: int = 0,
+) -> Calibration:
+    """n_samples of every named source, taken in turn: text of several kinds (see `load_calibration`)."""
+    parts = [load_calibration(name, tokenizer, n_samples, seq_len, seed, data_dir, skip).input_ids for name in names]
+    ids = torch.stack(parts, 1).flatten(0, 1)
+    return Calibration(ids, f"{'+'.join(names)}, {n_samples} each, seed {seed}, skip {skip}")

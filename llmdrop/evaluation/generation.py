@@ -1,0 +1,170 @@
+"""Greedy answers to many prompts: stock `model.generate`, batched, and what it would write without generating it.
+
+What goes into the prompts, and whether an answer is right, is in `questions.py` and `free_text.py`.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from transformers import Cache
+
+from ..plan import DropPlan
+from .sweep import Item, eval_mode, loglikelihoods
+
+VERSION = 1  # raised when what is written changes
+CACHED = 32_768  # tokens that the KV caches of one batch may hold: long prompts share a batch with fewer others
+SHARED = 64  # a common beginning of at least so many tokens runs once
+QUESTION_TOKENS = 2048  # room in a row of `greedy_matches` beyond the longest prompt, for others that begin alike
+
+
+@torch.inference_mode()
+def generate(
+    model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 48, stop: Sequence[str] = (), batch_size: int = 16
+) -> list[str]:
+    """What the model writes after each prompt, greedily, up to the first of `stop` (which is left out).
+
+    Prompts share batches, padded on the left. What the prompts of a batch begin with in common (few-shot examples, a
+    long document) runs once, and its KV cache serves them all and the next batch. Raises ValueError for a prompt that
+    with its answer is longer than the model's positions: nothing is ever cut off.
+    """
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    check_length(model, ids, max_new_tokens)
+    padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": padding}
+    if stop:
+        options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
+    device = model.get_input_embeddings().weight.device
+    sliding = getattr(model.config, "sliding_window", None) is not None  # padding inside would take up the window
+    texts = [""] * len(ids)
+    beginning = _Beginning(model)
+    with eval_mode(model):
+        for batch, start in _batches(ids, batch_size):
+            start = 0 if sliding else start
+            shared = ids[batch[0]][:start]
+            width = max(len(ids[k]) for k in batch)
+            rows = []
+            mask = []
+            for k in batch:  # the padding stands between what is shared and what is not
+                own = ids[k][start:]
+                gap = width - len(ids[k])
+                rows.append([*shared, *[padding] * gap, *own])
+                mask.append([1] * start + [0] * gap + [1] * len(own))
+            out = model.generate(
+                torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                past_key_values=beginning.cache(shared, len(batch)) if start else None,
+                **options,
+            )
+            answers = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            for k, text in zip(batch, answers, strict=True):
+                texts[k] = _until(text, stop)
+    return texts
+
+
+def greedy_matches(
+    model,
+    tokenizer,
+    plans: Sequence[DropPlan],
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    progress: bool = True,
+) -> list[list[int]]:
+    """Per plan and prompt: 1 where the model, writing greedily after the prompt, would write its target, else 0.
+
+    Nothing is generated: all is read off one forward pass, in which prompts share what they begin with and plans their
+    first layers (see `llmdrop.evaluation.sweep`). Raises ValueError where `check_length` or `loglikelihoods` does, and
+    for a target without a token of its own.
+    """
+    if len(prompts) != len(targets):
+        raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; give one target for each prompt")
+    contexts = [encode(tokenizer, prompt) for prompt in prompts]
+    wholes = [encode(tokenizer, prompt + target) for prompt, target in zip(prompts, targets, strict=True)]
+    items = [Item(whole, len(whole) - len(context)) for whole, context in zip(wholes, contexts, strict=True)]
+    check_length(model, contexts, max((item.n_scored for item in items), default=0))
+    row_tokens = max(map(len, wholes)) + QUESTION_TOKENS
+    return loglikelihoods(model, plans, items, row_tokens, progress, "answer")[1].astype(int).tolist()
+
+
+def check_length(model, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """ValueError if a prompt's tokens and its answer's are more than the model has positions, or a prompt is empty."""
+    if not ids:
+        raise ValueError("no prompts: give at least one prompt of one token or more")
+    if not all(ids):
+        raise ValueError("an empty prompt: give at least one prompt of one token or more")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(range(len(ids)), key=lambda k: len(ids[k]))
+    if limit is not None and len(ids[longest]) + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt {longest} has {len(ids[longest]):,} tokens, with {max_new_tokens} new ones more than the "
+            f"{limit:,} positions of {model.name_or_path or model.config.model_type}; shorten it (fewer examples, "
+            "less text) or take a model with a longer context"
+        )
+
+
+def chat(tokenizer, question: str) -> str:
+    """The question as a user's turn of the tokenizer's chat template, ready for the answer. ValueError without one."""
+    if tokenizer.chat_template is None:
+        raise ValueError("this tokenizer has no chat template; give plain prompts, or take an instruction-tuned model")
+    turn = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def encode(tokenizer, prompt: str) -> tuple[int, ...]:
+    """Tokens of a prompt; a chat template has written the begin-of-sequence token already."""
+    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    return tuple(tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"])
+
+
+class _Beginning:
+    """The KV cache of what prompts begin with in common, kept from one batch to the next."""
+
+    def __init__(self, model):
+        self.model = model
+        self.tokens: tuple[int, ...] = ()
+        self.filled: Cache | None = None
+
+    def cache(self, tokens: tuple[int, ...], n_prompts: int) -> Cache:
+        """A cache of these tokens for n_prompts; what the last ones begin with, too, is not run again."""
+        kept = _common(self.tokens, tokens)
+        if kept == 0:
+            self.filled = None
+        elif kept < len(self.tokens):
+            self.filled.crop(kept)
+        if kept < len(tokens):
+            new = torch.tensor([tokens[kept:]], device=self.model.get_input_embeddings().weight.device)
+            out = self.model(new, past_key_values=self.filled, use_cache=True, logits_to_keep=1)
+            self.filled = out.past_key_values
+        self.tokens = tokens
+        cache = copy.deepcopy(self.filled)
+        cache.batch_repeat_interleave(n_prompts)
+        return cache
+
+
+def _batches(ids: list[tuple[int, ...]], batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """(prompts, how many tokens they share that run apart): neighbors that begin alike go together, by length."""
+    alike = [0, *(_common(one, other) for one, other in pairwise(ids)), 0]  # [k]: of prompts k - 1 and k
+    groups = [[0]]
+    for k in range(1, len(ids)):
+        if alike[k] >= max(alike[k - 1 : k + 2]) - SHARED:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    for group in groups:
+        start = min([alike[k] for k in group[1:]] + [len(ids[k]) - 1 for k in group])  # one token is left to run
+        start = start if start >= SHARED and len(group) > 1 else 0
+        group.sort(key=lambda k: len(ids[k]))
+        longest = len(ids[group[-1]])
+        size = max(1, min(batch_size, CACHED // longest))
+        for i in range(0, len(group), size):
+            yield group[i : i + size], start
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens the two begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]

@@ -1,0 +1,97 @@
+"""lm-eval model classes: a sweep of drop plans, and one dropped model for lm-eval's own command line."""
+
+from collections.abc import Mapping
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from ..calibration import load_calibration
+from ..checkpoints.load import load_model
+from ..plan import DropPlan, plan_drop
+from ..prune import apply_plan
+from ..scoring import score
+from .sweep import Item, loglikelihoods
+
+
+class SweepLM(HFLM):
+    """An lm-eval model that answers log-likelihood requests for a whole sweep of drop plans at once.
+
+    Tokenization, truncation and metrics are lm-eval's. Requests that repeat are answered once. `current` names the
+    plan whose answers are given; text generation runs on the model as it stands. `n_scored` tells how many tokens each
+    (context, continuation) was scored on.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        plans: Mapping[str, DropPlan],
+        batch_size: int = 8,
+        progress: bool = True,
+        label: str = "evaluate",
+    ):
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        self.plans = dict(plans)
+        self.current = next(iter(plans))
+        self.progress = progress
+        self.label = label
+        self.n_scored: dict[tuple[str, str], int] = {}
+        self.answers: dict[tuple, list[tuple[float, bool]]] = {}  # (tokens, number scored) -> one answer per plan
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
+        keys = []
+        for texts, context, continuation in requests:
+            tokens = tuple((context + continuation)[-(self.max_length + 1) :])  # too long: cut from the left
+            keys.append((tokens, len(continuation)))
+            self.n_scored[texts] = len(continuation)
+        missing = [key for key in dict.fromkeys(keys) if key not in self.answers]
+        if missing:
+            items = [Item(*key) for key in missing]
+            plans = list(self.plans.values())
+            sums, greedy = loglikelihoods(self.model, plans, items, progress=self.progress, label=self.label)
+            for k, key in enumerate(missing):
+                self.answers[key] = list(zip(sums[:, k].tolist(), greedy[:, k].tolist(), strict=True))
+        place = list(self.plans).index(self.current)
+        return [self.answers[key][place] for key in keys]
+
+
+@register_model("llmdrop")
+class DroppedLM(SweepLM):
+    """One model with layers dropped, by lm-eval model arguments (see `llmdrop.evaluation.__main__`).
+
+    pretrained: any name for `load_model`. drop_attn, drop_mlp, drop_block, drop_joint: how many of each to drop, by
+    scores on `n_samples` x `seq_len` tokens of `calibration`; or plan: a DropPlan's JSON in a file. Raises ValueError
+    for counts the model does not have.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        drop_attn: int = 0,
+        drop_mlp: int = 0,
+        drop_block: int = 0,
+        drop_joint: int = 0,
+        plan: str | None = None,
+        calibration: str = "xsum",
+        n_samples: int = 16,
+        seq_len: int = 512,
+        seed: int = 0,
+        data_dir: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+    ):
+        model, tokenizer = load_model(pretrained, dtype=dtype, device=device or "auto")
+        counts = {"attn": drop_attn, "mlp": drop_mlp, "block": drop_block, "joint": drop_joint}
+        chosen = DropPlan()
+        if plan:
+            with open(plan) as file:
+                chosen = DropPlan.from_json(file.read())
+        elif any(counts.values()):
+            text = load_calibration(calibration, tokenizer, n_samples, seq_len, seed, data_dir)
+            scores = score(model, text)
+            for target, count in counts.items():
+                chosen |= plan_drop(scores, target, int(count))
+        apply_plan(model, chosen)
+        super().__init__(model, tokenizer, {chosen.label: DropPlan()}, batch_size)

@@ -1,0 +1,238 @@
+"""Figures of the tables in `comparisons`: plot_*(table, axes) draw on axes that the caller made."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from torch import nn
+
+from ..compress.variant import Variant
+from . import style
+from .comparisons import BASELINE, percent
+from .figures import plain_log_ticks
+from .selectors import Contender, selector
+
+MARKERS = "osv^DPX*<>"
+AT_A_TIME = (1, 2, 4, 8, 16, 32, 64)  # sequences
+LINES = (("o-", "#0072B2"), ("s-", "#E69F00"), ("v-", "#009E73"), ("^-", "#CC79A7"))
+
+
+def looks(table: pd.DataFrame) -> dict[tuple[str, str], dict]:
+    """{(choice, setting): label, color, marker} of every method of `losses`, in its order."""
+    methods = table[["choice", "setting"]].drop_duplicates().itertuples(index=False)
+    return {
+        (choice, setting): {
+            "label": f"{choice}: {setting}",
+            "color": f"C{k}",
+            "marker": MARKERS[k % len(MARKERS)],
+        }
+        for k, (choice, setting) in enumerate(methods)
+    }
+
+
+def plot_losses(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
+    """Nats lost, and the share left of the paper's loss with its interval, against layers dropped; from `losses`.
+
+    axes: two. A line a method; the dotted line is a third.
+    """
+    counts = sorted(set(table["n"]))
+    methods = looks(table)
+    for k, ((choice, setting), look) in enumerate(methods.items()):
+        part = table[(table["choice"] == choice) & (table["setting"] == setting)]
+        beside = part["n"] + 0.25 * (k - (len(methods) - 1) / 2)  # or intervals would cover each other
+        axes[0].plot(part["n"] if len(part) > 1 else beside, part["lost"], **look)
+        error = [part["left"] - part["low"], part["high"] - part["left"]]
+        axes[1].errorbar(beside, part["left"], error, linestyle="", **look)
+    axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
+    for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
+        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=counts)
+        ax.set_ylim(0, 1.02 * ax.get_ylim()[1])
+
+
+def plot_training(losses: Mapping[int, Sequence[float]], ax: Axes, n_tokens: int, color: str, over: int = 5) -> None:
+    """The training loss of healing against thousands of tokens, one line for each number of dropped layers.
+
+    losses: {dropped layers: loss of every step}. n_tokens: of the whole training. over: steps of the running mean.
+    """
+    for n, steps in losses.items():
+        thousands = n_tokens / 1000 * np.arange(1, len(steps) + 1) / len(steps)
+        smooth = pd.Series(steps).rolling(over, min_periods=1).mean()
+        ax.plot(thousands, smooth, lw=0.9, label="_", color=color)
+        ax.annotate(str(n), (n_tokens / 1000, smooth.iloc[-1]), fontsize=5.5, va="center")
+    ax.set(xlabel="Training (thousand tokens)", ylabel="Loss (nats)", ylim=(0, None))
+
+
+# ---- ways to choose
+
+
+def plot_leaderboard(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
+    """One row a selector, best at the smallest n on top: nats lost at each n with 95 % intervals, and what it cost.
+
+    table: from `leaderboard`. axes: one for each n, and one for the cost. Filled: nothing makes up for the layers;
+    hollow: reconstructed. Random seeds share a row.
+    """
+    rows = ["random" if selector(name).seed is not None else name for name in table["selector"]]
+    table = table.assign(row=rows)
+    counts = sorted(set(table["n"]))
+    smallest = table[table["n"] == counts[0]].groupby("row")
+    names = list(smallest[["lost", "reconstructed"]].mean().min(axis=1).sort_values().index)
+    series = {
+        "lost": {"label": "as dropped", "color": "#0072B2"},
+        "reconstructed": {"label": "reconstructed", "color": "#D55E00", "mfc": "white"},
+    }
+    for ax, n in zip(axes, counts, strict=False):
+        for column, look in series.items():
+            part = table[table["n"] == n].dropna(subset=column)
+            error = [part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]]
+            ax.errorbar(part[column], part["row"].map(names.index), xerr=error, fmt="o", ms=3.5, lw=0.9, **look)
+        ax.set(xscale="log", xlabel=f"Lost at {n} (nats)")
+        plain_log_ticks(ax.xaxis)
+    cost = table[table["n"] == counts[-1]].groupby("row")["passes"].mean().reindex(names)
+    axes[-1].barh(range(len(names)), cost, height=0.6, color="#7F7F7F")
+    axes[-1].set(xlabel="Cost (passes)")
+    for ax in axes:
+        ax.set(yticks=range(len(names)), yticklabels=names if ax is axes[0] else [], ylim=(len(names) - 0.5, -0.5))
+        ax.grid(axis="y", lw=0.3)
+
+
+def plot_stability(table: pd.DataFrame, axes: Sequence[Axes], chance: float) -> None:
+    """Overlap and rank correlation (from `stability`), one row a selector, one marker a change, a line to the lowest.
+
+    axes: two. chance: the overlap of random orders.
+    """
+    names = list(dict.fromkeys(table["selector"]))
+    changes = list(dict.fromkeys(table["change"]))
+    for ax, column, label in zip(axes, ("overlap", "tau"), ("Overlap", "Kendall’s τ"), strict=True):
+        for k, change in enumerate(changes):
+            part = table[table["change"] == change]
+            y = part["selector"].map(names.index) + 0.16 * (k - (len(changes) - 1) / 2)
+            to_lowest = [part[column] - part[f"{column}_low"], 0 * part[column]]
+            ax.errorbar(part[column], y, xerr=to_lowest, fmt=MARKERS[k], ms=3.5, lw=0.7, color=f"C{k}", label=change)
+        ax.set(xlabel=label, yticks=range(len(names)), yticklabels=[], xlim=(None, 1.02))
+        ax.set_ylim(len(names) - 0.5, -0.5)
+    axes[0].set_yticklabels(names)
+    axes[0].axvline(chance, color="black", lw=0.7, ls=":")
+
+
+# ---- quality against speed
+
+
+def plot_trade_offs(
+    model: nn.Module,
+    rows: pd.DataFrame,
+    table: pd.DataFrame,
+    contenders: Sequence[Contender],
+    context: Mapping[str, int],
+    axes: Sequence[Axes],
+    **speed,
+) -> None:
+    """Four panels: nats lost, the share left of the paper's loss, facts found, predicted speedup by sequences.
+
+    rows: from `quality`; table: from `trade_offs`, of the same contenders. context: {set of questions: tokens of their
+    context}. The last two panels show the smallest n, of several kinds of "as fast" the first. speed: settings of
+    `predict_speed`.
+    """
+    plot_losses(table, axes[:2])
+    for ax in axes[:2]:
+        ax.set_xlabel("As fast as without n layers")
+    n = int(table["n"].min())
+    settings = list(dict.fromkeys(table["setting"]))[:2]  # that of the paper's method, and the first "as fast"
+    axes[2].plot(context.values(), percent(rows, BASELINE, context), color="0.6", label="whole model")
+    for contender in contenders:
+        if contender.n != n or contender.setting not in settings:
+            continue
+        look = looks(table)[contender.choice, contender.setting]
+        axes[2].plot(context.values(), percent(rows, contender.name, context), **look)
+        speedups = [contender.variant.predicted_speedup(model, **speed | {"batch_size": b}) for b in AT_A_TIME]
+        axes[3].plot(AT_A_TIME, speedups, **look)
+    axes[2].set(xlabel="Tokens of context", ylabel=f"Facts found (%), n = {n}", ylim=(-2, 102))
+    axes[3].set(xscale="log", xlabel="Sequences at a time", ylabel=f"Predicted speedup, n = {n}")
+    axes[3].set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+    axes[3].minorticks_off()
+
+
+def plot_frontier(table: pd.DataFrame, axes: Sequence[Axes], labels: Mapping[str, str]) -> None:
+    """Nats lost against several costs: one line a method through its sizes, intervals, and the frontier in gray.
+
+    table: from `frontier`, with the columns that are keys of labels. labels: {column: axis label}, one Axes each;
+    columns whose name ends in "speedup" are better when larger, others when smaller.
+    """
+    methods = list(dict.fromkeys(table["method"]))
+    for ax, (column, label) in zip(axes, labels.items(), strict=True):
+        best_first = table.dropna(subset=[column])
+        best_first = best_first.sort_values([column, "lost"], ascending=[not column.endswith("speedup"), True])
+        unbeaten = best_first[best_first["lost"] == best_first["lost"].cummin()]
+        ax.step(unbeaten[column], unbeaten["lost"], where="post", color="0.75", lw=3, zorder=0)
+        for k, method in enumerate(methods):
+            part = table[table["method"] == method].sort_values("lost")
+            error = [part["lost"] - part["lost_low"], part["lost_high"] - part["lost"]]
+            look = {"color": f"C{k % 6}", "marker": MARKERS[k % len(MARKERS)], "label": method}
+            if k > 5:
+                look["mfc"] = "white"
+            ax.errorbar(part[column], part["lost"], yerr=error, lw=0.7, ms=3.5, **look)
+        ax.set(xlabel=label, yscale="log")
+        plain_log_ticks(ax.yaxis)
+
+
+# ---- answers
+
+
+def plot_answers(table: pd.DataFrame, contenders: Sequence[Contender], axes: Sequence[Axes]) -> None:
+    """One panel a measure of `statistics.against`: percent against n, a line a method, the whole model gray."""
+    methods: dict[str, dict[str, int]] = {}
+    for contender in contenders:
+        methods.setdefault(f"{contender.choice}: {contender.setting}", {})[contender.name] = contender.n
+    for ax, (measure, rows) in zip(axes, table.groupby("measure", sort=False), strict=True):
+        lines = {method: _with_layers(rows, layers) for method, layers in methods.items()}
+        _plot_percent(ax, rows, lines, apart=0.2, label="whole model")
+        ax.set(title=measure, xlabel="As fast as without n layers")
+    axes[0].set_ylabel("Right (%)")
+
+
+def plot_measures(
+    table: pd.DataFrame, variants: Mapping[str, Variant], axes: Sequence[Axes], chance: Mapping[str, float]
+) -> None:
+    """One panel a measure of `statistics.against`: percent against attention layers dropped, plain and reconstructed.
+
+    axes: at least one for each measure; the others are turned off. chance: percent by guessing, where a measure has
+    that.
+    """
+    dropped = {name: len(variant.plan.attn) for name, variant in variants.items() if variant.plan}
+    plain = {name: n for name, n in dropped.items() if variants[name].reconstruction is None}
+    reconstructed = {name: n for name, n in dropped.items() if name not in plain}
+    axes = list(axes)
+    for ax in axes[table["measure"].nunique() :]:
+        ax.set_axis_off()
+    for ax, (measure, rows) in zip(axes, table.groupby("measure", sort=False), strict=False):
+        lines = {
+            "Dropped": _with_layers(rows, plain),
+            "Dropped, reconstructed": _with_layers(rows, reconstructed),
+        }
+        _plot_percent(ax, rows, lines, apart=0.6, label=BASELINE)
+        if measure in chance:
+            ax.axhline(chance[measure], color="0.5", ls=":", lw=1, label="Guessing")
+        ax.set(title=measure, ylim=(-2, 102), xlabel="Dropped layers")
+
+
+def _with_layers(rows: pd.DataFrame, layers: Mapping[str, int]) -> pd.DataFrame:
+    """The rows of these models, with a column layers."""
+    part = rows[rows["model"].isin(layers)]
+    return part.assign(layers=part["model"].map(layers))
+
+
+def _plot_percent(ax: Axes, rows: pd.DataFrame, lines: Mapping[str, pd.DataFrame], apart: float, label: str) -> None:
+    """Percent against layers, a line a method with 95 % intervals, side by side; the whole model's, and its interval.
+
+    apart: layers between two methods' markers. label: of the whole model.
+    """
+    look = style.METHODS["Baseline"]
+    whole = rows[rows["model"] == BASELINE].iloc[0]
+    ax.axhline(100 * whole["value"], color=look["color"], linestyle=look["linestyle"], lw=0.8, label=label)
+    ax.axhspan(100 * whole["low"], 100 * whole["high"], color=look["color"], alpha=0.07, linewidth=0)
+    for k, (name, part) in enumerate(lines.items()):
+        x = part["layers"] + apart * (k - (len(lines) - 1) / 2)
+        error = [100 * (part["value"] - part["low"]), 100 * (part["high"] - part["value"])]
+        fmt, color = LINES[k % len(LINES)]
+        ax.errorbar(x, 100 * part["value"], error, fmt=fmt, color=color, capsize=1.5, ms=3, label=name)
+    ax.set_xticks(sorted({n for part in lines.values() for n in part["layers"]}))

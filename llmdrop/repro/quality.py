@@ -1,0 +1,237 @@
+"""Quality: what is left of a model, item by item, so that variants can be paired; stored and never measured twice.
+
+Every sample of a text, every question of a benchmark and every prompt is kept with its own numbers. Averages,
+differences and intervals are computed from these later, without the model (`llmdrop.repro.statistics`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..calibration import Calibration
+from ..compress.variant import Variant
+from ..evaluation import evaluate, generation, sweep
+from ..evaluation.evaluate import ask
+from ..evaluation.generation import check_length, encode, generate, greedy_matches
+from ..evaluation.perplexity import text_items
+from ..evaluation.sweep import loglikelihoods
+from ..evaluation.tasks import task_digest
+from ..plan import DropPlan
+from .provenance import model_key, model_name, provenance, tokenizer_digest, version
+from .store import Entry, Store
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts and the answers that should follow them, to be written greedily, token for token."""
+
+    prompts: Sequence[str]
+    targets: Sequence[str]
+
+    @property
+    def digest(self) -> str:
+        return _digest([list(self.prompts), list(self.targets)])
+
+
+def quality(
+    model: nn.Module,
+    tokenizer,
+    variants: Mapping[str, Variant],
+    texts: Mapping[str, Calibration] | None = None,
+    tasks: Sequence[str] = (),
+    questions: Mapping[str, Questions] | None = None,
+    limit: int | None = None,
+    data_dir: str | os.PathLike | None = None,
+    num_fewshot: int | Mapping[str, int] | None = None,
+    batch_size: int = 8,
+    store: Store | None = None,
+) -> pd.DataFrame:
+    """What is left of `model` in every variant, on texts, benchmarks and questions: one row per item and metric.
+
+    model: undropped. texts: held-out text by name; metric "nats", a sample's mean negative log-likelihood per token.
+    tasks: lm-eval's benchmarks, limit, data_dir and num_fewshot as of `llmdrop.evaluate`; metrics are lm-eval's own per
+    question ("acc", "acc_norm", "exact_match", ...) and, where there are choices, "choice": the log of the
+    probability of the right one among them, each choice's log-likelihood taken per byte. questions: prompts with
+    answers; metric "match", 1 where greedy decoding writes the answer.
+
+    Returns columns variant, where (a text, task or set of questions), metric, item (its number), value, n (tokens of a
+    text sample, else 1). Items are the same for every variant, so that differences can be paired. Every variant and
+    text, task or set is stored on its own; nothing is applied, fitted or found for what is stored.
+
+    Raises what `Variant.applied`, `llmdrop.perplexity` and `llmdrop.evaluate` raise; ValueError without variants, and
+    for one name of two things to measure on.
+    """
+    if not variants:
+        raise ValueError("no variants to measure; Variant() is the whole model")
+    places = [*(texts or {}), *tasks, *(questions or {})]
+    twice = sorted({name for name in places if places.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} names several of texts, tasks and questions; give each a name of its own")
+    store = store or Store()
+    shots = num_fewshot if isinstance(num_fewshot, Mapping) else dict.fromkeys(tasks, num_fewshot)
+    task_digests = {
+        task: task_digest(task, data_dir, shots.get(task)) for task in tasks
+    }  # all are good before we start
+    frames = []
+    for name, text in (texts or {}).items():
+        frames.append(_on_text(store, model, variants, name, text))
+    for task in tasks:
+        asked = (task, task_digests[task], limit, data_dir, shots.get(task))
+        frames.append(_on_task(store, model, tokenizer, variants, asked, batch_size))
+    for name, asked in (questions or {}).items():
+        frames.append(_on_questions(store, model, tokenizer, variants, name, asked))
+    columns = ["variant", "where", "metric", "item", "value", "n"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def answers(
+    model: nn.Module,
+    tokenizer,
+    variants: Mapping[str, Variant],
+    prompts: Sequence[str],
+    name: str,
+    max_new_tokens: int = 48,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    store: Store | None = None,
+) -> pd.DataFrame:
+    """What every variant writes after each prompt, greedily (`llmdrop.evaluation.generation.generate`), stored.
+
+    name: of the set of prompts, for people. Windowed variants take one prompt at a time, whatever the batch_size: their
+    KV caches have no room for padding. Returns variant, item (number of the prompt), answer. Raises ValueError for a
+    prompt that with its answer is longer than the model's positions, before anything runs.
+    """
+    check_length(model, [encode(tokenizer, prompt) for prompt in prompts], max_new_tokens)
+    key = model_key(model, batch_size) | {
+        "version": generation.VERSION,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompts": _digest(list(prompts)),
+        "stop": list(stop),
+        "max_new_tokens": max_new_tokens,
+    }
+
+    store = store or Store()
+    written = {}
+    for windowed in (False, True):
+        size = 1 if windowed else batch_size
+
+        def write(plans: Sequence[DropPlan], size=size) -> list[list[str]]:
+            assert plans == [DropPlan()]
+            return [generate(model, tokenizer, prompts, max_new_tokens, stop, size)]
+
+        some = {label: variant for label, variant in variants.items() if (variant.windows is not None) == windowed}
+        written |= _measured(store, "answers", model, some, key, name, write, together=False)
+    rows = [(variant, k, text) for variant in variants for k, text in enumerate(written[variant])]
+    return pd.DataFrame(rows, columns=["variant", "item", "answer"])
+
+
+def _on_text(store: Store, model, variants: Mapping[str, Variant], name: str, text: Calibration) -> pd.DataFrame:
+    items = text_items(text)
+
+    def losses(plans: Sequence[DropPlan]) -> list[dict]:
+        sums, _ = loglikelihoods(model, plans, items, progress=name)
+        counts = [item.n_scored for item in items]
+        return [{"nats": (-row).tolist(), "tokens": counts} for row in sums]
+
+    key = model_key(model) | {"version": sweep.VERSION, "text": text.digest}
+    measured = _measured(store, "losses", model, variants, key, name, losses)
+    frames = []
+    for variant, value in measured.items():
+        tokens = np.array(value["tokens"])
+        rows = {"item": range(len(tokens)), "value": np.array(value["nats"]) / tokens, "n": tokens}
+        frames.append(pd.DataFrame({"variant": variant, "where": name, "metric": "nats"} | rows))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _on_task(store: Store, model, tokenizer, variants, asked: tuple, batch_size: int) -> pd.DataFrame:
+    task, digest, limit, data_dir, shots = asked
+
+    def records(plans: Sequence[DropPlan]) -> list[list[dict]]:
+        return ask(model, tokenizer, plans, task, limit, data_dir, shots, batch_size)
+
+    key = model_key(model, batch_size) | {
+        "version": [sweep.VERSION, evaluate.VERSION],
+        "tokenizer": tokenizer_digest(tokenizer),
+        "lm_eval": version("lm_eval"),
+        "task": task,
+        "task_digest": digest,
+        "limit": limit,
+    }
+    name = task if limit is None else f"{task}-{limit}"
+    rows = []
+    for variant, questions in _measured(store, "questions", model, variants, key, name, records).items():
+        for item, question in enumerate(questions):
+            metrics = dict(question["metrics"])
+            if question["gold"] is not None and question["loglikelihoods"]:
+                metrics["choice"] = choice(question)
+            rows += [(variant, task, metric, item, value, 1) for metric, value in metrics.items()]
+    return pd.DataFrame(rows, columns=["variant", "where", "metric", "item", "value", "n"])
+
+
+def choice(question: Mapping) -> float:
+    """Log of the probability of the right answer among the choices, each choice's log-likelihood taken per byte.
+
+    question: a record of `llmdrop.evaluation.evaluate.ask`.
+    """
+    per_byte = np.array(question["loglikelihoods"]) / np.array(question["bytes"])
+    return float(per_byte[question["gold"]] - np.logaddexp.reduce(per_byte))
+
+
+def _on_questions(store: Store, model, tokenizer, variants, name: str, asked: Questions) -> pd.DataFrame:
+    def matches(plans: Sequence[DropPlan]) -> list[list[int]]:
+        return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets, progress=name)
+
+    key = model_key(model) | {
+        "version": [sweep.VERSION, generation.VERSION],
+        "tokenizer": tokenizer_digest(tokenizer),
+        "questions": asked.digest,
+    }
+    rows = []
+    for variant, values in _measured(store, "matches", model, variants, key, name, matches).items():
+        rows += [(variant, name, "match", item, value, 1) for item, value in enumerate(values)]
+    return pd.DataFrame(rows, columns=["variant", "where", "metric", "item", "value", "n"])
+
+
+def _measured(
+    store: Store,
+    kind: str,
+    model: nn.Module,
+    variants: Mapping[str, Variant],
+    key: dict,
+    slug: str,
+    measure: Callable[[Sequence[DropPlan]], list],
+    together: bool = True,
+) -> dict:
+    """{variant: value}, each stored under `key` and its own. measure(plans) gives one value per plan of the model.
+
+    Variants that only drop sublayers are measured in one call, which shares what their plans share (unless
+    together=False); the others one by one, as they are applied.
+    """
+    names = sorted(variants, key=lambda name: not variants[name].is_plan_only)  # the sweep is stored before the others
+
+    def compute(missing: list[int]) -> Iterator:
+        swept = [i for i in missing if together and variants[names[i]].is_plan_only]
+        values = dict(zip(swept, measure([variants[names[i]].plan for i in swept]), strict=True)) if swept else {}
+        for i in missing:
+            if i in values:
+                yield values[i]
+                continue
+            with variants[names[i]].applied(model):
+                yield measure([DropPlan()])[0]
+
+    entries = [
+        Entry(key | {"variant": variants[name].key}, f"{model_name(model)}-{variants[name].label}-{slug}")
+        for name in names
+    ]
+    values = dict(zip(names, store.get_many(kind, entries, compute, lambda: provenance(model)), strict=True))
+    return {name: values[name] for name in variants}
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

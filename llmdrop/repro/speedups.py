@@ -1,0 +1,304 @@
+"""Speedups side by side: as published in Tables 1 to 3, as bytes and FLOPs allow, and as measured here.
+
+The prediction is `llmdrop.predict_speed`, the measurement `timing`; this module lines them up by row ("Attn-8",
+"MLP-4", ...).
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import product
+from types import MappingProxyType
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ..anatomy import find_anatomy
+from ..checkpoints.load import check_device, load_model
+from ..compress.variant import Variant
+from ..plan import DropPlan
+from ..prune import apply_plan
+from ..speed import roofline
+from ..speed.geometry import GEOMETRIES, Int4Linear, geometry_model, shape_of
+from ..speed.measure import measure_if_fits
+from ..speed.roofline import (
+    HARDWARE,
+    implied_batch,
+    largest_batch,
+    measure_hardware,
+    memory_needed,
+    predict_speedups,
+    sized_plans,
+)
+from .paper import table
+from .provenance import provenance, speed_key
+from .store import Store
+from .timing import speedups, timing
+
+PUBLISHED_BITS = {"Llama-3-70B": 4.125, "Llama-2-70B": 4.125}  # 4 bits and a 16-bit scale per 128; the others 16
+# headings of the tables, and digits after the point
+NAMES = {
+    "weight_bits": "Bits",
+    "fits": "Largest batch that fits",
+    "error_at_fits": "Error at it",
+    "implied": "Implied batch",
+    "error": "Its error",
+    "needed_gb": "It needs (GB)",
+    "times": "Implied / fits",
+    "error_no_cache": "Error without cache",
+    "published": "Published",
+    "predicted": "Predicted",
+    "prefill_speedup": "Prefill",
+    "decode_speedup": "Decode",
+    "at_fits": "At the batch that fits",
+    "no_cache": "Without cache",
+    "ceiling": "Ceiling",
+    "decoding": "Decoding",
+    "batch": "Batch",
+    "status": "Status",
+    "seconds": "Seconds",
+    "limit_seconds": "At least",
+    "spread": "Spread",
+    "speedup": "Speedup",
+    "limit": "Limit",
+    "ratio": "Speedup / limit",
+    "limit_prefill": "Prefill limit",
+    "limit_decode": "Decode limit",
+}
+DIGITS = dict.fromkeys(NAMES, 2) | dict.fromkeys(["error", "error_at_fits", "error_no_cache", "spread"], 3)
+DIGITS |= {"weight_bits": 3, "needed_gb": 0, "seconds": 3, "limit_seconds": 3}
+
+
+def published_speedups() -> pd.DataFrame:
+    """Every SpeedUp of Tables 1 to 3 as printed: table, model, method, n_dropped, published."""
+    tables = {f"Table {k}": table(f"table{k:02d}") for k in (1, 2, 3)}
+    rows = pd.concat(tables, names=["table"]).reset_index("table").rename(columns={"speedup": "published"})
+    rows["n_dropped"] = n_dropped(rows["method"])
+    return rows[["table", "model", "method", "n_dropped", "published"]].reset_index(drop=True)
+
+
+def n_dropped(methods: pd.Series) -> pd.Series:
+    """The numbers in row labels: "Attn-8" -> 8, "Baseline" -> 0."""
+    return methods.str.extract(r"-(\d+)", expand=False).astype(float).fillna(0).astype(int)
+
+
+def explain_published(hardware: str = "RTX 6000 Ada") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows, models): the published speedups beside what bytes and FLOPs allow, and the batch sizes they imply.
+
+    rows: those of `published_speedups`; batch: the model's implied one; predicted, with its prefill and decode parts,
+    there; at_fits: predicted at the largest batch whose weights and cache fit the hardware; no_cache: by the protocol
+    of the paper's repository, single tokens without context; ceiling: L / (L - n), the most that dropping n of L whole
+    blocks can give.
+    models: weight_bits, fits, its largest error; implied, its largest error; the gigabytes it needs; times: implied
+    over fits, which is also how often each cached byte must move at the batch that fits; error_no_cache.
+    """
+    if hardware not in HARDWARE:
+        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}")
+    rows = []
+    models = []
+    for name, group in published_speedups().groupby("model", sort=False):
+        printed = group.set_index("method")["published"]
+        bits = PUBLISHED_BITS.get(name, 16)
+        machine = {"hardware": hardware, "weight_bits": bits}
+        fits = largest_batch(name, memory=HARDWARE[hardware][2], weight_bits=bits)
+        implied, error = implied_batch(name, printed, **machine)
+
+        limit = predict_speedups(name, printed.index, batch_size=implied, **machine).filter(like="speedup")
+        limit = limit.rename(columns={"speedup": "predicted"})
+        limit["at_fits"] = predict_speedups(name, printed.index, batch_size=fits, **machine)["speedup"]
+        single = {"batch_size": fits, "prompt_len": 1, "new_tokens": 0}
+        limit["no_cache"] = predict_speedups(name, printed.index, **machine, **single)["speedup"]
+        depth = shape_of(name).layers
+        limit["ceiling"] = depth / (depth - group.set_index("method")["n_dropped"])
+        rows.append(group.assign(batch=implied).join(limit, on="method"))
+
+        errors = limit[["at_fits", "no_cache"]].sub(printed, axis=0).abs().max()
+        models.append(
+            {
+                "model": name,
+                "weight_bits": bits,
+                "fits": fits,
+                "error_at_fits": errors["at_fits"],
+                "implied": implied,
+                "error": error,
+                "needed_gb": memory_needed(name, batch_size=implied, weight_bits=bits) / 1e9,
+                "times": implied / fits,
+                "error_no_cache": errors["no_cache"],
+            }
+        )
+    return pd.concat(rows, ignore_index=True), pd.DataFrame(models)
+
+
+def speedup_grid(
+    model: str, label: str, batches: Iterable[int], contexts: Iterable[int], hardware: str = "RTX 6000 Ada"
+) -> pd.DataFrame:
+    """Predicted speedup of one row over batch and context (half prompt, half generated).
+
+    Columns model, method, batch_size, context, speedup, fits: whether the whole model and its cache fit the hardware.
+    """
+    bits = PUBLISHED_BITS.get(model, 16)
+    rows = []
+    for batch, context in product(batches, contexts):
+        sizes = {"batch_size": batch, "prompt_len": context // 2, "new_tokens": context - context // 2}
+        limit = predict_speedups(model, [label], hardware=hardware, weight_bits=bits, **sizes)
+        fits = memory_needed(model, DropPlan(), batch, context, bits) <= HARDWARE[hardware][2]
+        rows.append((model, label, batch, context, limit["speedup"].item(), fits))
+    return pd.DataFrame(rows, columns=["model", "method", "batch_size", "context", "speedup", "fits"])
+
+
+def measure_beside_limit(
+    store: Store, model: nn.Module, labels: Iterable[str], rounds: int = 3, **settings
+) -> pd.DataFrame:
+    """Measured speed of the rows named by `labels` beside what this machine's own bytes/s and FLOP/s allow.
+
+    settings: of `measure_speed`. Both measurements go through `store`. Returns one row per label: method, n_dropped,
+    the columns of `timing.speedups`; limit, limit_prefill, limit_decode (speedups predicted for this cache, batch and
+    context) and limit_seconds; ratio, measured over predicted speedup; bandwidth and rate, the machine's bytes/s and
+    FLOP/s as found by `measure_hardware`.
+    """
+    plans = sized_plans(model, labels)
+    variants = {label: Variant(plan=plan) for label, plan in plans.items()}
+    measured = speedups(timing(model, variants, rounds=rounds, store=store, **settings))
+    bandwidth, rate = _hardware(store, model)
+
+    bits = torch.finfo(model.dtype).bits
+    is_int4 = any(isinstance(module, Int4Linear) for module in model.modules())
+    sizes = {"batch_size": 1, "prompt_len": 128, "new_tokens": 32, "cache": "dynamic"}  # as measure_speed has them
+    sizes |= {name: settings[name] for name in sizes if name in settings}
+    weight_bits = Int4Linear.bits if is_int4 else bits
+    machine = {"hardware": (bandwidth, rate), "weight_bits": weight_bits, "cache_bits": bits}
+    limit = predict_speedups(model, plans, **machine, **sizes)
+    names = {"speedup": "limit", "prefill_speedup": "limit_prefill", "decode_speedup": "limit_decode"}
+    names["seconds"] = "limit_seconds"
+    out = measured.join(limit[list(names)].rename(columns=names)).rename_axis("method").reset_index()
+    out["ratio"] = out["speedup"] / out["limit"]
+    out["bandwidth"] = bandwidth
+    out["rate"] = rate
+    out.insert(1, "n_dropped", n_dropped(out["method"]))
+    return out
+
+
+def _hardware(store: Store, model: nn.Module) -> tuple[float, float]:
+    """(bytes/s, FLOP/s) of the model's device in its type, stored."""
+    device = str(model.get_input_embeddings().weight.device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    key = speed_key(model) | {"version": roofline.VERSION}
+
+    def measure() -> tuple[float, float]:
+        return measure_hardware(device, dtype)
+
+    bandwidth, rate = store.get("hardware", key, measure, f"{device}-{dtype}", lambda: provenance(model))
+    return bandwidth, rate
+
+
+def measure_models(
+    store: Store,
+    names: Iterable[str],
+    dtype: str = "float32",
+    device: str = "auto",
+    batch_sizes: Mapping[str, int] = MappingProxyType({}),
+    cache: str = "dynamic",
+    decoding: str = "eager",
+    rounds: int = 3,
+    **settings,
+) -> tuple[pd.DataFrame, dict]:
+    """`measure_beside_limit` of several models, one after the other; (rows, provenance of the last model).
+
+    names: of `load_model`, or keys of GEOMETRIES (random weights; 4-bit where the paper's are). A model that the paper
+    prints speedups of is measured by its own rows, any other by those of Table 1, as far as its depth allows.
+    batch_sizes: by name without revision; others 1. decoding, cache, settings: of `measure_speed`. Where decoding is
+    not "eager", the baseline and the deepest Attention Drop are measured eagerly with a dynamic cache too. Columns in
+    front: model, decoding, batch.
+    """
+    frames = []
+    facts = {}
+    for name in names:
+        if name in GEOMETRIES:
+            model = geometry_model(name, check_device(device), dtype, 4 if name in PUBLISHED_BITS else 16)
+        else:
+            model, _ = load_model(name, dtype, device)
+        labels = rows_to_measure(name, find_anatomy(model).n_layers)
+        batch = batch_sizes.get(name.split("@")[0], 1)
+        runs = {decoding: (labels, cache)}
+        if decoding != "eager":
+            attn = sorted((label for label in labels if label.startswith("Attn")), key=lambda label: int(label[5:]))
+            runs["eager"] = (["Baseline", *attn[-1:]], "dynamic")
+        for how, (some, kind) in runs.items():
+            options = settings | {"batch_size": batch, "cache": kind, "decoding": how}
+            frame = measure_beside_limit(store, model, some, rounds, **options)
+            frames.append(frame.assign(batch=batch, decoding=how, model=name))
+        facts = provenance(model)
+        del model  # the next one may not fit beside it
+    out = pd.concat(frames, ignore_index=True)
+    front = ["model", "decoding", "batch"]
+    return out[front + [column for column in out if column not in front]], facts
+
+
+def rows_to_measure(name: str, n_layers: int) -> list[str]:
+    """The published rows to measure, "Baseline" first: the model's own, else Table 1's, of less than its depth."""
+    published = published_speedups()
+    own = published[published["model"] == name]
+    rows = own if len(own) else published[published["table"] == "Table 1"]
+    rows = rows[(rows["n_dropped"] > 0) & (rows["n_dropped"] < n_layers)]
+    return ["Baseline", *rows["method"].unique()]
+
+
+def largest_batches(published: pd.DataFrame, memory: float = 48e9, device: str | None = None) -> pd.DataFrame:
+    """Table 4's models: the largest batch before and after its drops, at its sequence length.
+
+    published: the rows of Table 4. Columns model, weight_bits, tokens, dropped; fits_before, fits_after: weights and
+    cache within `memory` bytes; measured_before, measured_after: what a prefill and the generation of one token really
+    run with on `device`, to 5 % (None without one): activations and the allocator take their part of its memory.
+    """
+    rows = []
+    for printed in published.itertuples(index=False):
+        name, tokens = printed.model, printed.sequence_length
+        bits = PUBLISHED_BITS.get(name, 16)
+        dropped = DropPlan(attn=range(printed.layers_after, printed.layers_before))
+        row = {"model": name, "weight_bits": bits, "tokens": tokens, "dropped": len(dropped)}
+        plans = {"before": DropPlan(), "after": dropped}
+        for when, plan in plans.items():
+            row[f"fits_{when}"] = largest_batch(name, plan, tokens, memory, bits)
+        if device is None:
+            row |= {"measured_before": None, "measured_after": None}
+        else:
+            model = geometry_model(name, device, "bfloat16", 4 if name in PUBLISHED_BITS else 16)
+            total = torch.cuda.get_device_properties(device).total_memory
+            for when, plan in plans.items():
+                at_most = largest_batch(name, plan, tokens, total, bits)
+                row[f"measured_{when}"] = largest_measured_batch(apply_plan(model, plan), tokens, at_most)
+            del model  # the next one may not fit beside it
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def largest_measured_batch(model: nn.Module, tokens: int, at_most: int) -> int:
+    """Largest batch up to at_most, to 5 %, with which a prefill of tokens - 1 and one generated token fit in memory."""
+    fits = 0
+    too_many = at_most + 1
+    batch = at_most
+    while batch > fits:
+        _, largest = measure_if_fits(model, batch, prompt_len=tokens - 1, new_tokens=1, repeats=1, warm_up=False)
+        fits = max(fits, largest)
+        while batch > largest:  # this failed, and each of its halves down to the one that fits
+            too_many = batch
+            batch //= 2
+        batch = (fits + too_many) // 2 if too_many - fits > max(1, 0.05 * fits) else fits
+    return fits
+
+
+def panels(published: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """What `plot_speedups` draws, in one frame: the rows of `explain_published` and of `measure_models`.
+
+    Columns panel (model, batch, "here" where it was measured), method, n_dropped, source, value, low, high, decoding.
+    """
+    here = measured.assign(panel=measured["model"] + " here, batch " + measured["batch"].astype(str))
+    there = published.assign(panel=published["model"] + ", batch " + published["batch"].astype(str))
+    first = here["decoding"] == measured["decoding"].iloc[0]
+    parts = [
+        there.assign(source="limit", value=there["predicted"]),
+        there.assign(source="paper", value=there["published"]),
+        here[first].assign(source="limit", value=here["limit"]),
+        here.assign(source="measured", value=here["speedup"], low=here["speedup_low"], high=here["speedup_high"]),
+    ]
+    columns = ["panel", "method", "n_dropped", "source", "value", "low", "high", "decoding"]
+    return pd.concat(parts, ignore_index=True)[columns]

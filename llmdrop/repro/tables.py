@@ -1,0 +1,361 @@
+"""Tables as Markdown, LaTeX and CSV from one frame; every cell is measured, published, or says why it is empty."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from ..files import write_atomic
+from ..speed.geometry import GEOMETRIES
+from . import style
+from .paper import claims, gamma, record_claim
+from .paper import table as printed_table
+from .statistics import headline
+
+NAMES = {
+    "model": "Model",
+    "method": "Method",
+    "source": "Source",
+    "arc_challenge": "ARC-C",
+    "boolq": "BoolQ",
+    "commonsense_qa": "CSQA",
+    "hellaswag": "HellaSwag",
+    "logiqa": "LogiQA",
+    "mmlu": "MMLU",
+    "openbookqa": "OBQA",
+    "piqa": "PIQA",
+    "rte": "RTE",
+    "social_iqa": "SIQA",
+    "winogrande": "WinoGrande",
+    "avg": "Avg.",
+    "perplexity": "PPL",
+    "ppl_ratio": "PPL ×",
+    "speedup": "SpeedUp",
+    "gamma": "γ",
+}
+# percent right by guessing
+CHANCE = {
+    "boolq": 50,
+    "piqa": 50,
+    "rte": 50,
+    "winogrande": 50,
+    "arc_challenge": 25,
+    "arc_easy": 25,
+    "hellaswag": 25,
+    "logiqa": 25,
+    "mmlu": 25,
+    "openbookqa": 25,
+    "commonsense_qa": 20,
+    "social_iqa": 100 / 3,
+}
+DIGITS = {"speedup": 2, "gamma": 2, "perplexity": 2, "ppl_ratio": 2}  # the others 1, as in the paper
+# what pandas leaves as it is and LaTeX, without further packages, cannot print
+_LATEX = {"γ": r"$\gamma$", "ρ": r"$\rho$", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "∞": r"$\infty$"}
+_LATEX |= {"≥": r"$\geq$", "≤": r"$\leq$", "<": "$<$", ">": "$>$", "|": "$|$", "–": "--", "’": "'"}
+
+
+def published_drops() -> pd.DataFrame:
+    """Tables 1 to 3 without their baselines, as `plot_drop_curves` takes them: `method` ("Attention"), `n_dropped`.
+
+    Beside the printed columns: `row` (as printed, "Attn-8"), `share` (percent of the model's layers), `percent` (avg in
+    percent of the baseline's) and `source` ("paper").
+    """
+    rows = pd.concat([printed_table(name) for name in ("table01", "table02", "table03")], ignore_index=True)
+    rows = rows.rename(columns={"method": "row"})
+    baseline = rows["model"].map(rows[rows["row"] == "Baseline"].set_index("model")["avg"])
+    depth = rows["model"].map({model: shape.layers for model, shape in GEOMETRIES.items()})
+    rows["n_dropped"] = rows["row"].str.extract(r"-(\d+)")[0].astype(float)
+    rows["share"] = 100 * rows["n_dropped"] / depth
+    rows["percent"] = 100 * rows["avg"] / baseline
+    rows["method"] = rows["row"].map(style.name)
+    rows["source"] = "paper"
+    return rows.dropna(subset="n_dropped")
+
+
+def by_variant(rows: pd.DataFrame, speed: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row a variant, the first being the baseline; each column `x` with its standard error `x_stderr`.
+
+    rows: from `quality`. Benchmarks and sets of questions give a column each, in percent right by their headline metric
+    (`statistics.headline`), their mean `avg`, and `percent`: avg in percent of the baseline's. Its error takes the two
+    as independent, which overstates it: all variants answer the same questions. Texts give `perplexity` and
+    `ppl_ratio`, relative to the baseline's, with the error of the differences sample by sample. speed: from
+    `timing.speedups`. Gives `speedup`, its error half its range, and the paper's `gamma` (NaN without a speedup).
+
+    Raises ValueError without rows, for a task that has no headline metric (perplexities of wikitext are no percentages,
+    and belong into no average), and for variants that were not timed.
+    """
+    if rows.empty:
+        raise ValueError("by_variant: no rows; measure at least one variant with `quality` on a text or a task")
+    variants = list(dict.fromkeys(rows["variant"]))
+    shown = headline(rows)
+    is_text = shown["metric"] == "nats"
+    columns = {}
+    errors = {}
+    for task, answers in shown[~is_text].groupby("where", sort=False):
+        right = 100 * answers.pivot(index="item", columns="variant", values="value").reindex(columns=variants)
+        columns[task] = right.mean()
+        errors[task] = right.sem()
+    table = pd.DataFrame(columns, index=variants)
+    error = pd.DataFrame(errors, index=variants)
+    if columns:
+        _add_average(table, error)
+    if is_text.any():
+        losses = shown[is_text].pivot(index="variant", columns=["where", "item"], values="value").reindex(variants)
+        for column, nats in (("perplexity", losses), ("ppl_ratio", losses - losses.iloc[0])):
+            table[column] = np.exp(nats.mean(axis=1, skipna=False))
+            error[column] = table[column] * nats.sem(axis=1, skipna=False)
+    if speed is not None:
+        _add_speed(table, error, speed)
+    return table.join(error.add_suffix("_stderr")).rename_axis(columns=None)
+
+
+def _add_average(table: pd.DataFrame, error: pd.DataFrame) -> None:
+    """Add avg and percent over the columns so far, and their errors."""
+    n_tasks = len(table.columns)
+    average = table.mean(axis=1, skipna=False)  # never over fewer tasks than the baseline's
+    average_error = np.sqrt((error**2).sum(axis=1, skipna=False)) / n_tasks
+    relative_error = average_error / average
+    table["avg"] = average
+    error["avg"] = average_error
+    table["percent"] = 100 * average / average.iloc[0]
+    error["percent"] = table["percent"] * np.hypot(relative_error, relative_error.iloc[0])
+    error.loc[table.index[0], "percent"] = 0.0
+
+
+def _add_speed(table: pd.DataFrame, error: pd.DataFrame, speed: pd.DataFrame) -> None:
+    """Add speedup and, where there is an average, gamma, and their errors."""
+    not_timed = [variant for variant in table.index if variant not in speed.index]
+    if not_timed:
+        raise ValueError(f"by_variant: {', '.join(not_timed)} not timed; timed: {', '.join(map(str, speed.index))}")
+    timed = speed.loc[table.index]
+    table["speedup"] = timed["speedup"]
+    error["speedup"] = (timed["speedup_high"] - timed["speedup_low"]) / 2
+    if "avg" in table:
+        baseline = table["avg"].iloc[0]
+        table["gamma"] = [gamma(baseline, row.avg, row.speedup) for row in table.itertuples()]
+        percent_faster = (100 * (table["speedup"] - 1)).where(table["gamma"].notna())
+        error["gamma"] = np.hypot(error["avg"], error["avg"].iloc[0]) / percent_faster
+
+
+def compare(table: pd.DataFrame, column: str, row: str, other: str | None = None) -> tuple[float, float]:
+    """`column` of one row, less that of the other row if given, and the standard error as if they were independent.
+
+    table: as from `by_variant`. NaN where it lacks one of the rows.
+    """
+    rows = table.reindex([row] if other is None else [row, other])
+    values = rows[column].to_numpy(float)
+    errors = rows[f"{column}_stderr"].to_numpy(float)
+    return float(values[0] - values[1:].sum()), float(np.sqrt((errors**2).sum()))
+
+
+def near_guessing(table: pd.DataFrame) -> list[str]:
+    """Benchmarks on which even the baseline, the first row from `by_variant`, is not two errors above CHANCE.
+
+    What dropping does to these says nothing.
+    """
+    baseline = table.iloc[0]
+    tasks = [column for column in table if column in CHANCE]
+    return [task for task in tasks if baseline[task] - 2 * baseline[f"{task}_stderr"] < CHANCE[task]]
+
+
+def record_worst(out_dir: str | os.PathLike, results: Iterable[tuple[str, str, float, float]], detail: str) -> None:
+    """`record_claim` for each claim with the model that speaks most against it.
+
+    results: (claim id, model, measured, error), one for each claim and model; NaN for what a model cannot say.
+    """
+    table = pd.DataFrame(results, columns=["id", "model", "measured", "error"])
+    is_upper_limit = claims().set_index("id")["tolerance"].str.startswith("<")
+    for id, rows in table.groupby("id", sort=False):
+        worst = rows.sort_values("measured", ascending=not is_upper_limit[id]).iloc[0]  # NaN last
+        record_claim(out_dir, id, worst["measured"], worst["error"], detail=f"{worst['model']}: {detail}")
+
+
+def format_table(
+    df: pd.DataFrame,
+    fmt: Literal["markdown", "latex", "csv"] = "markdown",
+    *,
+    missing: str = "not run",
+    missing_in: Mapping[str, str] | None = None,
+    reasons: str | None = None,
+    digits: Mapping[str, int] | None = None,
+    names: Mapping[str, str] | None = None,
+    keep: float = 0.95,
+    below: Literal["gray", "bold"] = "gray",
+    note: str = "",
+) -> str:
+    """`df` as text: "markdown", "latex" (booktabs; needs the packages booktabs and colortbl) or "csv" (all digits).
+
+    - A column `x_stderr` is folded into its `x`: "68.2 ± 0.5".
+    - Rows with `source == "paper"` are published values: in italics.
+    - Rows whose `avg` is below `keep` times that of the `method == "Baseline"` row of the same model and source are
+      marked: `below="gray"` shades them (Markdown has no shade: ▽ at the average), `below="bold"` makes them bold.
+    - No cell is blank. A missing number reads "not in the paper" in published rows. In measured ones it reads
+      `missing`, or what `missing_in` has for its column ({"speedup": "needs a GPU"}), or what stands in the column
+      named by `reasons`, which is not shown itself. γ is "–" for a Baseline, which compares nothing, and where there is
+      no speedup. `note` is a line below the table: say there how to run what is not.
+
+    digits: after the point, by column. names: of columns, for the head (else NAMES). Raises ValueError for a frame
+    without rows or columns, for an unknown fmt or below, and for two columns of one name.
+    """
+    if fmt not in ("markdown", "latex", "csv"):
+        raise ValueError(f"format_table: format {fmt!r}; there are markdown, latex, csv")
+    if below not in ("gray", "bold"):
+        raise ValueError(f"format_table: below={below!r}; there are gray, bold")
+    if df.empty:
+        raise ValueError(f"format_table: {len(df)} rows and {len(df.columns)} columns; a table needs one of each")
+    df = df.reset_index(drop=True)
+    published = df["source"].eq("paper") if "source" in df else pd.Series(False, index=df.index)
+    baseline = df["method"].eq("Baseline") if "method" in df else pd.Series(False, index=df.index)
+    texts = pd.DataFrame(missing, index=df.index, columns=df.columns, dtype=object)  # what stands where nothing is
+    for column, text in (missing_in or {}).items():
+        texts[column] = text
+    if reasons is not None:
+        for column in texts:
+            texts[column] = df[reasons].astype(str)
+    texts.loc[published] = "not in the paper"
+    if "gamma" in df:
+        texts.loc[baseline, "gamma"] = "–"
+        if "speedup" in df:
+            texts.loc[pd.to_numeric(df["speedup"], errors="coerce") <= 1, "gamma"] = "–"
+    if reasons is not None:
+        df = df.drop(columns=reasons)
+        texts = texts.drop(columns=reasons)
+    if fmt == "csv":
+        return df.astype(object).where(df.notna(), texts[df.columns]).to_csv(index=False, lineterminator="\n")
+
+    columns = [c for c in df if not (c.endswith("_stderr") and c.removesuffix("_stderr") in df)]
+    digits = DIGITS | dict(digits or {})
+    names = NAMES | dict(names or {})
+    cells = pd.DataFrame(index=df.index)
+    for column in columns:
+        errors = df.get(f"{column}_stderr", pd.Series(np.nan, index=df.index))
+        cells[column] = [
+            text if pd.isna(value) else _cell(value, error, digits.get(column, 1))
+            for value, error, text in zip(df[column], errors, texts[column], strict=True)
+        ]
+    cells.columns = [str(names.get(column, column)) for column in columns]
+    if not cells.columns.is_unique:
+        twice = ", ".join(cells.columns[cells.columns.duplicated()])
+        raise ValueError(f"format_table: more than one column is called {twice}; give each its own in `names`")
+    is_number = [pd.api.types.is_numeric_dtype(df[column]) for column in columns]
+    marked = _below_baseline(df, baseline, keep)
+    notes = [note] if note else []
+    if marked.any():
+        mark = "Bold" if below == "bold" else "▽" if fmt == "markdown" else "Gray"
+        notes.append(f"{mark}: average below {100 * keep:g} % of the baseline’s.")
+    if published.any():
+        notes.append("Italics: as printed in the paper.")
+    shaded = marked & (below == "gray")
+    bold = marked & (below == "bold")
+    if fmt == "markdown":
+        return _markdown(cells, is_number, shaded, bold, published, names["avg"], " ".join(notes))
+    new_model = df["model"].ne(df["model"].shift()) if "model" in df else pd.Series(False, index=df.index)
+    new_model[0] = False
+    return _latex(cells, is_number, shaded, bold, published, new_model, " ".join(notes))
+
+
+def save_table(
+    df: pd.DataFrame, name: str, caption: str, out_dir: str | os.PathLike, provenance: Mapping, **options
+) -> str:
+    """Write `<out_dir>/<name>` as .md, .tex, .csv, .txt (caption), .json (provenance); options as in format_table.
+
+    Line breaks in the caption become spaces. Returns what stands in the .md: caption and table.
+    """
+    caption = " ".join(caption.split())
+    markdown = f"{caption}\n\n{format_table(df, 'markdown', **options)}"
+    contents = {
+        "md": markdown,
+        "tex": format_table(df, "latex", **options),
+        "csv": format_table(df, "csv", **options),
+        "txt": caption + "\n",
+        "json": provenance_json(name, provenance),
+    }
+    write_atomic({f"{out_dir}/{name}.{kind}": content for kind, content in contents.items()})
+    return markdown
+
+
+def provenance_json(name: str, provenance: Mapping) -> str:
+    """The provenance record written beside every figure and table."""
+    return json.dumps({"name": name} | dict(provenance), indent=1, sort_keys=True, default=str) + "\n"
+
+
+def provenance_line(provenance: Mapping) -> str:
+    """A provenance record in one line, as notebooks end with."""
+    return " · ".join(f"{fact}: {value}" for fact, value in provenance.items())
+
+
+def _cell(value, error: float, places: int) -> str:
+    """A number with its error, rounded: 4 digits say enough (115.2, 1083). Integers and text as they are."""
+    if not pd.api.types.is_float(value):
+        return str(value)
+    if math.isfinite(value):
+        places = min(places, max(0, 3 - int(np.log10(max(abs(value), 1)))))
+    text = _number(value, places)
+    return text if pd.isna(error) else f"{text} ± {_number(error, places)}"
+
+
+def _number(value: float, places: int) -> str:
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{round(value, places) + 0.0:.{places}f}".replace("-", "−")  # + 0.0: never "−0.0"
+
+
+def _below_baseline(df: pd.DataFrame, baseline: pd.Series, keep: float) -> pd.Series:
+    """Rows whose average is below `keep` of that of their own model's and source's Baseline row."""
+    if "avg" not in df or not baseline.any():
+        return pd.Series(False, index=df.index)
+    average = pd.to_numeric(df["avg"], errors="coerce")
+    group = pd.Series("", index=df.index)
+    for column in ("model", "source"):
+        if column in df:
+            group = group + "|" + df[column].astype(str)
+    return average < keep * group.map(average[baseline].groupby(group[baseline]).first())
+
+
+def _markdown(
+    cells: pd.DataFrame,
+    is_number: list[bool],
+    shaded: pd.Series,
+    bold: pd.Series,
+    italic: pd.Series,
+    average: str,
+    note: str,
+) -> str:
+    lines = [list(cells.columns), ["---:" if right else "---" for right in is_number]]
+    for row in cells.index:
+        texts = cells.loc[row].str.replace("|", r"\|")
+        if shaded[row] and average in texts:
+            texts[average] += " ▽"
+        around = "*" * (int(italic[row]) + 2 * int(bold[row]))
+        lines.append([around + text + around for text in texts])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table + (f"\n{note}\n" if note else "")
+
+
+def _latex(
+    cells: pd.DataFrame,
+    is_number: list[bool],
+    shaded: pd.Series,
+    bold: pd.Series,
+    italic: pd.Series,
+    rule_above: pd.Series,
+    note: str,
+) -> str:
+    """The cells by pandas' Styler, whose styles are LaTeX commands here: those of a row stand in its first cell."""
+    styles = pd.DataFrame("", index=cells.index, columns=cells.columns)
+    styles.loc[rule_above, cells.columns[0]] += r"midrule:;"
+    styles.loc[shaded, cells.columns[0]] += "rowcolor:[gray]{0.88};"
+    styles.loc[bold] += "textbf:--rwrap;"
+    styles.loc[italic] += "textit:--rwrap;"
+    styler = cells.style.hide(axis="index").apply(lambda _: styles, axis=None)
+    styler = styler.format(escape="latex").format_index(escape="latex", axis="columns")
+    text = styler.to_latex(hrules=True, column_format="".join("r" if right else "l" for right in is_number))
+    if note:
+        paragraph = pd.DataFrame([[note]]).style.hide(axis="index").hide(axis="columns").format(escape="latex")
+        width = r"@{}p{\linewidth}@{}"
+        text += rf"\par\smallskip{{\footnotesize {paragraph.to_latex(column_format=width)}}}" + "\n"
+    return "% needs \\usepackage{booktabs,colortbl}\n" + text.translate(str.maketrans(_LATEX))

@@ -1,0 +1,153 @@
+"""Text to train a small language model on: a tokenizer of its own, packed windows, and losses to beat."""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..calibration import Calibration
+from ..data.texts import SOURCES
+
+END = "</s>"  # stands after every document
+SMALLEST_VOCABULARY = 257  # 256 bytes and END
+TOKENIZER_DOCUMENTS = 2000  # on which the tokenizer is trained
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingText:
+    """Text as tokens, ready to train on.
+
+    train: int32 [n, seq_len]. valid: windows of documents held out of training. baselines: validation loss in nats per
+    token of models that know no context ("uniform", "unigram") or one token of it ("bigram"), counted on `train`.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: np.ndarray
+    valid: Calibration
+    baselines: dict[str, float]
+
+    @property
+    def seq_len(self) -> int:
+        return self.train.shape[1]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.train.tobytes() + self.valid.digest.encode()).hexdigest()
+
+
+def load_training_text(
+    sources: Sequence[str],
+    vocabulary: int = 2048,
+    seq_len: int = 128,
+    n_train: int | None = None,
+    n_valid: int = 64,
+    data_dir: str | os.PathLike | None = None,
+) -> TrainingText:
+    """Tokenize sources (keys of `llmdrop.calibration.SOURCES`) with a byte-level BPE trained on them, in windows.
+
+    About one document in twenty is held out, chosen by its opening words, so that two passages of one article are
+    never on both sides. The others, shuffled (always alike), train the tokenizer (the first 2,000) and fill at most
+    n_train windows of seq_len tokens (None: all there is). data_dir: see `llmdrop.data`.
+
+    Raises ValueError for unknown sources, sizes that make no sense, or too little text.
+    """
+    unknown = [name for name in sources if name not in SOURCES]
+    if unknown or not sources:
+        raise ValueError(f"unknown text {', '.join(unknown) or '(none given)'}; these are known: {', '.join(SOURCES)}")
+    too_small = seq_len < 2 or n_valid < 2 or (n_train is not None and n_train < 1)
+    if vocabulary < SMALLEST_VOCABULARY or too_small:
+        raise ValueError(
+            f"{vocabulary=}, {seq_len=}, {n_train=}, {n_valid=}: need at least {SMALLEST_VOCABULARY} (256 bytes and "
+            f"{END}), 2, 1 and 2"
+        )
+    documents = _shuffled_documents(sources, data_dir)
+    train_documents = [document for document in documents if not _is_held_out(document)]
+    valid_documents = [document for document in documents if _is_held_out(document)]
+    tokenizer = _train_tokenizer(train_documents[:TOKENIZER_DOCUMENTS], vocabulary)
+    train = _pack(train_documents, tokenizer, seq_len, n_train)
+    valid = _pack(valid_documents, tokenizer, seq_len, n_valid)
+    if not len(train) or len(valid) < n_valid:
+        raise ValueError(
+            f"{', '.join(sources)}: {len(documents)} documents give {len(train)} windows of {seq_len} tokens to train "
+            f"on and {len(valid)} held out; need 1 and {n_valid}. Add sources, or make windows shorter or n_valid "
+            "smaller"
+        )
+    held_out = Calibration(torch.tensor(valid, dtype=torch.long), source=f"{'+'.join(sources)}, held out")
+    return TrainingText(tokenizer, train, held_out, count_baselines(train, valid, len(tokenizer)))
+
+
+def _shuffled_documents(sources: Sequence[str], data_dir: str | os.PathLike | None) -> list[str]:
+    """All documents in an order that is always the same; one that occurs twice stands there once."""
+    documents: dict[str, None] = {}
+    for name in sources:
+        documents |= dict.fromkeys(SOURCES[name].documents(data_dir))
+    in_order = list(documents)
+    return [in_order[i] for i in np.random.default_rng(0).permutation(len(in_order))]
+
+
+def _is_held_out(document: str) -> bool:
+    """About one in twenty, by the opening words."""
+    opening = document[:24].encode()
+    return hashlib.sha256(opening).digest()[0] < 13
+
+
+def _train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with END as its only special token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+
+
+def _pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, seq_len: int, n: int | None) -> np.ndarray:
+    """Documents end to end, cut into at most n windows: int32 [<= n, seq_len]."""
+    stream: list[int] = []
+    for start in range(0, len(documents), 64):
+        for ids in tokenizer(documents[start : start + 64], verbose=False)["input_ids"]:
+            stream += ids + [tokenizer.eos_token_id]
+        if n is not None and len(stream) >= n * seq_len:
+            break
+    n_windows = len(stream) // seq_len
+    if n is not None:
+        n_windows = min(n_windows, n)
+    return np.array(stream[: n_windows * seq_len], dtype=np.int32).reshape(n_windows, seq_len)
+
+
+def count_baselines(train: np.ndarray, valid: np.ndarray, vocabulary: int) -> dict[str, float]:
+    """Loss on the second and later tokens of each window of `valid`, as for a model, of models that count `train`.
+
+    The bigram is smoothed towards the unigram with the strength that suits `valid` best: the hardest one to beat.
+    """
+    counts = np.bincount(train.ravel(), minlength=vocabulary) + 1.0
+    unigram = counts / counts.sum()
+    train_pairs = train[:, :-1].astype(np.int64) * vocabulary + train[:, 1:]
+    known_pairs, times_seen = np.unique(train_pairs, return_counts=True)
+    times_first = np.bincount(train[:, :-1].ravel(), minlength=vocabulary)
+
+    before = valid[:, :-1].ravel().astype(np.int64)
+    after = valid[:, 1:].ravel()
+    pairs = before * vocabulary + after
+    position = np.searchsorted(known_pairs, pairs).clip(max=len(known_pairs) - 1)
+    joint = np.where(known_pairs[position] == pairs, times_seen[position], 0)
+    bigram_losses = []
+    for strength in 2.0 ** np.arange(-2, 12):
+        probability = (joint + strength * unigram[after]) / (times_first[before] + strength)
+        bigram_losses.append(-np.log(probability).mean())
+    return {
+        "uniform": math.log(vocabulary),
+        "unigram": float(-np.log(unigram[after]).mean()),
+        "bigram": float(min(bigram_losses)),
+    }

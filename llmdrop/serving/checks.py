@@ -1,0 +1,229 @@
+"""Is an export in an engine the same model, and how much faster is it there?"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from ..checkpoints.save import save_model
+from ..plan import DropPlan
+from ..prune import dropped
+from ..speed.measure import in_rounds, measure_speed
+from . import llama_cpp, vllm_engine
+
+VERSION = 1  # raised when the numbers of this module change
+FORMATS = {"transformers": "hf", "llama.cpp": "gguf", "vLLM": "nemotron-nas"}
+COLUMNS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "prefill_speedup",
+    "decode_speedup",
+    "decode_low",
+    "decode_high",
+    "kv_bytes",
+    "file_bytes",
+    "kv_share",
+    "file_share",
+)
+
+
+def engines() -> dict[str, str]:
+    """The engines that are here and their versions: transformers, and llama.cpp and vLLM where they are installed."""
+    versions = {"transformers": torch.__version__, "llama.cpp": llama_cpp.installed(), "vLLM": vllm_engine.installed()}
+    return {name: version for name, version in versions.items() if version}
+
+
+def commands(path: str = "dropped") -> list[dict[str, str]]:
+    """How each engine is started on an export: rows of engine, format, command."""
+    vllm = f"python -m vllm.entrypoints.openai.api_server --model {path}"  # `vllm serve` fails in the CPU wheel
+    rows = [
+        ("llama.cpp (xllamacpp)", "gguf", f"python -m llmdrop.serving {path}.gguf --port 8080"),
+        ("llama.cpp", "gguf", f"llama-server --model {path}.gguf --port 8080"),
+        ("Ollama", "gguf", f"echo FROM ./{path}.gguf > Modelfile && ollama create {path} && ollama run {path}"),
+        ("vLLM, llmdrop beside it", "nemotron-nas", vllm),
+        ("vLLM alone", "nemotron-nas", f"{vllm} --trust-remote-code"),
+        ("transformers", "hf", f"AutoModelForCausalLM.from_pretrained('{path}', trust_remote_code=True)"),
+    ]
+    return [dict(zip(("engine", "format", "command"), row, strict=True)) for row in rows]
+
+
+def export(engine: str, model, tokenizer, plan: DropPlan, folder: str | Path, weights: str = "f32") -> Path:
+    """Write one plan of an undropped model in the form `engine` reads; weights: of a GGUF. ValueError if it cannot."""
+    with dropped(model, plan):
+        if engine == "llama.cpp":
+            return save_model(model, tokenizer, Path(folder, "m.gguf"), format="gguf", weights=weights)
+        return save_model(model, tokenizer, Path(folder, "m"), format=FORMATS[engine])
+
+
+@contextmanager
+def start(engine: str, path: Path, model, **settings) -> Iterator:
+    """Run an export in an engine in a `with` block; settings (transformers has none): as of `llama_cpp.serve`.
+
+    What it yields has complete(prompts, new_tokens, top) and, but for transformers, kv_bytes and file_bytes.
+    """
+    if engine == "transformers":
+        yield Transformers(path, model)
+    else:
+        serve = {"llama.cpp": llama_cpp.serve, "vLLM": vllm_engine.serve}[engine]
+        with serve(path, **settings) as running:
+            yield running
+
+
+class Transformers:
+    """Transformers without llmdrop, in the shape of an engine: a checkpoint loaded by the file it brings."""
+
+    def __init__(self, path: Path, model):
+        self.model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=model.dtype)
+        self.model.to(model.device).eval()
+        self.model.generation_config = GenerationConfig(pad_token_id=0)  # no end of text ends it
+
+    @torch.inference_mode()
+    def complete(self, prompts: Sequence[Sequence[int]], new_tokens: int, top: int = 1) -> list[dict]:
+        """Greedy continuations with a KV cache: tokens, top (for each {token: log-probability} of the likeliest).
+
+        Prompts of one length are one batch.
+        """
+        answers: list[dict] = [{} for _ in prompts]
+        for length in {len(prompt) for prompt in prompts}:
+            batch = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+            ids = torch.tensor([prompts[i] for i in batch], device=self.model.device)
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            best = torch.stack(out.logits, 1).float().log_softmax(-1).topk(top)  # [batch, new_tokens, top]
+            for row, i in enumerate(batch):
+                steps = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+                top_of_steps = [dict(zip(tokens, values, strict=True)) for tokens, values in steps]
+                answers[i] = {"tokens": out.sequences[row, length:].tolist(), "top": top_of_steps}
+        return answers
+
+
+# -- the same numbers -------------------------------------------------------------------------------------------------
+def check_export(
+    engine: str, model, tokenizer, plan: DropPlan, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int = 1
+) -> list[dict]:
+    """`compare` one plan of an undropped model in one engine: rows of setting and what `compare` returns.
+
+    Settings are "exact", float32 throughout, and for llama.cpp also "default": flash attention and a float16 cache, as
+    people serve, but float32 weights all the same. A plan that the engine cannot have gives one row {"refused": why}.
+    """
+    length = max(map(len, prompts)) + new_tokens
+    how = {"threads": threads, "parallel": len(prompts), "context": _rounded_up(length, 64)}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = export(engine, model, tokenizer, plan, folder)
+        except ValueError as error:
+            return [{"refused": str(error)}]
+        for setting in ("exact", "default") if engine == "llama.cpp" else ("exact",):
+            with start(engine, path, model, exact=setting == "exact", **how) as running, dropped(model, plan):
+                rows.append({"setting": setting} | compare(running, model, prompts, new_tokens))
+    return rows
+
+
+def compare(engine, model, prompts: Sequence[Sequence[int]], new_tokens: int, top: int = 20) -> dict:
+    """How near a running engine's greedy text is to a transformers model's, which must be dropped from alike.
+
+    Along the engine's own text, both log-probabilities of its `top` likeliest tokens are compared at each step. Returns
+    n_tokens, n_equal (tokens which are also the model's choice), max_difference (natural log), and max_loss, the most
+    that the model gives away by the engine's choice: where it is below max_difference, unequal tokens are ties. Ends of
+    text, which llama.cpp rates but may not choose here, are no choice for the model either.
+    """
+    equal = 0
+    difference = 0.0
+    loss = 0.0
+    for ids, out in zip(prompts, engine.complete(prompts, new_tokens, top), strict=True):
+        sequence = torch.tensor([list(ids) + out["tokens"]], device=model.device)
+        with torch.inference_mode():
+            logits = model(sequence, use_cache=False, logits_to_keep=new_tokens + 1).logits
+        logprobs = logits[0, :-1].float().log_softmax(-1).cpu()  # [new_tokens, V]
+        for step, (token, likely) in enumerate(zip(out["tokens"], out["top"], strict=True)):
+            known = {t: value for t, value in likely.items() if value > -30}  # llama.cpp says -inf as a large number
+            difference = max(difference, *(abs(float(logprobs[step, t]) - value) for t, value in known.items()), 0)
+            ends = [t for t, value in known.items() if value > known.get(token, 0)]  # rated above its own choice
+            logprobs[step, ends] = -torch.inf
+            equal += int(logprobs[step].argmax()) == token
+            loss = max(loss, float(logprobs[step].max() - logprobs[step, token]))
+    n_tokens = new_tokens * len(prompts)
+    return {"n_tokens": n_tokens, "n_equal": equal, "max_difference": difference, "max_loss": loss}
+
+
+# -- faster, and a smaller cache --------------------------------------------------------------------------------------
+def compare_serving(
+    engine: str,
+    model,
+    tokenizer,
+    plans: Mapping[str, DropPlan],
+    prompt: Sequence[int],
+    new_tokens: int,
+    rounds: int = 3,
+    threads: int = 1,
+    weights: str = "q8_0",
+) -> list[dict]:
+    """Speed of several plans of one model in one engine, in turn, `rounds` times: a drifting machine hits all alike.
+
+    Returns one row per plan that the engine can have: engine, plan, prefill_tokens_per_second,
+    decode_tokens_per_second, prefill_speedup and decode_speedup over the first plan (medians over rounds of ratios
+    within one round), with decode_low and decode_high (their range), kv_bytes (what the engine needs for prompt and new
+    tokens, by its own account), file_bytes, and kv_share and file_share relative to the first plan's.
+    """
+    how = {"threads": threads, "parallel": 1, "context": _rounded_up(len(prompt) + new_tokens, 256)}
+    runs: dict[str, Callable[[int], dict]] = {}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for name, plan in plans.items():
+            if engine == "transformers":
+                runs[name] = partial(_time_in_place, model, plan, len(prompt), new_tokens)
+                continue
+            try:
+                path = export(engine, model, tokenizer, plan, Path(folder, name), weights)
+            except ValueError as error:
+                print(f"{engine} cannot have {name}: {error}")
+                continue
+            running = stack.enter_context(start(engine, path, model, **how))
+            runs[name] = partial(_time_engine, running, prompt, new_tokens)
+        if not runs:
+            return []
+        in_rounds(runs, 1)  # warms up
+        rows = in_rounds(runs, rounds)
+    rows["prefill_tokens_per_second"] = len(prompt) / rows.pop("prefill_seconds")
+    rows["decode_tokens_per_second"] = new_tokens / rows.pop("decode_seconds")
+    first = rows[rows["name"] == next(iter(runs))].set_index("round")
+    for phase in ("prefill", "decode"):
+        per_second = f"{phase}_tokens_per_second"
+        rows[f"{phase}_speedup"] = rows[per_second] / rows["round"].map(first[per_second])
+    by_plan = rows.drop(columns="round").groupby("name", sort=False)
+    table = by_plan.median()
+    table["decode_low"] = by_plan["decode_speedup"].min()
+    table["decode_high"] = by_plan["decode_speedup"].max()
+    table["kv_share"] = table["kv_bytes"] / table["kv_bytes"].iloc[0]
+    table["file_share"] = table["file_bytes"] / table["file_bytes"].iloc[0]
+    table = table.astype({"kv_bytes": int, "file_bytes": int})[list(COLUMNS)]
+    return [{"engine": engine, "plan": name} | row for name, row in table.to_dict("index").items()]
+
+
+def _time_engine(running, prompt: Sequence[int], new_tokens: int, round: int) -> dict[str, float]:
+    (out,) = running.complete([prompt], new_tokens)
+    seconds = {name: out[name] for name in ("prefill_seconds", "decode_seconds")}
+    return seconds | {"kv_bytes": running.kv_bytes, "file_bytes": running.file_bytes}
+
+
+def _time_in_place(model, plan: DropPlan, prompt_len: int, new_tokens: int, round: int) -> dict[str, float]:
+    """The same in transformers, by one plan of a model that all plans share; file_bytes are those of the weights."""
+    with dropped(model, plan):
+        out = measure_speed(model, 1, prompt_len, new_tokens, repeats=1, warm_up=False)
+        file_bytes = sum(p.nbytes for p in model.parameters())
+    return {name: out[name] for name in ("prefill_seconds", "decode_seconds", "kv_bytes")} | {"file_bytes": file_bytes}
+
+
+def _rounded_up(n: int, step: int) -> int:
+    return -(-n // step) * step

@@ -1,0 +1,1 @@
+"""How fast a model is: measured, as its bytes and FLOPs allow, and by the shapes of the paper's models."""

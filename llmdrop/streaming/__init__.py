@@ -1,0 +1,1 @@
+"""Score and drop checkpoints that are larger than memory, and score with several processes."""

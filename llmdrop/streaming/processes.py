@@ -1,0 +1,70 @@
+"""Score with several processes, started by torchrun or accelerate launch: samples are split, sums come together."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..anatomy import find_anatomy
+from ..calibration import Calibration
+from ..scoring import ImportanceScores, sample_sums, scores_from_sums
+from .extra import import_extra
+
+Sums = tuple[torch.Tensor, torch.Tensor | None]  # as from `scoring.sample_sums`
+
+
+def score_distributed(
+    model: nn.Module,
+    calibration: Calibration,
+    batch_size: int = 8,
+    with_residual: bool = True,
+    gap: bool = False,
+    progress: bool = True,
+) -> ImportanceScores:
+    """`score` with several processes, each with the whole model and its share of the samples.
+
+    Every process of torchrun or accelerate launch must call it with the same arguments; all get the scores of the whole
+    calibration set. Without a launcher it is one process. Arguments and errors as of `score`; ImportError without the
+    package accelerate.
+    """
+    if batch_size < 1:  # before the processes wait for each other
+        raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+
+    def part(share: Calibration) -> Sums:
+        return sample_sums(model, share, batch_size, with_residual, gap, progress)
+
+    sums, gaps = over_processes(part, calibration, find_anatomy(model).n_layers, gap)
+    return scores_from_sums(sums, gaps, calibration)
+
+
+def own_device() -> str:
+    """The device of this process: its GPU where there is CUDA, else the CPU."""
+    return str(import_extra("accelerate").PartialState().device) if torch.cuda.is_available() else "cpu"
+
+
+def over_processes(
+    part: Callable[[Calibration], Sums], calibration: Calibration, n_layers: int, gap: bool = False
+) -> Sums:
+    """`sample_sums` of all samples, in every process, where `part` gives those of the samples it is given.
+
+    Every process must call it; any number of them, with any number of samples. The process group is made if there is
+    none (NCCL between GPUs, gloo between CPUs).
+    """
+    state = import_extra("accelerate").PartialState()
+    sums = torch.zeros(n_layers, 6, calibration.n_samples, dtype=torch.float64)
+    gaps = torch.zeros(n_layers, n_layers, dtype=torch.float64) if gap else None
+    with state.split_between_processes(list(range(calibration.n_samples))) as rows:
+        if rows:  # there may be more processes than samples
+            mask = None if calibration.attention_mask is None else calibration.attention_mask[rows]
+            share = Calibration(calibration.input_ids[rows], f"part of {calibration.source}", mask)
+            sums[:, :, rows], gaps = part(share)
+    if state.num_processes > 1:
+        sums = _added(sums, state.device)
+        gaps = _added(gaps, state.device) if gap else None
+    return sums, gaps
+
+
+def _added(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    values = values.to(device)  # NCCL adds what is on GPUs
+    torch.distributed.all_reduce(values)
+    return values.cpu()

@@ -1,0 +1,265 @@
+"""A safetensors checkpoint on disk: checked before anything is read, then read tensor by tensor, each byte once.
+
+The safetensors library maps files into memory and does not say where in them a tensor lies. Here bytes are read into
+buffers that are used again, so that memory stays that of one layer, or copied from file to file unseen.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ..checkpoints.load import locate, saved_record, stock_class
+from ..plan import DropPlan
+from ..prune import apply_plan, drop_recorded
+from .extra import import_extra
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")  # config, index and tokenizer of a hub repository
+FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's files keep what transformers 4 called it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: bytes [start, stop) of a file. dtype: as safetensors spells it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def n_bytes(self) -> int:
+        return self.stop - self.start
+
+    def read(self, out: torch.Tensor, offset: int = 0) -> None:
+        """Fill the uint8 tensor `out` with this tensor's bytes from `offset` on. OSError where the file ends early."""
+        view = memoryview(out.numpy())
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start + offset)
+            while view:
+                n = file.readinto(view)  # at most 2 GiB at a time
+                if not n:
+                    raise OSError(f"{self.file} became shorter while it was being read")
+                view = view[n:]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are whole and fit its config; no weight of it is in memory.
+
+    model: parameters on "meta", buffers real, in eval mode, without what the checkpoint has dropped. names: of each
+    name in the model's state dict the one in the files (of tied tensors one may do for both). shards: file by file, in
+    order, the tensors in it by their names there.
+    """
+
+    folder: Path
+    model: nn.Module
+    names: dict[str, str]
+    shards: dict[Path, dict[str, Entry]]
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry of a name in the model's state dict."""
+        raw = self.names[name]
+        return next(entries[raw] for entries in self.shards.values() if raw in entries)
+
+
+def open_checkpoint(
+    name: str | os.PathLike, dtype: str | None = None, attn_implementation: str | None = None
+) -> Checkpoint:
+    """Check a checkpoint's files without reading a weight. name: as in `load_model`; hub models are downloaded first.
+
+    dtype: of the model, None for the checkpoint's own. Raises FileNotFoundError for what is not there, also a shard
+    that the index names; ValueError for files that are cut short or damaged, an index that its shards contradict,
+    weights that do not fit the config, quantized weights and unknown architectures; ImportError without the package
+    accelerate.
+    """
+    init_empty_weights = import_extra("accelerate").init_empty_weights
+    folder = _local(str(name))
+    config, record, llm_drop = _config(folder)
+    shards = _read_headers(folder)
+    entries = {raw: entry for file in shards.values() for raw, entry in file.items()}
+    kinds = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
+    if len(kinds) != 1 or not kinds <= set(DTYPES):
+        raise ValueError(f"{folder} holds weights of types {', '.join(sorted(kinds))}; expected one of {list(DTYPES)}")
+    settings = {"dtype": getattr(torch, dtype) if dtype else DTYPES[kinds.pop()]}
+    if attn_implementation:
+        settings["attn_implementation"] = attn_implementation
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, **settings).eval()
+    model.tie_weights()  # what is tied is one parameter again
+    model.name_or_path = str(name)
+    if record:
+        drop_recorded(model, record)
+    before = model.state_dict(keep_vars=True)
+    if llm_drop:  # files with the undropped model's numbers, with or without the dropped weights
+        apply_plan(model, llm_drop)
+    names = {}
+    for old, new in renamed(before, model).items():
+        bare = old.removeprefix(f"{model.base_model_prefix}.")  # as in a bare decoder's checkpoint
+        for spelling in (old, bare, FORMER_NAMES.get(old)):
+            if spelling in entries:
+                names[new] = spelling
+                break
+    _check_fit(folder, model, names, entries)
+    return Checkpoint(folder, model, names, shards)
+
+
+def _check_fit(folder: Path, model: nn.Module, names: dict[str, str], entries: dict[str, Entry]) -> None:
+    """ValueError unless the files hold every parameter of the model in its shape."""
+    parameters = model.state_dict(keep_vars=True)
+    there = {id(parameters[name]) for name in names}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in there]
+    reshaped = [
+        f"{name}: {entries[raw].shape}, not {tuple(parameters[name].shape)}"
+        for name, raw in names.items()
+        if entries[raw].shape != tuple(parameters[name].shape)
+    ]
+    if missing or reshaped:
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: missing {missing[:3]}, of another shape "
+            f"{reshaped[:3]} ({len(missing)} and {len(reshaped)} in all). Copy or download config and weights again, "
+            "from one revision"
+        )
+
+
+def renamed(before: dict[str, torch.Tensor], model: nn.Module) -> dict[str, str]:
+    """{old name: new name} of the parameters that are left, after `model` had layers dropped or renumbered in place.
+
+    before: its state_dict(keep_vars=True) from then; parameters are known by being the same objects.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(parameter), []).append(name)  # tied ones have two
+    return {old: names[id(parameter)].pop(0) for old, parameter in before.items() if names.get(id(parameter))}
+
+
+def _local(name: str) -> Path:
+    """The checkpoint's directory; a hub repository's config, tokenizer and the weights that are read are downloaded."""
+    path, revision = locate(name)
+    if os.path.isdir(path):
+        return Path(path)
+    try:
+        folder = _download(path, revision, BESIDE_WEIGHTS)
+        # of the same commit; not every *.safetensors: some repositories hold the weights twice (consolidated ones)
+        return _download(path, folder.name, _shard_names(folder))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"cannot get {name!r}: {' '.join(str(error).split())[:300]} | Allowed: a directory with config.json and "
+            "safetensors, or a hub id (optionally @revision) that this machine can reach"
+        ) from error
+
+
+def _download(repo: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    folder = snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*")
+    return Path(folder)
+
+
+def _config(folder: Path) -> tuple[PretrainedConfig, dict, DropPlan]:
+    """Config of the undropped model; the record of one of our checkpoints; what one of LLM-Drop's has dropped."""
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:300]}") from error
+    raw.pop("auto_map", None)  # remote code never runs
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise ValueError(f"{folder} holds quantized weights ({method}); this reads plain ones ({', '.join(DTYPES)})")
+    record = saved_record(raw, folder)
+    if "model_type" not in raw:
+        raise ValueError(f"{folder}/config.json has no model_type; expected the config of a transformers model")
+    config = AutoConfig.for_model(**raw | record.get("undropped", {}))
+    stock_class(config)
+    if "undropped" in record:
+        config.llmdrop = None
+        return config, record, DropPlan()
+    return config, {}, DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+
+
+def _shard_names(folder: Path) -> list[str]:
+    """The files that hold the weights: those the index lists, or the only one."""
+    if (folder / SINGLE).exists() or not (folder / INDEX).exists():
+        return [SINGLE]
+    return sorted(set(_index(folder).values()))
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """{tensor: file}."""
+    try:
+        listed = json.loads((folder / INDEX).read_text())["weight_map"]
+        if not all(isinstance(file, str) for file in listed.values()):
+            raise TypeError("a file's name is no text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / INDEX} is damaged ({type(error).__name__}: {error}). Copy or download it again"
+        ) from error
+    return listed
+
+
+def _read_headers(folder: Path) -> dict[Path, dict[str, Entry]]:
+    """File by file, the tensors in it; files and index must agree."""
+    names = _shard_names(folder)
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent == [SINGLE] and not (folder / INDEX).exists():
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; pickled weights (.bin) are not read, convert them with "
+            "save_pretrained"
+        )
+    if absent:
+        raise FileNotFoundError(f"{folder} lacks {len(absent)} of {len(names)} shards that its index lists: {absent}")
+    shards = {folder / name: _read_header(folder / name) for name in names}
+    if names == [SINGLE]:
+        return shards
+    listed = _index(folder)
+    homes = [(raw, file.name) for file, entries in shards.items() for raw in entries]
+    for raw, name in listed.items():
+        if raw not in shards[folder / name]:
+            raise ValueError(f"{folder / INDEX} says {raw} is in {name}, where it is not. Copy or download it again")
+    for raw, name in homes:
+        if listed.get(raw) != name:
+            raise ValueError(
+                f"{name} holds {raw}, which {INDEX} has elsewhere or not at all. Copy or download it again"
+            )
+    return shards
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    """Tensors of one file by name, in the order in which they lie; every byte of the file must be accounted for."""
+    again = "Copy or download it again"
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise ValueError(f"{path} is cut short or no safetensors file ({size} bytes). {again}")
+        text = file.read(length)
+    real = path.resolve()  # a file of the hub's cache is a link
+    data_start = 8 + length
+    stop = data_start
+    entries = {}
+    try:
+        header = {name: value for name, value in json.loads(text).items() if name != "__metadata__"}
+        for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = value["data_offsets"]
+            dtype, shape = value["dtype"], tuple(value["shape"])
+            n_bytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
+            if data_start + first != stop or last - first != n_bytes:
+                raise ValueError(f"{name} is not where its shape says")
+            start, stop = stop, stop + n_bytes
+            entries[name] = Entry(real, dtype, shape, start, stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged header ({error}). {again}") from error
+    if stop != size:
+        what = "cut short" if size < stop else "too long"
+        raise ValueError(f"{path} is {what}: {size} bytes instead of {stop}. {again}")
+    return entries

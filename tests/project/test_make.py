@@ -1,0 +1,256 @@
+"""The Makefile and notebooks/run.py on a copy of the project with tiny notebooks: what runs, when, and what not."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytest.importorskip("papermill")
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make (Debian: apt install make)")
+spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
+spec.loader.exec_module(run := importlib.util.module_from_spec(spec))
+
+PARAMETERS = 'PROFILE = "embedded"  # which profile\nOUT = "../figures/embedded"  # where the figures go\n'
+WRITE = "from pathlib import Path\nPath(OUT).mkdir(parents=True, exist_ok=True)\n"
+CELLS = {  # parameters, measure
+    "one": ('MODEL = "tiny"  # a model\n', "print('measuring', MODEL)\n(Path(OUT) / 'one.csv').write_text(MODEL)"),
+    "two": ("DATA_DIR = None  # a mirror\n", "(Path(OUT) / 'two.csv').write_text(f'{DATA_DIR}')"),
+    "three": ("N = 3  # a number\n", "if N > 10:\n    raise ValueError('N too large')\nprint(N)"),
+    "drop": ('MODEL = "tiny"\nATTN = 0\nMLP = 0\nBLOCK = 0\nDEST = ""\n', "print(MODEL, ATTN, MLP, BLOCK, DEST)"),
+}
+REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()"
+FOREIGN = set("MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR LIMIT ONLY FRESH PROFILE JOBS".split())  # not ours
+
+
+def write_notebook(path: Path, parameters: str, code: str) -> None:
+    cells = [nbformat.v4.new_code_cell(s) for s in (PARAMETERS + parameters, WRITE, code)]
+    cells[0].metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A project of three tiny notebooks, reproduced once: (its folder, what make said)."""
+    root = tmp_path_factory.mktemp("first")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "notebooks/run.py"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "notebooks/report.py").write_text(REPORT)  # the real one has its own tests
+    for name, (parameters, code) in CELLS.items():
+        write_notebook(root / "notebooks" / f"{name}.ipynb", parameters, code)
+    (root / "notebooks/profiles").mkdir()
+    for name in ("embedded", "smoke"):
+        (root / f"notebooks/profiles/{name}.yaml").write_text(
+            f"about: three tiny notebooks\ncommon: {{PROFILE: {name}, OUT: ../figures/{name}}}\n"
+            "needs:\n  one: {minutes: 7, disk_gb: 1.5, download_gb: 0, gpu_gb: 0}\n"
+            "one: {}\ntwo:\nthree: {N: 4}\n"
+        )
+    (root / "llmdrop").mkdir()
+    (root / "llmdrop/library.py").write_text("")
+    (root / "stamp").write_text("")
+    (root / "build/results").mkdir(parents=True)
+    (root / "build/results/measured.json").write_text("{}")
+    return root, make(root, "reproduce")
+
+
+@pytest.fixture
+def project(first_run, tmp_path):
+    """A copy of the reproduced project, file times included."""
+    return shutil.copytree(first_run[0], tmp_path / "project")
+
+
+def own_environment() -> dict[str, str]:
+    """Without what the make around the tests hands down."""
+    return {k: v for k, v in os.environ.items() if k not in FOREIGN and not k.startswith(("OMP_", "HF_HUB"))}
+
+
+def make(project: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run make with this Python as its environment, stdout and stderr together."""
+    one = [] if any(arg.startswith(("-j", "JOBS")) for arg in args) else ["JOBS=1"]  # so that the order is known
+    command = ["make", f"PY={sys.executable}", "STAMP=stamp", *one, *args]
+    streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(command, cwd=project, env=own_environment() | environment, text=True, timeout=300, **streams)
+
+
+def executed(output: str) -> list[str]:
+    """Names of the notebooks that this run started, in its order."""
+    return re.findall(r"\[\d+/\d+\] (\w+) …", output)
+
+
+def made(project: Path, *args: str, **environment: str) -> list[str]:
+    """The notebooks that `make reproduce` started; it must have ended well."""
+    run = make(project, "reproduce", *args, **environment)
+    assert run.returncode == 0, run.stdout
+    return executed(run.stdout)
+
+
+def done(project: Path, name: str, profile: str = "embedded") -> Path:
+    return project / f"build/notebooks/{profile}/{name}.ipynb"
+
+
+def test_two_at_a_time_on_two_cores(project):
+    """By default on a CPU, a thread each; never for profiles that time a GPU."""
+    for profile, jobs in (("embedded", min(os.cpu_count(), 2)), ("paper", 1)):
+        command = ["make", "-n", "STAMP=stamp", f"PROFILE={profile}", "reproduce"]
+        recipe = subprocess.run(command, cwd=project, env=own_environment(), capture_output=True, text=True).stdout
+        assert f"$# < {jobs} ? $# : {jobs}" in recipe
+    run = make(project, "reproduce", "FRESH=1", "JOBS=2")
+    assert run.returncode == 0 and sorted(executed(run.stdout)) == ["one", "three", "two"]
+
+
+def test_help(project):
+    output = make(project, "help").stdout
+    for target in ("setup", "reproduce", "smoke", "test", "drop", "lab", "report", "clean"):
+        assert f"make {target} " in output
+    assert make(project).stdout == output
+
+
+def test_first_run(first_run):
+    root, run = first_run
+    assert run.returncode == 0, run.stdout
+    assert executed(run.stdout) == ["one", "two", "three"]
+    assert "[2/3] two" in run.stdout and "measuring tiny" in run.stdout
+    needs = run.stdout[: run.stdout.index("[1/3]")]  # said beforehand
+    assert "three tiny notebooks" in needs and "minutes" in needs and "1.5" in needs and "free disk: " in needs
+    assert (root / "figures/embedded/index.html").is_file() and (root / "figures/embedded/one.csv").is_file()
+    assert not list((root / "build/notebooks/embedded").glob(".*.ipynb"))
+
+
+def test_only_what_changed_runs_again(project):
+    assert made(project) == []
+    (project / "notebooks/two.ipynb").touch()
+    assert made(project) == ["two"]
+    (project / "llmdrop/library.py").touch()
+    assert sorted(made(project, "-j2", "ONLY=t")) == ["three", "two"]
+    (project / "notebooks/profiles/embedded.yaml").touch()
+    assert made(project, "ONLY=one") == ["one"]
+    shutil.rmtree(project / "figures")  # then the executed notebook no longer stands for what it drew
+    assert made(project, "ONLY=one") == ["one"]
+    assert (project / "figures/embedded/one.csv").is_file()
+
+
+def test_overrides_reach_the_notebooks_that_have_them_and_make_them_again(project):
+    (project / "mirror").mkdir()
+    assert made(project, "MODEL=other", DATA_DIR="mirror") == ["one", "two"]
+    assert (project / "figures/embedded/one.csv").read_text() == "other"
+    assert (project / "figures/embedded/two.csv").read_text() == str(project / "mirror")
+    file = done(project, "one").with_suffix(".params.json")
+    assert json.loads(file.read_text()) == {"PROFILE": "embedded", "OUT": "../figures/embedded", "MODEL": "other"}
+    assert made(project, "MODEL=other", "DATA_DIR=mirror") == []
+    assert made(project, "DATA_DIR=mirror") == ["one"]
+    assert (project / "figures/embedded/one.csv").read_text() == "tiny"
+
+
+def test_a_failing_notebook_names_its_cell_and_the_others_go_on(project):
+    profile = project / "notebooks/profiles/embedded.yaml"
+    good = profile.read_text()
+    profile.write_text(good.replace("one: {}\ntwo:\nthree: {N: 4}", "three: {N: 40}\none: {}\ntwo:"))
+    (project / "figures/embedded/index.html").unlink()
+    run = make(project, "reproduce", "ONLY=three,one")
+    assert run.returncode != 0
+    assert executed(run.stdout) == ["three", "one"]
+    assert "three FAILED" in run.stdout and "cell 2 of notebooks/three.ipynb" in run.stdout
+    assert "ValueError: N too large" in run.stdout and "raise ValueError('N too large')" in run.stdout
+    assert "failed: three" in run.stdout and "failed: one" not in run.stdout
+    assert done(project, "three.failed").is_file() and (project / "figures/embedded/index.html").is_file()
+    profile.write_text(good)
+    run = make(project, "reproduce", "ONLY=three")
+    assert run.returncode == 0 and executed(run.stdout) == ["three"] and not done(project, "three.failed").exists()
+
+
+def test_fresh_keeps_the_old_measurements(project):
+    run = make(project, "reproduce", "FRESH=1", "ONLY=one")
+    assert run.returncode == 0 and executed(run.stdout) == ["one"]
+    (aside,) = (project / "build").glob("results.*")
+    assert (aside / "measured.json").is_file() and not (project / "build/results").exists()
+
+
+def test_killed_and_started_again(project):
+    write_notebook(project / "notebooks/two.ipynb", "", "import time\n(Path(OUT) / 'begun').touch()\ntime.sleep(60)")
+    before = done(project, "two").read_bytes()
+    command = ["make", f"PY={sys.executable}", "STAMP=stamp", "reproduce"]
+    running = subprocess.Popen(command, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (project / "figures/embedded/begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert (project / "figures/embedded/begun").exists()
+    assert done(project, "two").read_bytes() == before  # nothing half-made stands for it
+    write_notebook(project / "notebooks/two.ipynb", *CELLS["two"])
+    run = make(project, "reproduce")
+    assert run.returncode == 0 and executed(run.stdout) == ["two"]
+    assert not list((project / "build/notebooks/embedded").glob(".*.ipynb"))
+
+
+def refusal(project: Path, only: str = "", profile: str = "embedded", pairs=()) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        path = project / f"notebooks/profiles/{profile}.yaml"
+        run.plan(path, project / "build/refused", only, run.read_overrides(pairs))
+    assert not (project / "build/refused").exists()
+    return str(stopped.value)
+
+
+def test_unknown_names_say_what_is_allowed(project):
+    assert refusal(project, profile="papre") == "no profile 'papre'; PROFILE is one of: embedded, smoke"
+    assert refusal(project, "fig99").endswith("it has: one, two, three")
+    assert "nowhere is not a directory" in refusal(project, pairs=["DATA_DIR=nowhere"])
+    assert "no parameter 'MODEL'; there are: N, OUT, PROFILE" in refusal(project, "three", pairs=["MODEL=x"])
+    failed = make(project, "reproduce", "PROFILE=papre")
+    assert failed.returncode != 0 and "PROFILE is one of" in failed.stdout and "Traceback" not in failed.stdout
+
+
+@pytest.mark.parametrize(("old", "new"), [("three: {N: 4}", "three: {M: 4}"), ("OUT:", "OUTT:")])
+def test_misspelled_parameters_in_a_profile_are_refused(project, old, new):
+    profile = project / "notebooks/profiles/embedded.yaml"
+    profile.write_text(profile.read_text().replace(old, new))
+    assert "no parameter" in refusal(project) and "embedded.yaml" in refusal(project)
+
+
+def test_threads_and_offline(project):
+    code = "import os\nfor k in ('OMP_WAIT_POLICY', 'OMP_NUM_THREADS', 'HF_HUB_OFFLINE'):\n    print(k, os.getenv(k))"
+    write_notebook(project / "notebooks/one.ipynb", 'MODEL = "tiny"\n', code)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    output = make(project, "reproduce", "ONLY=one").stdout
+    assert "OMP_WAIT_POLICY PASSIVE" in output and "HF_HUB_OFFLINE 1" in output
+    assert f"OMP_NUM_THREADS {cores}" in output
+    output = make(project, f"-j{2 * cores}", "reproduce", "ONLY=one,two", "MODEL=some/model").stdout
+    assert f"OMP_NUM_THREADS {max(1, cores // 2)}\n" in output and "HF_HUB_OFFLINE None" in output
+
+
+def test_smoke_drop_and_clean(project):
+    assert executed(make(project, "smoke", "ONLY=one").stdout) == ["one"]
+    assert (project / "figures/smoke/one.csv").is_file()
+
+    run = make(project, "drop", "MODEL=some/model", "ATTN=8", "OUT=here/dropped")
+    assert run.returncode == 0 and f"some/model 8 0 0 {project}/here/dropped" in run.stdout
+
+    assert make(project, "clean").returncode == 0
+    assert [p.name for p in (project / "build").iterdir()] == ["results"]
+    make(project, "clean", "CLEAN_RESULTS=1")
+    assert not list((project / "build").iterdir())
+
+
+def test_setup_says_what_is_missing(project):
+    (project / "stamp").unlink()
+    python = project / "python3"
+    for body, says in (
+        ('[ "$1" = -V ] && echo Python 3.8.1; exit 1', "needs Python 3.10 or later, found: Python 3.8.1"),
+        ('case "$*" in *ensurepip*) exit 1;; *-V*) echo Python 3.11.2;; esac', "apt install python3-venv"),
+    ):
+        python.write_text(f"#!/bin/sh\n{body}\n")
+        python.chmod(0o755)
+        run = make(project, "setup", f"PYTHON3={python}", f"VENV={project / 'venv'}", f"PY={project}/venv/bin/python")
+        assert run.returncode != 0 and says in run.stdout

@@ -1,0 +1,118 @@
+"""The notebooks are readable, stripped and parameterized as agreed, and the profiles name parameters that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
+SECTIONS = {"about", "common", "needs"}
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+each_profile = pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def parameter_cells(path: Path) -> list:
+    return [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+
+
+@each_notebook
+def test_stripped(path):
+    how = f"strip it: python -m nbconvert --clear-output --inplace notebooks/{path.name}"
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(path)), how
+    assert all(set(cell.metadata) <= {"tags"} for cell in read(path).cells), how
+    metadata = read(path).metadata
+    assert set(metadata) <= {"kernelspec", "language_info"}
+    assert metadata.kernelspec.name == "python3" and metadata.kernelspec.language == "python"
+    assert "version" not in metadata.get("language_info", {}), "the Python version of one machine"
+
+
+@each_notebook
+def test_reads_like_prose(path):
+    """A cell does one thing: no functions, no two statements on a line, no tuples on both sides of an assignment."""
+    for cell in code_cells(path):
+        tree = ast.parse(re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE))
+        nodes = list(ast.walk(tree))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert not functions, "functions belong in llmdrop/"
+        starts = [node.lineno for node in nodes if isinstance(node, ast.stmt)]
+        assert len(starts) == len(set(starts)), "one statement a line"
+        for node in nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+                assert not isinstance(node.targets[0], ast.Tuple), f"tuple trick: {ast.unparse(node)}"
+
+
+@each_notebook
+def test_opens_with_a_title_and_the_place_in_the_paper(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    if path.stem.startswith(("fig", "tab")):
+        assert re.search(r"Figure|Table", first.source)
+
+
+@each_notebook
+def test_one_parameters_cell_of_commented_literals(path):
+    (cell,) = parameter_cells(path)
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign), f"not an assignment: {ast.unparse(statement)}"
+        ast.literal_eval(statement.value)
+        assert re.fullmatch(r"[A-Z][A-Z0-9_]*", statement.targets[0].id)
+    uncommented = [line for line in cell.source.splitlines() if "=" in line and "#" not in line]
+    assert not uncommented, "say what each is and what else it may be"
+
+
+@each_notebook
+def test_no_absolute_path(path):
+    source = "\n".join(cell.source for cell in read(path).cells)
+    assert not re.findall(r"""["'`(](?:/[A-Za-z]\w*|~/|[A-Z]:\\)[^\s"'`]*""", source)
+
+
+@each_profile
+def test_profile(path):
+    """Every name is a parameter; papermill itself would only warn."""
+    inspect_notebook = pytest.importorskip("papermill").inspect_notebook
+    profile = yaml.safe_load(path.read_text())
+    names = [name for name in profile if name not in SECTIONS]
+    assert set(names) <= {p.stem for p in NOTEBOOKS}, "names a notebook that is not there"
+    known = {name: set(inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))) for name in names}
+    for name in names:
+        assert set(profile[name] or {}) <= known[name], name
+        assert not set(profile[name] or {}) & {"PROFILE", "OUT"}, "the same for every notebook: in common"
+    assert set(profile["common"]) <= set().union(*known.values())
+    assert profile["common"]["PROFILE"] == path.stem
+    assert profile["common"]["OUT"] == f"../figures/{path.stem}"
+    assert profile["about"]
+    assert list(profile["needs"]) == names
+    for need in profile["needs"].values():
+        assert set(need) == {"minutes", "disk_gb", "download_gb", "gpu_gb"} and min(need.values()) >= 0
+
+
+def test_profiles_agree_with_the_notebooks():
+    assert {"smoke", "embedded", "paper", "geometry", "pretrain", "beyond"} <= {p.stem for p in PROFILES}
+    listed = {p.stem: set(yaml.safe_load(p.read_text())) - SECTIONS for p in PROFILES}
+    everything = listed["embedded"] | listed["beyond"]
+    assert not listed["embedded"] & listed["beyond"]
+    assert everything == listed["smoke"], "smoke runs what embedded and beyond run, with less"
+    assert {p.stem for p in NOTEBOOKS} - {"drop"} == everything
+
+
+@each_notebook
+def test_common_parameters(path):
+    names = {statement.targets[0].id for statement in ast.parse(parameter_cells(path)[0].source).body}
+    if path.stem == "drop":
+        assert {"MODEL", "ATTN", "MLP", "BLOCK", "DEST"} <= names
+    else:
+        assert {"PROFILE", "OUT"} <= names

@@ -1,0 +1,392 @@
+"""The published numbers are internally consistent but for the listed errata; claims follow from them."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llmdrop.files import write_atomic
+from llmdrop.repro import paper
+
+TABLES = ["table01", "table02", "table03", "figure09", "table08", "table09", "table11", "table12"]
+LABELS = {"model", "method", "strategy", "parameter_budget_of", "quantized", "avg", "speedup", "gamma"}
+# Layers, KV heads, head size of the models in Table 4, from their configs.
+GEOMETRY = {
+    "Mistral-7B": (32, 8, 128),
+    "Llama-2-13B": (40, 40, 128),
+    "Llama-2-70B": (80, 8, 128),
+    "Llama-3-8B": (32, 8, 128),
+    "Llama-3-70B": (80, 8, 128),
+}
+
+
+def test_the_published_numbers_come_with_the_package():
+    assert paper.DATA.parent == Path(paper.__file__).parent
+    assert {"claims.csv", "published_drop_lists.json"} <= {file.name for file in paper.DATA.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["table01", "table1", "tab01", "tab1", "Table 1", "table01_drop_modules"])
+def test_table_names(name):
+    frame = paper.table(name)
+    assert list(frame.columns[:2]) == ["model", "method"] and len(frame) == 17
+
+
+def test_every_table_is_there_and_full():
+    for number in range(1, 13):
+        assert len(paper.table(f"tab{number:02d}"))
+    assert len(paper.table("fig09")) == 4
+    blank = {n: int(paper.table(n).drop(columns="gamma", errors="ignore").isna().sum().sum()) for n in TABLES}
+    assert set(blank.values()) == {0}
+
+
+@pytest.mark.parametrize("name", ["table99", "claims", "figure5", "nonsense", ""])
+def test_unknown_table_lists_the_names(name):
+    with pytest.raises(ValueError, match=r"table01.*table12"):
+        paper.table(name)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_printed_average_is_the_mean_of_its_row(name):
+    frame = paper.table(name)
+    mean = frame[[c for c in frame if c not in LABELS]].mean(axis=1)
+    assert (frame["avg"] - mean).abs().max() <= 0.05 + 1e-9  # printed to 0.1
+
+
+def test_printed_gamma_follows_but_for_the_erratum():
+    wrong = []
+    for name in ("table01", "table02", "table03"):
+        frame = paper.table(name)
+        for _, row in frame[frame["method"] != "Baseline"].iterrows():
+            base = frame[(frame["model"] == row["model"]) & (frame["method"] == "Baseline")]["avg"].item()
+            # averages are printed to 0.1 and speedups to 0.01: γ may be anything those roundings allow
+            possible = [
+                paper.gamma(base + e, row["avg"] - e, row["speedup"] + s)
+                for e in (-0.05, 0.05)
+                for s in (-0.005, 0.005)
+            ]
+            if not min(possible) - 0.005 <= row["gamma"] <= max(possible) + 0.005:
+                wrong.append(
+                    (
+                        name,
+                        row["model"],
+                        row["method"],
+                        row["gamma"],
+                        round(paper.gamma(base, *row[["avg", "speedup"]]), 2),
+                    )
+                )
+    assert wrong == [("table02", "Llama-3-70B", "Attn-40", 0.0, 0.04)]
+    erratum = paper.ERRATA[0]
+    assert all(word in erratum["where"] for word in ("Table 2", "Llama-3-70B", "Attn-40"))
+    assert (erratum["printed"], erratum["correct"]) == ("0.00", "0.04")
+
+
+def test_printed_kv_cache_follows_but_for_the_erratum():
+    wrong = []
+    for row in paper.table("table04").itertuples():
+        layers, heads, size = GEOMETRY[row.model]
+        assert layers == row.layers_before
+        for n, printed in ((row.layers_before, row.kv_cache_gb_before), (row.layers_after, row.kv_cache_gb_after)):
+            gib = 2 * n * heads * size * 2 * row.sequence_length * row.batch_size / 2**30
+            if abs(gib - printed) > 0.5:
+                wrong.append((row.model, printed, gib))
+    assert wrong == [("Llama-2-13B", 52, 50.0), ("Llama-2-13B", 26, 25.0)]
+    assert "Table 4, Llama-2-13B" in paper.ERRATA[1]["where"]
+
+
+def test_the_abstract_erratum():
+    t = paper.table("table03").set_index("method")["avg"]
+    assert round(t["Baseline"] - t["Attn-40"], 1) == 2.4
+    assert round(100 * (1 - t["Attn-40"] / t["Baseline"]), 1) == 3.2
+    assert paper.ERRATA[2]["correct"] == "2.4 points, 3.2% relative"
+    assert all(set(e) == {"where", "printed", "correct", "why"} and all(e.values()) for e in paper.ERRATA)
+
+
+def test_tables_agree_with_each_other():
+    tasks = ["hellaswag", "mmlu", "openbookqa", "winogrande"]
+    first = paper.table("tab01").set_index(["model", "method"])
+    one_shot = paper.table("fig09").query("strategy == 'one-shot'").set_index("method")
+    cosine = paper.table("tab07").set_index("metric").loc["cosine_similarity"]
+    for method in ("Attn-4", "Attn-8"):
+        assert one_shot.loc[method, tasks].tolist() == first.loc[("Mistral-7B", method), tasks].tolist()
+        assert cosine[method.lower().replace("-", "_")] == one_shot.loc[method, "avg"]
+        wanda = paper.table("tab09").query("method == @method").iloc[0]
+        assert wanda[[*tasks, "speedup"]].tolist() == first.loc[("Llama-2-13B", method), [*tasks, "speedup"]].tolist()
+    for row in paper.table("tab11").query("quantized == 0").to_dict("records"):
+        same = ["arc_challenge", "hellaswag", "openbookqa", "winogrande"]
+        assert [row[t] for t in same] == first.loc[(row["model"], row["method"]), same].tolist()
+
+
+def test_drop_lists():
+    lists = paper.drop_lists()
+    assert set(lists) == {"Llama-2-13b", "Mistral-7B-v0.1"}
+    for plans in lists.values():
+        for kind in ("attn", "mlp", "block"):
+            for side in ("attn", "mlp"):
+                assert plans[f"{kind}-8"][side][:4] == plans[f"{kind}-4"][side]
+        for n in (4, 8):
+            run = plans[f"consecutive_block-{n}"]["attn"]
+            assert run == list(range(run[0], run[0] + n)) == plans[f"consecutive_block-{n}"]["mlp"]
+            assert plans[f"block-{n}"]["attn"] == plans[f"block-{n}"]["mlp"]
+            assert len(set(plans[f"attn-{n}"]["attn"])) == n and plans[f"attn-{n}"]["mlp"] == []
+
+
+def test_gamma():
+    assert paper.gamma(75.1, 73.3, 1.43) == pytest.approx(1.8 / 43)
+
+
+@pytest.mark.parametrize("speedup", [1.0, 1 + 1e-12, 0.89, np.nan])
+def test_gamma_is_undefined_without_a_speedup(speedup):
+    """At 0.89 x it was -0.16 once: low, as if that were good."""
+    assert np.isnan(paper.gamma(62.0, 60.2, speedup))
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = """beyond_answers beyond_compensation beyond_healing beyond_mixed beyond_pareto beyond_selectors
+beyond_stability beyond_windows
+fig01_04_schematics fig02_03_importance fig05_drop_curves
+fig06_11_dropping_order fig07_checkpoints fig08_joint fig09_one_shot_iterative fig10_sample_size fig12_gsm8k speedups
+tab01_03_drop_modules tab04_kv_cache tab05_settings tab06_residual tab07_metrics tab08_shortened_llama tab09_wanda
+tab10_output_cases tab11_quantization tab12_long_context""".split()
+
+
+def test_claims_are_well_formed():
+    rows = paper.claims()
+    assert list(rows.columns) == ["id", "statement", "where", "published", "tolerance", "notebook", "measure"]
+    assert len(rows) >= 30 and rows["id"].is_unique
+    assert set(rows["notebook"]) == set(NOTEBOOKS)
+    assert (rows.map(str.strip) == rows).all().all() and (rows != "").all().all()
+    for row in rows.itertuples():
+        assert re.fullmatch(r"((fig|tab)\d\d|beyond)(-[a-z0-9]+)+", row.id), row.id
+        assert row.statement.endswith(".") and row.measure.endswith("."), row.id
+        assert isinstance(paper.claim_holds(row.id, 0.0), bool)
+        if row.id.startswith("beyond-"):
+            assert row.notebook.startswith("beyond_"), row.id
+            continue
+        assert int(row.id[3:5]) in map(int, re.findall(r"\d+", row.notebook.split("_", 1)[0] + row.notebook)) or (
+            row.notebook in ("tab01_03_drop_modules", "speedups") and row.id[:5] in ("tab01", "tab02", "tab03")
+        ), row.id
+
+
+def _avg(table, model, method):
+    rows = paper.table(table).query("model == @model and method == @method")
+    return rows.iloc[0]
+
+
+def _table_of(model):
+    return {"Llama-2-13B": "tab01", "Mistral-7B": "tab01", "Llama-2-70B": "tab03"}.get(model, "tab02")
+
+
+def _kept(model, method, table=None):
+    table = table or _table_of(model)
+    return 100 * _avg(table, model, method)["avg"] / _avg(table, model, "Baseline")["avg"]
+
+
+def _minus(model, a, b, column="avg"):
+    table = _table_of(model)
+    return _avg(table, model, a)[column] - _avg(table, model, b)[column]
+
+
+def _half(model):
+    return {"Llama-2-13B": "Attn-20", "Llama-3-8B": "Attn-16"}.get(model, "Attn-40")
+
+
+def _depth(model, kind):
+    name = {"Llama-2-13B": "Llama-2-13b", "Mistral-7B": "Mistral-7B-v0.1"}[model]
+    order = paper.drop_lists()[name][f"{kind}-8"]["mlp" if kind == "mlp" else "attn"]
+    return np.mean(order) / (GEOMETRY[model][0] - 1)
+
+
+def _t6(kind):
+    row = paper.table("tab06").set_index("n_dropped").loc[8]
+    return row[f"{kind}_with_residual"] - row[f"{kind}_without_residual"]
+
+
+def _t7(a, b, n):
+    rows = paper.table("tab07").set_index("metric")[f"attn_{n}"]
+    return rows[a] - rows[b]
+
+
+def _t9(column, budget="Attn-8"):
+    rows = paper.table("tab09").query("parameter_budget_of == @budget").set_index("method")[column]
+    return rows[budget] - rows["Wanda"]
+
+
+def _q(model, method, quantized):
+    return paper.table("tab11").query("model == @model and method == @method and quantized == @quantized")["avg"].item()
+
+
+def _t8(column):
+    rows = paper.table("tab08").set_index("method")[column]
+    return rows["Joint Layer Drop"] - rows.drop("Joint Layer Drop").max()
+
+
+def _fig9(n):
+    rows = paper.table("fig09").query(f"method == 'Attn-{n}'").set_index("strategy")["avg"]
+    return rows["one-shot"] - rows["iterative"]
+
+
+def _t12(method):
+    return paper.table("tab12").set_index("method").loc[method]
+
+
+def _t10(column):
+    rows = paper.table("tab10")
+    return 2 * (int(rows[column].cumprod().sum()) - 1)
+
+
+def _flat(m):
+    return _kept(m, {"Llama-2-13B": "Attn-16", "Mistral-7B": "Attn-12", "Llama-3-8B": "Attn-12"}[m])
+
+
+def _kv_error(model):
+    row = paper.table("tab04").set_index("model").loc[model]
+    layers, heads, size = GEOMETRY[model]
+    return abs(row["kv_cache_gb_before"] * 2**30 / (4 * layers * heads * size * 2048 * row["batch_size"]) - 1)
+
+
+FROM_TABLES = {
+    "fig05-attn-flat": _flat,
+    "fig05-attn-falls-late": lambda m: _kept(m, "Attn-20"),
+    "fig05-mlp-falls-early": lambda m: _kept(m, "MLP-8"),
+    "fig05-block-falls-early": lambda m: _kept(m, "Block-8"),
+    "fig06-deep-first-attn": lambda m: _depth(m, "attn"),
+    "fig06-deep-first-mlp": lambda m: _depth(m, "mlp"),
+    "fig06-deep-first-block": lambda m: _depth(m, "block"),
+    "fig09-close-at-4": lambda m: abs(_fig9(4)),
+    "fig09-one-shot-at-8": lambda m: _fig9(8),
+    "tab01-attn4-keeps-95": lambda m: _kept(m, "Attn-4"),
+    "tab01-attn8-keeps-95": lambda m: _kept(m, "Attn-8"),
+    "tab01-mlp8-below-95": lambda m: _kept(m, "MLP-8"),
+    "tab01-block8-below-95": lambda m: _kept(m, "Block-8"),
+    "tab01-attn8-above-mlp8": lambda m: _minus(m, "Attn-8", "MLP-8"),
+    "tab01-attn8-above-block8": lambda m: _minus(m, "Attn-8", "Block-8"),
+    "tab03-half-of-attn": lambda m: _minus(m, "Baseline", _half(m)),
+    "tab02-larger-is-more-robust": lambda m: (
+        _minus("Llama-3-8B", "Baseline", "Attn-16") - _minus("Llama-3-70B", "Baseline", "Attn-40")
+    ),
+    "tab01-gamma-attn-below-block": lambda m: _minus(m, "Block-8", "Attn-8", "gamma"),
+    "tab01-gamma-block-below-mlp": lambda m: _minus(m, "MLP-8", "Block-8", "gamma"),
+    "tab01-speedup-attn8": lambda m: _avg(_table_of(m), m, "Attn-8")["speedup"],
+    "tab01-speedup-block-above-attn": lambda m: _minus(m, "Block-8", "Attn-8", "speedup"),
+    "tab01-speedup-attn-above-mlp": lambda m: _minus(m, "Attn-8", "MLP-8", "speedup"),
+    "tab03-speedup-half": lambda m: _avg(_table_of(m), m, _half(m))["speedup"],
+    "tab04-formula": _kv_error,
+    "tab06-residual-attn": lambda m: _t6("attn"),
+    "tab06-residual-mlp": lambda m: _t6("mlp"),
+    "tab07-cosine-above-random": lambda m: _t7("cosine_similarity", "random", 8),
+    "tab07-cosine-above-reverse": lambda m: _t7("cosine_similarity", "reverse_order", 12),
+    "tab07-cosine-above-magnitude": lambda m: _t7("cosine_similarity", "relative_magnitude", 12),
+    "tab07-magnitude-above-reverse": lambda m: _t7("relative_magnitude", "reverse_order", 12),
+    "tab07-close-at-4": lambda m: _t7("cosine_similarity", "reverse_order", 4),
+    "tab08-quality": lambda m: _t8("avg"),
+    "tab08-speed": lambda m: _t8("speedup"),
+    "tab09-quality": lambda m: _t9("avg"),
+    "tab09-wanda-no-speedup": lambda m: paper.table("tab09").query("method == 'Wanda'")["speedup"].max(),
+    "tab09-attn-faster": lambda m: _t9("speedup"),
+    "tab10-answer-survives": lambda m: _t10("correct"),
+    "tab10-format-survives": lambda m: _t10("format_followed"),
+    "tab11-orthogonal": lambda m: (
+        (_q(m, "Attn-8", 0) - _q(m, "Attn-8", 1)) - (_q(m, "Baseline", 0) - _q(m, "Baseline", 1))
+    ),
+    "tab11-both-keep-95": lambda m: 100 * _q(m, "Attn-8", 1) / _q(m, "Baseline", 0),
+    "tab12-attn2-keeps-95": lambda m: _kept("LLaMA-2-7B-32K", "Attn-2", "tab12"),
+    "tab12-attn8-above-mlp8": lambda m: _t12("Attn-8")["avg"] - _t12("MLP-8")["avg"],
+    "tab12-still-learns": lambda m: _t12("Attn-8")["14k"] - _t12("Attn-8")["2k"],
+}
+# printed in the paper, and not meeting the tolerance: smaller models at half the attention layers, and the erratum
+BEYOND = {
+    ("tab03-half-of-attn", "Llama-2-13B"),
+    ("tab03-half-of-attn", "Llama-3-8B"),
+    ("tab04-formula", "Llama-2-13B"),
+}
+
+
+def _published():
+    for row in paper.claims().itertuples():
+        for part in row.published.split("; "):
+            found = re.match(r"(?:(\S+-\d+B) )?(?:(?:Attn|MLP|Block)-\d+ )?(-?\d+(?:\.\d+)?)(?![\d.]*[A-Za-z])", part)
+            if found:
+                yield row.id, found[1], found[2]
+
+
+def test_published_values_of_claims_come_from_the_tables():
+    seen = set()
+    for id, model, printed in _published():
+        if id in FROM_TABLES:
+            seen.add(id)
+            places = len(printed.partition(".")[2])
+            assert float(printed) == pytest.approx(FROM_TABLES[id](model), abs=0.5 * 10**-places + 1e-6), (id, model)
+    assert seen == set(FROM_TABLES)
+
+
+def test_the_paper_meets_its_own_claims():
+    beyond = {(id, model) for id, model, printed in _published() if not paper.claim_holds(id, float(printed))}
+    assert beyond == BEYOND
+
+
+@pytest.mark.parametrize(
+    "measured, verdict",
+    [(97.2, "holds"), (np.float32(95), "holds"), (94.99, "differs"), (None, "not run"), (np.nan, "not run")],
+)
+def test_record_claim_by_tolerance(tmp_path, measured, verdict):
+    path = paper.record_claim(tmp_path, "tab01-attn8-keeps-95", measured, error=np.float64(0.4), detail="piqa")
+    row = json.loads(path.read_text())
+    assert path == tmp_path / "claims" / "tab01-attn8-keeps-95.json"
+    assert (row["verdict"], row["error"], row["detail"]) == (verdict, 0.4, "piqa")
+    assert row["holds"] is {"holds": True, "differs": False, "not run": None}[verdict]
+    joined = paper.joined_claims(tmp_path).set_index("id")
+    assert joined.loc["tab01-attn8-keeps-95", "verdict"] == verdict
+    assert (joined["verdict"] == "not run").sum() >= len(joined) - 1
+
+
+def test_record_claim_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"no claim 'tab01-atn8'.*tab01-attn8-keeps-95"):
+        paper.record_claim(tmp_path, "tab01-atn8", 1.0)
+    with pytest.raises(ValueError, match=r"holds=True, but measured 0.97 against tolerance '>= 95.*check the unit"):
+        paper.record_claim(tmp_path, "tab01-attn8-keeps-95", 0.97, holds=True)
+    with pytest.raises(ValueError, match="without a measured value"):
+        paper.record_claim(tmp_path, "tab01-attn8-keeps-95", None, holds=False)
+    with pytest.raises(ValueError, match="no number to compare"):
+        paper.record_claim(tmp_path, "tab01-attn8-keeps-95", "fine")
+    assert not (tmp_path / "claims").exists()
+
+
+def test_verdicts_are_those_of_one_notebook(tmp_path):
+    paper.record_claim(tmp_path, "tab01-attn8-keeps-95", 97.2, detail="piqa")
+    rows = paper.verdicts(tmp_path, "tab01_03_drop_modules").set_index("id")
+    claims = paper.claims()
+    assert list(rows.index) == list(claims.loc[claims["notebook"] == "tab01_03_drop_modules", "id"])
+    assert rows.loc["tab01-attn8-keeps-95", ["measured", "verdict", "detail"]].tolist() == [97.2, "holds", "piqa"]
+    assert not {"notebook", "measure", "where"} & set(rows)
+    with pytest.raises(ValueError, match="no claims of 'tab01'; there are some of .*tab01_03_drop_modules"):
+        paper.verdicts(tmp_path, "tab01")
+
+
+def test_joined_claims_names_a_damaged_file(tmp_path):
+    path = paper.record_claim(tmp_path, "tab04-cache-shrinks", 0.0)
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(ValueError, match=r"tab04-cache-shrinks.json is damaged.*run tab04_kv_cache again"):
+        paper.joined_claims(tmp_path)
+
+
+def test_write_atomic_changes_nothing_on_an_error(tmp_path, monkeypatch):
+    write_atomic({tmp_path / "a": "old", tmp_path / "b": b"old"})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic({tmp_path / "a": "new", tmp_path / "b": "new"})
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+
+
+def test_no_claim_is_typed_twice():
+    rows = paper.claims()
+    assert not rows["statement"].duplicated().any() and not rows["measure"].duplicated().any()
+    assert isinstance(rows, pd.DataFrame)

@@ -1,0 +1,185 @@
+"""Estimates and their intervals, from items made up so that the answers are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from llmdrop.repro import statistics
+from llmdrop.repro.statistics import Estimate
+
+
+def rows_of(variant: str, where: str, metric: str, values, n=1) -> pd.DataFrame:
+    """Rows as from `quality`: a variant's values on a task or text, item by item."""
+    rows = {"variant": variant, "where": where, "metric": metric, "item": range(len(values)), "value": values, "n": n}
+    return pd.DataFrame(rows)
+
+
+def losses(n: int = 40) -> pd.DataFrame:
+    """Three models on two texts: samples differ much, models by 0.2 and 0.1 nats on each."""
+    random = np.random.default_rng(0)
+    parts = []
+    for text in ("news", "code"):
+        whole = random.normal(3, 1, n)
+        noise = random.normal(0, 0.02, n)
+        parts.append(rows_of("whole", text, "nats", whole, n=100))
+        parts.append(rows_of("cosine", text, "nats", whole + 0.2 + noise, n=100))
+        parts.append(rows_of("better", text, "nats", whole + 0.1 - noise, n=100))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_stderr_is_that_of_a_normal_interval():
+    assert Estimate(0.0, -1.959964, 1.959964).stderr == pytest.approx(1, abs=1e-6)
+
+
+def test_headline_takes_one_metric_of_each():
+    parts = [rows_of("a", "piqa", metric, [1, 0]) for metric in ("acc", "choice", "acc_norm")]
+    parts += [
+        rows_of("a", "boolq", "acc", [1, 0]),
+        rows_of("a", "news", "nats", [3.0]),
+        rows_of("a", "f", "match", [1]),
+    ]
+    shown = statistics.headline(pd.concat(parts, ignore_index=True)).groupby("where")["metric"].unique()
+    assert {where: list(metrics) for where, metrics in shown.items()} == {
+        "piqa": ["acc_norm"],
+        "boolq": ["acc"],
+        "news": ["nats"],
+        "f": ["match"],
+    }
+    wikitext = rows_of("a", "wikitext", "word_perplexity", [20.0])
+    with pytest.raises(ValueError, match="wikitext is measured by word_perplexity.*Leave it out"):
+        statistics.headline(pd.concat([*parts, wikitext]))
+
+
+def test_items_are_in_order_and_of_what_was_measured():
+    rows = rows_of("a", "piqa", "acc", [1, 0, 1]).sample(frac=1, random_state=1)
+    assert statistics.items(rows, "a", "piqa")["value"].tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="'b' was not measured on 'piqa'; measured: a"):
+        statistics.items(rows, "b", "piqa")
+
+
+def test_difference_is_paired():
+    rows = losses()
+    paired = statistics.difference(rows, "cosine", "whole", "news")
+    assert paired.low < 0.2 < paired.high and paired.stderr < 0.01  # though samples differ by 1 nat
+    both = statistics.difference(rows, "cosine", "whole", ["news", "code"])
+    each = [statistics.difference(rows, "cosine", "whole", text).value for text in ("news", "code")]
+    assert both.value == pytest.approx(np.mean(each)) and both.stderr < paired.stderr
+    one = rows[rows["item"] == 0]
+    alone = statistics.difference(one, "cosine", "whole", "news")
+    assert np.isfinite(alone.value) and np.isnan([alone.low, alone.high, alone.stderr]).all()
+
+
+def test_difference_has_the_interval_of_a_bootstrap():
+    rows = losses()
+    values = statistics.items(rows, "cosine", "news")["value"] - statistics.items(rows, "whole", "news")["value"]
+    expected = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=1).confidence_interval
+    estimate = statistics.difference(rows, "cosine", "whole", "news")
+    assert [estimate.low, estimate.high] == pytest.approx(list(expected), abs=0.002)
+
+
+def test_the_interval_does_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch):
+    rows = losses()
+    at_once = statistics.difference(rows, "cosine", "whole", "news")
+    monkeypatch.setattr(statistics, "DRAWS_AT_A_TIME", 400)
+    assert statistics.difference(rows, "cosine", "whole", "news") == at_once
+
+
+def test_remaining_loss():
+    rows = losses()
+    left = statistics.remaining_loss(rows, "better", "whole", "cosine", ["news", "code"])
+    assert left.low < left.value < left.high and left.value == pytest.approx(0.5, abs=0.05)
+    same = statistics.remaining_loss(rows, "cosine", "whole", "cosine", ["news", "code"])
+    assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
+    nothing = statistics.remaining_loss(rows, "whole", "whole", "cosine", ["news"])
+    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
+
+
+def test_wilson():
+    assert statistics.wilson(0, 10).low == 0 and statistics.wilson(10, 10).high == 1
+    none = statistics.wilson(0, 48)
+    assert none.value == 0 < none.high < 0.1
+    half = statistics.wilson(50, 100)
+    assert (half.low, half.high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+def test_shares():
+    rows = pd.DataFrame({"variant": ["a", "a", "b", "b"], "tokens": 512, "right": [1, 0, 1, 1]})
+    table = statistics.shares(rows, "variant", "tokens")
+    assert table[["variant", "n_right", "n", "value"]].values.tolist() == [["a", 1, 2, 50], ["b", 2, 2, 100]]
+    summed = statistics.shares(pd.DataFrame({"variant": ["a"], "right": [12], "n": [48]}), "variant")
+    interval = statistics.wilson(12, 48)
+    assert summed[["value", "low", "high"]].values.tolist() == [[25, 100 * interval.low, 100 * interval.high]]
+
+
+def test_context_table():
+    def part(task, variant, tokens, values, shots=np.nan):
+        rows = {"task": task, "variant": variant, "tokens": tokens, "item": range(len(values)), "right": values}
+        return pd.DataFrame(rows | {"shots": shots})
+
+    rows = pd.concat(
+        [
+            part("kinds", "Baseline", 300, [1, 1, 0, 0], 1),
+            part("kinds", "Baseline", 900, [1, 1, 1, 0], 2),
+            part("kinds", "MLP-8", 300, [0, 0, 0, 0], 1),
+            part("kinds", "MLP-8", 900, [1, 0, 0, 0], 2),
+            part("retrieval", "Baseline", 512, [1, 1, 1, 1]),
+            part("retrieval", "MLP-8", 512, [0, 0, 0, 1]),
+            part("retrieval", "Baseline", 4096, [0, 0, 0, 0]),  # of one only: no column compares it
+        ]
+    )
+    table = statistics.context_table(rows, {"kinds": 12.5, "retrieval": 6.25}).set_index("method")
+    assert list(table.index) == ["Baseline", "MLP-8", "Guessing"]
+    assert list(table) == ["1: 0.3k", "2: 0.9k", "avg", "avg_stderr", "found", "found_stderr"]
+    assert table.loc["Baseline", ["1: 0.3k", "2: 0.9k", "avg", "found"]].tolist() == [50, 75, 62.5, 100]
+    assert table.loc["MLP-8", ["1: 0.3k", "2: 0.9k", "avg", "found"]].tolist() == [0, 25, 12.5, 25]
+    assert table.loc["Guessing", ["1: 0.3k", "avg", "found"]].tolist() == [12.5, 12.5, 6.25]
+    assert table.loc["Baseline", "avg_stderr"] == pytest.approx(pd.Series([100, 100, 50, 0]).sem())
+    assert table.loc["Baseline", "found_stderr"] > 0  # all of four found is not all for sure
+
+
+def answers(n: int = 48) -> pd.DataFrame:
+    """Two measures of three models: one answers as the Baseline does, one is wrong on half of what that knows."""
+    right = np.arange(n) % 4 < 3
+    parts = []
+    for model, values in {"Baseline": right, "same": right, "worse": right & (np.arange(n) % 2 == 0)}.items():
+        parts.append(pd.DataFrame({"model": model, "measure": "facts", "item": range(n), "value": values.astype(int)}))
+        repeated = np.linspace(0, 1, n) / 3 + 0.2 * (model == "worse")
+        parts.append(pd.DataFrame({"model": model, "measure": "repeated", "item": range(n), "value": repeated}))
+    return pd.concat(parts, ignore_index=True).sample(frac=1, random_state=0).sort_values(["measure", "model"])
+
+
+def test_against_is_paired():
+    table = statistics.against(answers()).set_index(["measure", "model"])
+    worse = table.loc[("facts", "worse")]
+    assert worse["value"] == 0.5 and worse["lost"] == 0.25 and worse["n"] == 48
+    interval = statistics.wilson(24, 48)
+    assert (worse["low"], worse["high"]) == (interval.low, interval.high)
+    assert 0.1 < worse["lost_low"] < 0.25 < worse["lost_high"] < 0.4 and worse["p"] < 0.01
+    same = table.loc[("facts", "same")]
+    assert (same["lost"], same["lost_low"], same["lost_high"], same["p"]) == (0, 0, 0, 1)
+    assert np.isnan(table.loc[("facts", "Baseline"), "p"])
+    shifted = table.loc[("repeated", "worse")]  # no answers right or wrong: a bootstrap's interval, and paired exactly
+    assert shifted["low"] < shifted["value"] < shifted["high"]
+    assert shifted[["lost", "lost_low", "lost_high"]].tolist() == pytest.approx([-0.2] * 3)
+
+
+def test_p_counts_signs():
+    rows = pd.DataFrame({"model": ["Baseline"] * 5 + ["a"] * 5, "measure": "m", "item": [*range(5)] * 2})
+    rows["value"] = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    table = statistics.against(rows).set_index("model")
+    assert table.loc["a", "p"] == pytest.approx(2 / 2**5)  # all five of one sign, either way
+
+
+def test_against_of_one_item_knows_no_spread():
+    rows = pd.DataFrame({"model": ["Baseline", "a"], "measure": "m", "item": 0, "value": [1, 0]})
+    row = statistics.against(rows).set_index("model").loc["a"]
+    assert row["lost"] == 1 and np.isnan(row[["lost_low", "lost_high", "p"]].astype(float)).all()
+
+
+def test_side_by_side():
+    shown = statistics.side_by_side(statistics.against(answers())).set_index("model")
+    interval = statistics.wilson(24, 48)
+    assert list(shown) == ["facts", "repeated"]
+    assert shown.loc["worse", "facts"] == f"50 [{100 * interval.low:.0f}, {100 * interval.high:.0f}] *"
+    assert not shown.loc["same", "facts"].endswith("*")

@@ -1,0 +1,454 @@
+"""Small Llamas trained here: the same numbers again, also after SIGKILL; published checkpoints: clear errors."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tqdm import tqdm
+
+from llmdrop import save_model, score
+from llmdrop.repro import paper, training, training_checkpoints, training_claims, training_text
+from llmdrop.repro.store import Store
+from llmdrop.repro.training import Recipe, new_model, pretrain
+from llmdrop.repro.training_text import END, load_training_text
+
+RECIPE = Recipe(n_layers=3, width=32, steps=20, batch_size=2, lr=5e-3, n_checkpoints=6)
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    """A mirror whose news are sentences in which every word decides the next, mostly."""
+    root = tmp_path_factory.mktemp("mirror")
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefghij"), 4)) for _ in range(60)]
+    follows = {word: random.choice(words, 3) for word in words}
+    folder = root / "EdinburghNLP/xsum/default"
+    folder.mkdir(parents=True)
+    with open(folder / "test.jsonl", "w") as file:
+        for i in range(300):
+            document = [words[i % 60]]
+            while len(document) < 60:
+                document.append(random.choice(follows[document[-1]]))
+            file.write(json.dumps({"document": f"{i} " + " ".join(document)}) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(mirror):
+    return load_training_text(["xsum"], 320, 16, 500, 8, mirror)
+
+
+@pytest.fixture(autouse=True)
+def build(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMDROP_BUILD", str(tmp_path / "build"))
+    return tmp_path / "build"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    return pretrain(small, RECIPE, [0], "cpu", Store(tmp_path_factory.mktemp("store")))
+
+
+def never(*args, **kwargs):
+    raise AssertionError("measured again")
+
+
+# ---- text
+
+
+def test_text_is_packed_held_out_and_always_the_same(small, mirror):
+    again = load_training_text(["xsum"], 320, 16, 500, 8, mirror)
+    assert small.digest == again.digest and small.train.shape == (500, 16) and small.valid.input_ids.shape == (8, 16)
+    rows = [json.loads(line)["document"] for line in (mirror / "EdinburghNLP/xsum/default/test.jsonl").open()]
+    held = small.tokenizer.decode(small.valid.input_ids.flatten()).split(END)
+    used = small.tokenizer.decode(load_training_text(["xsum"], 320, 16, None, 8, mirror).train.ravel()).split(END)
+    assert held[0] in rows and held[0] not in used  # whole documents, on one side only
+    assert len(set(used) & set(rows)) > 0.9 * len(rows) * 243 / 256
+
+
+def test_baselines_by_hand():
+    """Two tokens that alternate, and in the validation text too: the bigram knows it, the unigram cannot."""
+    train = np.array([[0, 1, 0, 1, 0]] * 50)
+    losses = training_text.count_baselines(train, np.array([[0, 1, 0, 1]]), 2)
+    counts = np.array([151, 101]) / 252
+    assert losses["uniform"] == math.log(2)
+    assert losses["unigram"] == pytest.approx(-(2 * math.log(counts[1]) + math.log(counts[0])) / 3)
+    k, unigram = 0.25, counts
+    bigram = [-math.log((100 + k * unigram[b]) / (100 + k)) for b in (1, 0, 1)]
+    assert losses["bigram"] == pytest.approx(np.mean(bigram))
+
+
+def test_baselines_are_in_order(small):
+    assert small.baselines["uniform"] > small.baselines["unigram"] + 0.5 > small.baselines["bigram"] + 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(sources=["xsum", "novels"]), "unknown text novels; these are known: xsum"),
+        (dict(sources=[]), "none given"),
+        (dict(vocabulary=200), "vocabulary=200.*at least 257"),
+        (dict(seq_len=1), "seq_len=1"),
+        (dict(n_valid=10_000), r"300 documents give .* and \d+ held out; need 1 and 10000. Add sources"),
+    ],
+)
+def test_text_errors(mirror, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_training_text(**dict(sources=["xsum"], vocabulary=300, seq_len=16, n_valid=8, data_dir=mirror) | change)
+
+
+# ---- training
+
+
+@given(st.integers(1, 10**6), st.integers(2, 40))
+def test_checkpoints_are_log_spaced(steps, n):
+    marks = training.checkpoint_steps(steps, n)
+    assert marks == sorted(set(marks)) and marks[0] == 0 and marks[-1] == steps and len(marks) <= n
+    ratios = np.diff(np.log(marks[1:]))
+    assert len(marks) < n or len(ratios) < 2 or ratios.max() / ratios.min() < 6  # rounding, at the first steps
+
+
+def test_a_run_learns_and_begins_where_the_model_was_made(small, undisturbed):
+    scores, curve = undisturbed
+    assert curve["step"].tolist() == [0, 1, 2, 4, 9, 20] and curve["tokens"].tolist()[-1] == 20 * 2 * 16
+    assert scores.groupby(["tokens", "kind"]).size().eq(3).all() and scores["run"].eq("seed 0").all()
+    assert curve["valid_loss"].iloc[-1] < curve["valid_loss"].iloc[0] - 0.3
+    assert curve["train_loss"].isna().tolist() == [True] + [False] * 5
+    model = new_model(small, RECIPE, 0).eval()
+    first = score(model, small.valid, progress=False).to_frame()
+    assert np.allclose(scores.loc[scores["step"] == 0, "score"], first["score"], atol=1e-6)
+    ids = small.valid.input_ids
+    assert curve["valid_loss"][0] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    with torch.no_grad():
+        before = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
+    assert curve["valid_stderr"][0] == pytest.approx(before.std().item() / math.sqrt(8), abs=1e-6)
+
+
+def test_one_seed_gives_the_same_scores_whatever_the_threads(small, undisturbed, tmp_path):
+    """As different runs do it: two processes at a time, each its own seed, then one process with two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        both = pretrain(small, RECIPE, [0, 1], "cpu", Store(tmp_path / "a"))
+        alone = pretrain(small, RECIPE, [1], "cpu", Store(tmp_path / "b"))
+    finally:
+        torch.set_num_threads(threads)
+    for i in (0, 1):
+        for run, expected in (("seed 0", undisturbed[i]), ("seed 1", alone[i])):
+            found = both[i][both[i]["run"] == run].reset_index(drop=True)
+            pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-6)
+    assert (alone[0]["score"] - undisturbed[0]["score"]).abs().max() > 1e-3
+
+
+def test_a_finished_run_is_never_made_again(small, undisturbed, build, monkeypatch):
+    def finished(**change):
+        return pretrain(small, replace(RECIPE, **change), [0], "cpu", Store(build / "store"))
+
+    finished()
+    assert not list((build / "pretrain").glob("*"))  # what was needed to continue is gone
+    monkeypatch.setattr(training, "train_run", never)
+    pd.testing.assert_frame_equal(finished()[0], undisturbed[0])
+    for change in (dict(steps=21), dict(lr=4e-3), dict(width=64), dict(n_checkpoints=5)):
+        with pytest.raises(AssertionError, match="measured again"):
+            finished(**change)
+
+
+def test_sigkill_at_any_point_costs_nothing(small, undisturbed, build):
+    """Killed again and again, mostly while it writes its state, the run arrives at the same numbers."""
+    store, random, seen = Store(build / "store"), np.random.default_rng(0), []
+
+    def train():
+        tqdm.set_lock(threading.RLock())  # the shared one would stay taken, were this killed holding it
+        torch.set_num_threads(1)
+        pretrain(small, RECIPE, [0], "cpu", store, save_every=0)
+
+    def steps_done() -> int:
+        file = next((build / "pretrain").glob("*/state.safetensors"), None)
+        return -1 if file is None else training.read_state(file)[0].step
+
+    for _ in range(4):
+        child = multiprocessing.get_context("fork").Process(target=train)
+        child.start()
+        done, deadline = steps_done(), time.monotonic() + 30
+        while child.is_alive() and steps_done() < done + 2 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.03))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        seen.append(steps_done())
+    assert seen == sorted(seen) and 0 < seen[0] < seen[-1] < 20  # each went on where the last one was
+    found = pretrain(small, RECIPE, [0], "cpu", store)
+    for i in (0, 1):
+        pd.testing.assert_frame_equal(found[i], undisturbed[i], rtol=0, atol=0)
+
+
+def test_a_killed_notebook_takes_its_training_along():
+    fork, (reader, writer) = multiprocessing.get_context("fork"), os.pipe()
+
+    def train():
+        training.die_with_parent()
+        os.write(writer, b"x")
+        time.sleep(60)
+
+    def notebook():
+        fork.Process(target=train).start()
+        time.sleep(60)
+
+    parent = fork.Process(target=notebook)
+    parent.start()
+    os.close(writer)
+    assert os.read(reader, 1) == b"x"
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    start = time.monotonic()
+    assert os.read(reader, 1) == b""  # nobody is left who could write
+    assert time.monotonic() - start < 30
+
+
+def test_a_damaged_state_is_named(small, build, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "training_batch", never)  # dies in its first step
+        with pytest.raises(AssertionError):
+            pretrain(small, RECIPE, [0], "cpu", save_every=0)
+    (file,) = (build / "pretrain").glob("*/state.safetensors")
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged.*delete it"):
+        pretrain(small, RECIPE, [0], "cpu")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(seeds=[]), "at least one seed"),
+        (dict(seeds=[1, 1]), "all different"),
+        (dict(seeds=[-1]), "none negative"),
+        (dict(width=40), "width=40.*head size 32"),
+        (dict(steps=0), "steps=0"),
+        (dict(n_checkpoints=1), "n=1.*two checkpoints"),
+        (dict(device="cuda:77"), "device 'cuda:77' is not available"),
+        (dict(lr=0), "lr=0"),
+    ],
+)
+def test_impossible_settings(small, change, message):
+    recipe = {name: value for name, value in change.items() if name not in ("seeds", "device")}
+    run = {"seeds": [0], "device": "cpu"} | {name: value for name, value in change.items() if name not in recipe}
+    with pytest.raises(ValueError, match=message):
+        pretrain(small, replace(RECIPE, **recipe), **run)
+
+
+def test_divergence_is_said(small):
+    with pytest.raises(FloatingPointError, match="seed 0 diverged before step .*smaller lr than 1e"):
+        pretrain(small, replace(RECIPE, lr=1e30), [0], "cpu")
+
+
+# ---- checkpoints of others
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory):
+    """A directory with three checkpoints of one run, another depth and another tokenizer."""
+    root = tmp_path_factory.mktemp("run")
+    for i, name in enumerate(("step1", "step2", "step3")):
+        save_model(new_model(small, RECIPE, i), small.tokenizer, root / name)
+    save_model(new_model(small, replace(RECIPE, n_layers=2), 0), small.tokenizer, root / "shallow")
+    tokenizer = small.tokenizer.__class__.from_pretrained(root / "step1")
+    tokenizer.add_tokens(["qqq"])
+    save_model(new_model(small, RECIPE, 0), tokenizer, root / "stranger")
+    return root
+
+
+@pytest.fixture
+def scored(run, mirror, tmp_path):
+    def scored(revisions=None, model=run, **change):
+        settings = dict(calibration="xsum", n_samples=2, seq_len=16, data_dir=mirror, device="cpu") | change
+        revisions = revisions or {"step2": 20, "step1": 10, "step3": 30}
+        return training_checkpoints.score_checkpoints(
+            str(model), revisions, **settings, store=Store(tmp_path / "store")
+        )
+
+    return scored
+
+
+def test_directories_are_scored_once(scored, run, monkeypatch, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    found = scored(model=copy)
+    assert found["tokens"].unique().tolist() == [10, 20, 30] and found["step"].unique().tolist()[0] == "step1"
+    assert len(found) == 3 * 3 * 3 and found["score"].notna().all() and found["run"].eq("copy").all()
+    monkeypatch.setattr(training_checkpoints, "load_model", never)
+    pd.testing.assert_frame_equal(found, scored(model=copy))
+    os.utime(copy / "step2/model.safetensors")  # it may have changed
+    with pytest.raises(AssertionError, match="measured again"):
+        scored(model=copy)
+
+
+@pytest.mark.parametrize(
+    "revisions, message",
+    [
+        ({"step1": 1}, "at least two"),
+        ({"step1": 1, "step2": 1}, "no two alike in tokens"),
+        (
+            {"step1": 1, "step9": 2, "step8": 3},
+            "no checkpoint step9, step8; .*: shallow, step1, step2, step3, stranger",
+        ),
+        ({"step1": 1, "stranger": 2, "step2": 3}, "the tokenizer of stranger is not that of step2"),
+        ({"step1": 1, "shallow": 2}, "differ in depth.*'step1': 3, 'shallow': 2"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(scored, revisions, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        scored(revisions)
+
+
+class Hub:
+    """Stands in for the hub: the revisions of one repository are directories."""
+
+    def __init__(self, root):
+        self.root, self.on_disk = root, []
+
+    def list_repo_refs(self, model):
+        if model != "lab/model":
+            raise OSError("404 Repository Not Found")
+        branches = [SimpleNamespace(name=f"step{i}", target_commit=str(i) * 40) for i in (1, 2, 3)]
+        return SimpleNamespace(branches=branches, tags=[])
+
+    def list_repo_files(self, model, revision):
+        return ["model.safetensors", "pytorch_model.bin"]
+
+    def download(self, model, revision, local_dir, allow_patterns):
+        assert "*.bin" not in allow_patterns
+        shutil.copytree(self.root / f"step{revision[0]}", local_dir)
+        self.on_disk.append(sorted(path.name[0] for path in local_dir.parent.iterdir()))
+
+
+@pytest.fixture
+def hub(run, monkeypatch):
+    hub, load = Hub(run), training_checkpoints.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(training_checkpoints, "HfApi", lambda: hub)
+    monkeypatch.setattr(training_checkpoints, "snapshot_download", hub.download)
+    tokenizer = SimpleNamespace(from_pretrained=lambda model, revision: load(run / f"step{revision[0]}"))
+    monkeypatch.setattr(training_checkpoints, "AutoTokenizer", tokenizer)
+    return hub
+
+
+def test_one_hub_checkpoint_on_disk_at_a_time(scored, run, request, build):
+    expected, hub = scored(), request.getfixturevalue("hub")
+    killed = build / "checkpoint/lab--model" / ("9" * 40)
+    killed.mkdir(parents=True)  # left by a killed run
+    found = scored(model="lab/model", keep=False)
+    assert hub.on_disk == [["2"], ["1"], ["3"]] and not list((build / "checkpoint/lab--model").iterdir())
+    assert np.allclose(found["score"], expected["score"]) and found["run"].eq("lab/model").all()
+
+
+def test_a_killed_scoring_run_goes_on(scored, hub, monkeypatch):
+    load = training_checkpoints.load_model
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training_checkpoints, "load_model", lambda where, *a: never() if "3" * 40 in where else load(where, *a)
+        )
+        with pytest.raises(AssertionError):
+            scored(model="lab/model", keep=False)
+    scored(model="lab/model", keep=False)
+    assert hub.on_disk == [["2"], ["1"], ["3"], ["3"]]
+
+
+def test_bad_revisions_and_hubs(scored, hub):
+    with pytest.raises(ValueError, match="lab/model has no revision step7; it has 3: step1, step2, step3"):
+        scored({"step1": 1, "step7": 2}, model="lab/model")
+    with pytest.raises(FileNotFoundError, match=r"cannot list the revisions of 'lab/modle'.*404.*directory"):
+        scored(model="lab/modle")
+
+
+# ---- what is said of a run
+
+
+def made_up(runs=("a", "b"), kinds=("attn",)) -> pd.DataFrame:
+    """Module 0 far above; layer i falls by i per tenfold tokens."""
+    rows = []
+    for run in runs:
+        for tokens in (0, 10, 100, 1000):
+            for layer in range(9):
+                value = 100.0 if layer == 0 else 20 + layer * (1 - math.log10(tokens or 10))
+                rows += [dict(run=run, tokens=tokens, kind=kind, layer=layer, score=value) for kind in kinds]
+    return pd.DataFrame(rows)
+
+
+def test_agreement_by_hand():
+    scores = made_up()
+    scores.loc[scores["tokens"] < 100, "score"] = -scores["score"] + 1e-3 * scores["layer"]
+    found = training_claims.agreement(scores, 2).set_index(["run", "tokens"])
+    assert len(found) == 8 and found.loc[("a", 1000), ["rank_correlation", "overlap"]].tolist() == [1, 1]
+    assert found.loc[("a", 100), ["rank_correlation", "overlap"]].tolist() == [pytest.approx(1), 1]
+    assert found.loc[("a", 0), ["rank_correlation", "overlap"]].tolist() == [pytest.approx(-1), 0]
+
+
+def test_between_runs_by_hand():
+    scores = made_up()
+    scores.loc[(scores["run"] == "b") & (scores["layer"] > 0), "score"] *= -1
+    (found,) = training_claims.between_runs(scores, 3).to_dict("records")
+    assert found["rank_correlation"] == pytest.approx(-1) and found["overlap"] == 0
+    assert training_claims.between_runs(made_up(runs=["a"]), 3).empty
+
+
+def test_slopes_by_hand():
+    found = training_claims.slopes(made_up(), 10).loc["attn"]
+    each = -np.arange(1, 9)
+    assert found["slope"] == pytest.approx(each.mean())
+    twice = np.concatenate([each, each])
+    assert found["halfwidth"] == pytest.approx(2.1314495 * twice.std(ddof=1) / 4, rel=1e-5)
+    with pytest.raises(ValueError, match="1 checkpoints from 500 tokens on"):
+        training_claims.slopes(made_up(), 500)
+
+
+def trained() -> pd.DataFrame:
+    """Two runs over 0, 10, 100, 1000 tokens: attention starts above the MLPs and falls below them at 100."""
+    values = {"attn": (8.0, 6.0, 2.0, 1.0), "mlp": (2.0, 3.0, 4.0, 5.0), "block": (9.0, 8.0, 7.0, 7.0)}
+    rows = [
+        dict(run=run, tokens=tokens, kind=kind, layer=layer, score=100 if layer == 0 else values[kind][i] + layer / 100)
+        for run in ("a", "b")
+        for i, tokens in enumerate((0, 10, 100, 1000))
+        for kind in values
+        for layer in range(9)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_consistency_by_hand():
+    scores = trained()
+    scores.loc[(scores["tokens"] == 10) & (scores["kind"] == "attn") & (scores["layer"] > 0), "score"] *= -1
+    scores.loc[(scores["tokens"] == 10) & (scores["kind"] == "attn"), "score"] += 20  # the order upside down
+    found = training_claims.consistency(scores, 2, 100)
+    measured = found["measured"].to_dict()
+    assert measured["fig07-attn-low-always"] == pytest.approx((20 - 6.045) / 3.045)
+    assert found.loc["fig07-attn-low-always", "detail"].startswith("below 1 for good from 100, 100 tokens on")
+    assert measured["fig07-attn-low-share"] == 100 and measured["fig07-mlp-grows"] == pytest.approx(3 + 7)
+    assert measured["fig07-attn-stays-low"] == pytest.approx(-1) and measured["fig07-mlp-rises"] == pytest.approx(1)
+    assert measured["fig07-block-rises"] == pytest.approx(0)
+    assert measured["fig07-module0-apart"] == pytest.approx(120 / 13.99)
+    assert measured["fig07-attn-ranking-stable"] == pytest.approx(-1)
+    assert measured["fig07-order-early"] == 10  # from 100 of 1000 tokens on
+    assert measured["fig07-top-n-overlap"] == 100
+    assert measured["fig07-seeds-agree"] == pytest.approx(1) and measured["fig07-seeds-as-training"] == pytest.approx(0)
+    ids = paper.claims().query("notebook == 'fig07_checkpoints'")["id"]
+    assert sorted(measured) == sorted(ids)  # every claim of the figure, and no other
+
+
+def test_consistency_of_one_run():
+    found = training_claims.consistency(trained().query("run == 'a'"), 2, 100)
+    assert found.loc[["fig07-seeds-agree", "fig07-seeds-as-training"], "measured"].isna().all()
+    assert found.loc["fig07-seeds-agree", "detail"].startswith("one run")
+    assert found["measured"].notna().sum() == len(found) - 2

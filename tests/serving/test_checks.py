@@ -1,0 +1,51 @@
+"""Engines are timed side by side, and an export is compared with its model."""
+
+import pytest
+from exports import MIXED, PLANS, PROMPTS, TOKENIZER, wide
+
+from llmdrop import DropPlan
+from llmdrop.serving import llama_cpp
+from llmdrop.serving.checks import COLUMNS, check_export, commands, compare, compare_serving, engines
+
+HERE = [
+    "transformers",
+    pytest.param("llama.cpp", marks=pytest.mark.skipif(not llama_cpp.installed(), reason="missing")),
+]
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_speed_is_compared_in_every_engine(engine):
+    plans = {"Baseline": DropPlan(), "Attn-2": DropPlan([2, 3])}
+    rows = compare_serving(engine, wide(), TOKENIZER, plans, list(range(9)), 5, rounds=2, weights="f16")
+    assert [row["plan"] for row in rows] == list(plans) and rows[0]["decode_speedup"] == 1
+    assert all(list(row) == ["engine", "plan", *COLUMNS] and row["engine"] == engine for row in rows)
+    assert all(row[column] > 0 for row in rows for column in COLUMNS)
+    assert all(row["decode_low"] <= row["decode_speedup"] <= row["decode_high"] for row in rows)
+    assert rows[1]["kv_share"] == pytest.approx(3 / 5, rel=0.05), "of a few KiB, which llama.cpp rounds"
+    assert rows[1]["file_share"] < 1
+
+
+@pytest.mark.parametrize("name", ["mixed", "no attention", "blocks"])
+def test_transformers_alone_gives_the_same_numbers(name):
+    (row,) = check_export("transformers", wide(), TOKENIZER, PLANS[name], PROMPTS, 16)
+    assert row["n_tokens"] == 160 == row["n_equal"] and row["max_difference"] < 1e-4
+
+
+def test_another_model_is_told_apart(monkeypatch):
+    """The comparison itself: of a plan with the model of another plan."""
+    from llmdrop.serving import checks
+
+    monkeypatch.setattr(checks, "compare", lambda engine, model, *rest: compare(engine, wide(PLANS["last MLP"]), *rest))
+    (row,) = check_export("transformers", wide(), TOKENIZER, MIXED, PROMPTS, 16)
+    assert row["n_equal"] < 120 and row["max_difference"] > 0.5 and row["max_loss"] > 0.5
+
+
+def test_an_engine_that_cannot_have_a_plan_says_so():
+    (row,) = check_export("vLLM", wide(), TOKENIZER, DropPlan([0]), PROMPTS, 4)
+    assert "layer 0 would be the first and has no attention" in row["refused"]
+
+
+def test_commands_name_every_engine_that_may_be_here():
+    names = " ".join(row["engine"] for row in commands("m"))
+    assert all(engine in names for engine in ("transformers", "llama.cpp", "vLLM", "Ollama", *engines()))
+    assert "python -m llmdrop.serving m.gguf --port 8080" in [row["command"] for row in commands("m")]

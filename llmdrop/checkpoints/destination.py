@@ -6,12 +6,10 @@ from pathlib import Path
 
 # all that `save_model` and `drop_checkpoint` write into a directory
 OUR_FILES = re.compile(
-    r"(generation_)?config\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|modeling_llmdrop\.py|configuration_nemotron_nas\.py"
-    r"|special_tokens_map\.json|added_tokens\.json"
-    r"|tokenizer(_config)?\.json|tokenizer\.model|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
-    r"|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
 )
 
 
@@ -20,16 +18,14 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
     It may where nothing is, or, with `overwrite`, a checkpoint of which every file is one that `save_model` writes.
     """
-    check_parents(path)
+    _check_parents(path)
     if path.is_file():
         raise FileExistsError(f"{path} is a file, and a checkpoint is a directory; choose another path")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
+    if files and not overwrite:
+        raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
     foreign = [name for name in files if not OUR_FILES.fullmatch(name)]
-    if foreign or "config.json" not in files:
+    if foreign or (files and "config.json" not in files):
         why = f"{foreign[0]}, which save_model does not write" if foreign else "no config.json, so no checkpoint"
         raise FileExistsError(
             f"{path} holds {why}; overwrite=True replaces nothing but checkpoints. Choose another path, or move away "
@@ -39,20 +35,15 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
 def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
     """FileExistsError unless a checkpoint may become the file `path`: nothing is there, or one of ours to overwrite."""
-    check_parents(path)
+    _check_parents(path)
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory, and a GGUF is a file; choose another path")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another path, or overwrite=True to replace a GGUF of llmdrop's")
-    if path.exists() and not is_ours(path):
-        raise FileExistsError(
-            f"{path} was not written by llmdrop, and overwrite=True replaces nothing else; choose another path, or "
-            "move that file away"
-        )
+    if path.exists() and not (overwrite and is_ours(path)):
+        why = "was not written by llmdrop, and overwrite=True replaces nothing else" if overwrite else "exists"
+        raise FileExistsError(f"{path} {why}; choose another path, or overwrite=True for a file of llmdrop's")
 
 
-def check_parents(path: Path) -> None:
-    """FileExistsError where a file stands in place of a directory that `path` would lie in."""
+def _check_parents(path: Path) -> None:
     for parent in path.absolute().parents:
         if parent.exists() and not parent.is_dir():
             raise FileExistsError(f"{path} cannot be written, since {parent} is a file; choose another path")

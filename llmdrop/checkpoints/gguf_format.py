@@ -36,22 +36,7 @@ TYPES = {  # of a file; of all others float32 holds the values
 }
 ZERO_WIDTH = 32  # of an MLP that is not there; one quantization block
 
-# <name> and its place in a Llama; blk.N.<name> and its place in a layer
-OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ATTN = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-MLP = {
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-Tensors = Iterator[tuple[str, np.ndarray, Kind]]  # name with the layer's index in the undropped model, bytes, type
+Tensors = Iterator[tuple[str, np.ndarray, Kind]]  # name in the file, values as they stand there, type
 
 
 def write_gguf(model, tokenizer, path: str | os.PathLike, weights: str = "f16", overwrite: bool = False) -> Path:
@@ -100,27 +85,28 @@ def _undropped_config(config, n_layers: int) -> str:
 
 
 def _model_tensors(model, kind: Kind, head: int) -> Tensors:
-    """All tensors of a model, those of layers by the index in the undropped model."""
-    parts = find_anatomy(model)
     state = model.state_dict()
-    for name, key in OUTER.items():
-        if name != "output" or not model.config.tie_word_embeddings:
-            # where the rest has fewer bits, these two stay at 8: they cost little and matter most
-            large = kind if kind in (Kind.F32, Kind.F16, Kind.BF16) else Kind.Q8_0
-            yield f"{name}.weight", *_encode(state[f"{key}.weight"].float().numpy(), large)
+    # where the rest has fewer bits, the two large ones stay at 8: they cost little and matter most
+    large = kind if kind in (Kind.F32, Kind.F16, Kind.BF16) else Kind.Q8_0
+    for name, key in _names(model).items():
+        for what in ("weight", "bias"):
+            tensor = state.get(f"{key}.{what}")
+            if tensor is None or (name == "output" and model.config.tie_word_embeddings):
+                continue
+            array = tensor.float().numpy()
+            if name.endswith(("attn_q", "attn_k")):
+                array = _interleaved(array, head)
+            yield f"{name}.{what}", *_encode(array, large if name in ("token_embd", "output") else kind)
     scaling = _rope_scaling(model, head)
     if scaling is not None:
         yield "rope_freqs.weight", scaling, Kind.F32
-    kept = [i for i in range(parts.n_layers) if i not in parts.plan.blocks]
-    for slot, i in enumerate(kept):
-        for name, key in (ATTN | MLP).items():
-            for what in ("weight", "bias"):
-                tensor = state.get(f"model.layers.{slot}.{key}.{what}")  # of a dropped sublayer there is none
-                if tensor is not None:
-                    array = tensor.float().numpy()
-                    if name in ("attn_q", "attn_k"):
-                        array = _interleaved(array, head)
-                    yield f"blk.{i}.{name}.{what}", *_encode(array, kind)
+
+
+def _names(model) -> dict[str, str]:
+    """{name in a GGUF: name in the model} of every module with weights, also of those that bring a bias."""
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    modules = dict.fromkeys(key.rpartition(".")[0] for key in model.state_dict())
+    return {known.get_name(key): key for key in modules}
 
 
 def drop_gguf(source: str | os.PathLike, plan: DropPlan, path: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -141,9 +127,17 @@ def drop_gguf(source: str | os.PathLike, plan: DropPlan, path: str | os.PathLike
         facts["tokenizer.huggingface.json"] = read_tokenizer(source, facts).backend_tokenizer.to_str()
     if "llmdrop.config" not in facts and not _has_rope_table(reader):
         facts["llmdrop.config"] = _undropped_config(_foreign_config(source), plan.n_layers)
-    stays = [tensor for tensor in reader.tensors if not _is_gone(plan, *_place(tensor.name)[:2])]
-    tensors = ((tensor.name, tensor.data, tensor.tensor_type) for tensor in stays)
-    return _write(path, plan, plan.n_layers, head, facts, tensors)
+    return _write(path, plan, plan.n_layers, head, facts, _kept_tensors(reader, plan))
+
+
+def _kept_tensors(reader: gguf.GGUFReader, plan: DropPlan) -> Tensors:
+    kept = [i for i in range(plan.n_layers) if i not in plan.blocks]
+    for tensor in reader.tensors:
+        layer, name = _place(tensor.name)
+        if layer is None:
+            yield tensor.name, tensor.data, tensor.tensor_type
+        elif not _is_gone(plan, layer, name):
+            yield f"blk.{kept.index(layer)}.{name}", tensor.data, tensor.tensor_type
 
 
 def load_gguf(path: str | os.PathLike, dtype: str = "float32", attn_implementation: str | None = None):
@@ -174,23 +168,22 @@ def load_gguf(path: str | os.PathLike, dtype: str = "float32", attn_implementati
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=attn_implementation)
     apply_plan(model, plan)
     kept = [i for i in range(plan.n_layers) if i not in plan.blocks]
+    names = _names(model)
     state = {}
     biases = []
     for tensor in reader.tensors:
-        slot, name, what = _place(tensor.name)
-        if slot is None:
-            key = OUTER.get(name)
-        elif _is_gone(plan, kept[slot], name):  # the zeros that stand there
-            key = None
-        else:
-            key = f"model.layers.{slot}.{(ATTN | MLP)[name]}"
-            if what == "bias":
-                biases.append((kept[slot], (ATTN | MLP)[name]))
-        if key:
-            array = gguf.dequantize(tensor.data, tensor.tensor_type)
-            if name in ("attn_q", "attn_k"):
-                array = _halves(array, head)
-            state[f"{key}.{what}"] = torch.tensor(array).to(torch_dtype)
+        name, _, what = tensor.name.rpartition(".")
+        slot, rest = _place(tensor.name)
+        if name == "rope_freqs" or (slot is not None and _is_gone(plan, kept[slot], rest)):  # zeros stand there
+            continue
+        if name not in names:
+            raise ValueError(f"{path} holds {tensor.name}, which a Llama does not have; load_model reads Llamas")
+        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if name.endswith(("attn_q", "attn_k")):
+            array = _halves(array, head)
+        state[f"{names[name]}.{what}"] = torch.tensor(array).to(torch_dtype)
+        if what == "bias":
+            biases.append((kept[slot], names[name].split(".", 3)[3]))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     give_biases(ExitStack(), model, biases)
@@ -246,9 +239,6 @@ def _write(path: Path, plan: DropPlan, n_layers: int, head: int, facts: dict, te
                 known = key.startswith(("general.", "tokenizer.", "llmdrop."))
                 _add(writer, key if known else f"{arch}.{key}", value)
         for name, array, kind in tensors:
-            layer, rest, what = _place(name)
-            if layer is not None:
-                name = f"blk.{kept.index(layer)}.{rest}.{what}"
             writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind)
         for name, shape in zeros.items():
             writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32 if len(shape) == 1 else np.float16))
@@ -295,15 +285,17 @@ def _read(path: str | os.PathLike) -> tuple[gguf.GGUFReader, dict]:
     return reader, {name.removeprefix(f"{arch}."): value for name, value in facts.items()}
 
 
-def _place(name: str) -> tuple[int | None, str, str]:
-    """Of a tensor: "blk.3.attn_q.weight" -> (3, "attn_q", "weight"), "output.weight" -> (None, "output", "weight")."""
-    *place, what = name.split(".")
-    return (int(place[1]), ".".join(place[2:]), what) if place[0] == "blk" else (None, ".".join(place), what)
+def _place(name: str) -> tuple[int | None, str]:
+    """Of a tensor: "blk.3.attn_q.weight" -> (3, "attn_q.weight"), "output.weight" -> (None, "output.weight")."""
+    if not name.startswith("blk."):
+        return None, name
+    _, layer, rest = name.split(".", 2)
+    return int(layer), rest
 
 
-def _is_gone(plan: DropPlan, layer: int | None, name: str) -> bool:
-    """Whether the plan drops this tensor of a layer (of none: None)."""
-    return (name in ATTN and layer in plan.attn) or (name in MLP and layer in plan.mlp)
+def _is_gone(plan: DropPlan, layer: int, name: str) -> bool:
+    """Whether the plan drops this tensor of a layer."""
+    return layer in (plan.attn if name.startswith("attn_") else plan.mlp)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

@@ -8,14 +8,12 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from ..compress.variant import Variant
-from . import style
 from .comparisons import BASELINE, percent
-from .figures import plain_log_ticks
+from .figures import plain_log_ticks, plot_percent
 from .selectors import Contender, selector
 
 MARKERS = "osv^DPX*<>"
 AT_A_TIME = (1, 2, 4, 8, 16, 32, 64)  # sequences
-LINES = (("o-", "#0072B2"), ("s-", "#E69F00"), ("v-", "#009E73"), ("^-", "#CC79A7"))
 
 
 def looks(table: pd.DataFrame) -> dict[tuple[str, str], dict]:
@@ -185,7 +183,8 @@ def plot_answers(table: pd.DataFrame, contenders: Sequence[Contender], axes: Seq
         methods.setdefault(f"{contender.choice}: {contender.setting}", {})[contender.name] = contender.n
     for ax, (measure, rows) in zip(axes, table.groupby("measure", sort=False), strict=True):
         lines = {method: _with_layers(rows, layers) for method, layers in methods.items()}
-        _plot_percent(ax, rows, lines, apart=0.2, label="whole model")
+        whole = rows[rows["model"] == BASELINE].iloc[0]
+        plot_percent(ax, whole, lines, apart=0.2, label="whole model")
         ax.set(title=measure, xlabel="As fast as without n layers")
     axes[0].set_ylabel("Right (%)")
 
@@ -209,7 +208,7 @@ def plot_measures(
             "Dropped": _with_layers(rows, plain),
             "Dropped, reconstructed": _with_layers(rows, reconstructed),
         }
-        _plot_percent(ax, rows, lines, apart=0.6, label=BASELINE)
+        plot_percent(ax, rows[rows["model"] == BASELINE].iloc[0], lines, apart=0.6)
         if measure in chance:
             ax.axhline(chance[measure], color="0.5", ls=":", lw=1, label="Guessing")
         ax.set(title=measure, ylim=(-2, 102), xlabel="Dropped layers")
@@ -219,20 +218,3 @@ def _with_layers(rows: pd.DataFrame, layers: Mapping[str, int]) -> pd.DataFrame:
     """The rows of these models, with a column layers."""
     part = rows[rows["model"].isin(layers)]
     return part.assign(layers=part["model"].map(layers))
-
-
-def _plot_percent(ax: Axes, rows: pd.DataFrame, lines: Mapping[str, pd.DataFrame], apart: float, label: str) -> None:
-    """Percent against layers, a line a method with 95 % intervals, side by side; the whole model's, and its interval.
-
-    apart: layers between two methods' markers. label: of the whole model.
-    """
-    look = style.METHODS["Baseline"]
-    whole = rows[rows["model"] == BASELINE].iloc[0]
-    ax.axhline(100 * whole["value"], color=look["color"], linestyle=look["linestyle"], lw=0.8, label=label)
-    ax.axhspan(100 * whole["low"], 100 * whole["high"], color=look["color"], alpha=0.07, linewidth=0)
-    for k, (name, part) in enumerate(lines.items()):
-        x = part["layers"] + apart * (k - (len(lines) - 1) / 2)
-        error = [100 * (part["value"] - part["low"]), 100 * (part["high"] - part["value"])]
-        fmt, color = LINES[k % len(LINES)]
-        ax.errorbar(x, 100 * part["value"], error, fmt=fmt, color=color, capsize=1.5, ms=3, label=name)
-    ax.set_xticks(sorted({n for part in lines.values() for n in part["layers"]}))

@@ -131,11 +131,25 @@ def answers(
     return pd.DataFrame(rows, columns=["variant", "item", "answer"])
 
 
+def training_losses(model: nn.Module, variant: Variant, store: Store | None = None) -> list[float]:
+    """The loss of every step of a variant's healing, stored. Raises what `Healing.losses` raises."""
+
+    def compute() -> list[float]:
+        changes = {}
+        if variant.reconstruction is not None:
+            changes = variant.reconstruction.changes(model, variant.plan)
+        return variant.healing.losses(model, variant.plan, changes)
+
+    key = model_key(model) | {"variant": variant.key}
+    slug = f"{model_name(model)}-{variant.label}"
+    return (store or Store()).get("training", key, compute, slug, lambda: provenance(model, variant.healing.text))
+
+
 def _on_text(store: Store, model, variants: Mapping[str, Variant], name: str, text: Calibration) -> pd.DataFrame:
     items = text_items(text)
 
     def losses(plans: Sequence[DropPlan]) -> list[dict]:
-        sums, _ = loglikelihoods(model, plans, items, progress=name)
+        sums, _ = loglikelihoods(model, plans, items, label=name)
         counts = [item.n_scored for item in items]
         return [{"nats": (-row).tolist(), "tokens": counts} for row in sums]
 
@@ -185,7 +199,7 @@ def choice(question: Mapping) -> float:
 
 def _on_questions(store: Store, model, tokenizer, variants, name: str, asked: Questions) -> pd.DataFrame:
     def matches(plans: Sequence[DropPlan]) -> list[list[int]]:
-        return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets, progress=name)
+        return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets)
 
     key = model_key(model) | {
         "version": [sweep.VERSION, generation.VERSION],

@@ -15,7 +15,7 @@ from .. import plan as orders
 from ..anatomy import find_anatomy
 from ..calibration import Calibration
 from ..compress import search, windows
-from ..compress.reconstruction import Changes, Reconstruction, combined
+from ..compress.reconstruction import METHODS, Changes, Reconstruction, combined
 from ..compress.search import Choice
 from ..compress.variant import Variant
 from ..compress.windows import WINDOW, Windows, score_windows
@@ -112,6 +112,12 @@ class Contender:
         """The same layers, with what makes up for them (None: nothing does)."""
         setting = "none" if reconstruction is None else reconstruction.label
         return replace(self, setting=setting, variant=replace(self.variant, reconstruction=reconstruction))
+
+
+def reconstructions(text: Calibration, batch_size: int = 8) -> dict[str, Reconstruction | None]:
+    """What may make up for dropped layers, by name: "none", and every method of `Reconstruction` on this text."""
+    by_method = {method: Reconstruction(text, method, batch_size) for method in METHODS}
+    return {"none": None} | by_method
 
 
 def named(contenders: Iterable[Contender]) -> dict[str, Variant]:
@@ -315,15 +321,18 @@ def windowed_contenders(
     return contenders
 
 
+@dataclass(frozen=True)
 class _OneByOne(Reconstruction):
-    """Every dropped sublayer's own correction, from one pass for all plans, also of attention layers and MLPs."""
+    """Every dropped sublayer's own correction, those of `shared`, also for plans of attention layers and MLPs."""
+
+    shared: Reconstruction | None = None
 
     @property
     def key(self) -> dict:
         return super().key | {"one_by_one": True}
 
     def changes(self, model: nn.Module, plan: DropPlan) -> Changes:
-        return combined(self.corrections(model, ("attn", "mlp")), plan)
+        return combined(self.shared.corrections(model, ("attn", "mlp")), plan)
 
 
 def mixed_contenders(
@@ -334,6 +343,7 @@ def mixed_contenders(
     most: int,
     window: int = WINDOW,
     reconstruction: Reconstruction | None = None,
+    least_squares: Reconstruction | None = None,
     batch_size: int = 8,
     store: Store | None = None,
     **speed,
@@ -344,21 +354,23 @@ def mixed_contenders(
     `search_text` (the latency-aware searches of `choose`). A contender drops the first k of them, made up for by
     `reconstruction` (None: nothing is, in the search either), and gives windows to the other attention layers that
     `window_order` has first on `long_text`. k goes up from the fewest that can be as fast by `predict_speed`, while
-    the loss on `long_text` falls; meanwhile every dropped sublayer is reconstructed by itself.
+    the loss on `long_text` falls; meanwhile every dropped sublayer is reconstructed by itself, by `least_squares`
+    (None: fitted on the same text).
 
     Raises ValueError where all sublayers listed and all windows save less time.
     """
-    if reconstruction is None:
-        one_by_one = None
-    else:
-        one_by_one = _OneByOne(reconstruction.calibration, batch_size=reconstruction.batch_size)
+    one_by_one = None
+    if reconstruction is not None:
+        text = reconstruction.calibration
+        least_squares = least_squares or Reconstruction(text, batch_size=batch_size)
+        one_by_one = _OneByOne(text, shared=least_squares)
     choice = choose(
         model,
         "KL greedy, latency-aware" if reconstruction is None else "KL greedy, reconstructed, latency-aware",
         most,
         search_text,
         search_text,
-        one_by_one,
+        least_squares,
         _seconds_beside_windows(model, window, **speed),
         batch_size,
         store,

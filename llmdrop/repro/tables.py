@@ -152,6 +152,18 @@ def compare(table: pd.DataFrame, column: str, row: str, other: str | None = None
     return float(values[0] - values[1:].sum()), float(np.sqrt((errors**2).sum()))
 
 
+def random_guess(table: pd.DataFrame, tasks: Iterable[str], vocabulary: int) -> dict[str, float]:
+    """What guessing would give in the columns of a table from `by_variant`, with its first row as the baseline.
+
+    In percent right of each task, on average (avg), in percent of the baseline's (percent); and as a multiple of the
+    baseline's perplexity (ppl_ratio), where all tokens of the vocabulary are alike.
+    """
+    baseline = table.iloc[0]
+    average = pd.Series(CHANCE).reindex(list(tasks)).mean()
+    guess = {"avg": average, "percent": 100 * average / baseline["avg"]}
+    return CHANCE | guess | {"ppl_ratio": vocabulary / baseline["perplexity"]}
+
+
 def near_guessing(table: pd.DataFrame) -> list[str]:
     """Benchmarks on which even the baseline, the first row from `by_variant`, is not two errors above CHANCE.
 

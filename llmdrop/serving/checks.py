@@ -17,18 +17,6 @@ from . import llama_cpp, vllm_engine
 
 VERSION = 1  # raised when the numbers of this module change
 FORMATS = {"transformers": "hf", "llama.cpp": "gguf", "vLLM": "nemotron-nas"}
-COLUMNS = (
-    "prefill_tokens_per_second",
-    "decode_tokens_per_second",
-    "prefill_speedup",
-    "decode_speedup",
-    "decode_low",
-    "decode_high",
-    "kv_bytes",
-    "file_bytes",
-    "kv_share",
-    "file_share",
-)
 
 
 def engines() -> dict[str, str]:
@@ -195,34 +183,33 @@ def compare_serving(
             return []
         in_rounds(runs, 1)  # warms up
         rows = in_rounds(runs, rounds)
-    rows["prefill_tokens_per_second"] = len(prompt) / rows.pop("prefill_seconds")
-    rows["decode_tokens_per_second"] = new_tokens / rows.pop("decode_seconds")
+    rates = ["prefill_tokens_per_second", "decode_tokens_per_second"]
+    rows[rates[0]] = len(prompt) / rows["prefill_seconds"]
+    rows[rates[1]] = new_tokens / rows["decode_seconds"]
     first = rows[rows["name"] == next(iter(runs))].set_index("round")
-    for phase in ("prefill", "decode"):
-        per_second = f"{phase}_tokens_per_second"
-        rows[f"{phase}_speedup"] = rows[per_second] / rows["round"].map(first[per_second])
-    by_plan = rows.drop(columns="round").groupby("name", sort=False)
-    table = by_plan.median()
+    speedups = ["prefill_speedup", "decode_speedup"]
+    for rate, speedup in zip(rates, speedups, strict=True):
+        rows[speedup] = rows[rate] / rows["round"].map(first[rate])
+    by_plan = rows.groupby("name", sort=False)
+    table = by_plan[rates + speedups].median()
     table["decode_low"] = by_plan["decode_speedup"].min()
     table["decode_high"] = by_plan["decode_speedup"].max()
+    table[["kv_bytes", "file_bytes"]] = by_plan[["kv_bytes", "file_bytes"]].last()
     table["kv_share"] = table["kv_bytes"] / table["kv_bytes"].iloc[0]
     table["file_share"] = table["file_bytes"] / table["file_bytes"].iloc[0]
-    table = table.astype({"kv_bytes": int, "file_bytes": int})[list(COLUMNS)]
     return [{"engine": engine, "plan": name} | row for name, row in table.to_dict("index").items()]
 
 
 def _time_engine(running, prompt: Sequence[int], new_tokens: int, round: int) -> dict[str, float]:
     (out,) = running.complete([prompt], new_tokens)
-    seconds = {name: out[name] for name in ("prefill_seconds", "decode_seconds")}
-    return seconds | {"kv_bytes": running.kv_bytes, "file_bytes": running.file_bytes}
+    return out | {"kv_bytes": running.kv_bytes, "file_bytes": running.file_bytes}
 
 
 def _time_in_place(model, plan: DropPlan, prompt_len: int, new_tokens: int, round: int) -> dict[str, float]:
     """The same in transformers, by one plan of a model that all plans share; file_bytes are those of the weights."""
     with dropped(model, plan):
         out = measure_speed(model, 1, prompt_len, new_tokens, repeats=1, warm_up=False)
-        file_bytes = sum(p.nbytes for p in model.parameters())
-    return {name: out[name] for name in ("prefill_seconds", "decode_seconds", "kv_bytes")} | {"file_bytes": file_bytes}
+        return out | {"file_bytes": sum(p.nbytes for p in model.parameters())}
 
 
 def _rounded_up(n: int, step: int) -> int:

@@ -185,7 +185,7 @@ def test_save_load_round_trip(family, plan, tmp_path):
     llmdrop.save_model(model, None, tmp_path / "dense")
     expected = logits(apply_plan(model, plan), ids)
     llmdrop.save_model(model, None, tmp_path / "dropped")
-    loaded = llmdrop.checkpoints.load._load_weights(str(tmp_path / "dropped"), {}, {"dtype": torch.float32})
+    loaded = llmdrop.checkpoints.load.load_weights(str(tmp_path / "dropped"), dtype=torch.float32)
     torch.testing.assert_close(logits(loaded.eval(), ids), expected, atol=1e-5, rtol=0)
     assert anatomy(loaded).plan == plan
     weights = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("dense", "dropped")]
@@ -205,7 +205,7 @@ def test_gpt2_with_depth_scaled_attention_keeps_its_scale(tmp_path):
     model, ids, plan = tiny("gpt2", scale_attn_by_inverse_layer_idx=True), random_ids(2, 9), DropPlan([1], [1])
     expected = logits(apply_plan(model, plan), ids)
     llmdrop.save_model(model, None, tmp_path / "m")
-    loaded = llmdrop.checkpoints.load._load_weights(str(tmp_path / "m"), {}, {"dtype": torch.float32})
+    loaded = llmdrop.checkpoints.load.load_weights(str(tmp_path / "m"), dtype=torch.float32)
     torch.testing.assert_close(logits(loaded.eval(), ids), expected, atol=1e-5, rtol=0)
 
 

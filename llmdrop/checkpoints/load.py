@@ -143,8 +143,8 @@ def saved_record(raw: dict, path: str | os.PathLike) -> dict:
     record = raw.get("llmdrop") or {}
     if record.get("biases") and "undropped" not in record:
         raise ValueError(
-            f"{path} was written by save_pretrained, whose config has no room for the biases that compensation by a "
-            "mean added; write the model with llmdrop.save_model"
+            f'{path} was written by save_pretrained, whose config has no room for the biases that "mean" '
+            "reconstruction added; write the model with llmdrop.save_model"
         )
     return record
 

@@ -1,26 +1,13 @@
-"""Reconstruct, in closed form and without training, what dropped sublayers would have added: `Reconstruction`.
+"""Least-squares (ridge) reconstruction of what dropped sublayers would have added: closed form, no training.
 
-A dropped sublayer leaves a gap in what is written to the residual stream. Least-squares reconstruction lets the weight
-matrix just before the gap (W, that ends the live sublayer there: h -> W h) write what is missing, as far as that can be
-told from h, what it reads: W becomes W + D, with D the ridge regression
-
-    D = argmin  sum_t w_t || D h_t - f_t ||^2 + ridge ||D||^2        w_t = 1 / ||r_t||^2
-
-over calibration tokens t; f_t: what the gap's sublayers add in the undropped model; r_t: its stream after them. The
-ridge is chosen per row of D on every fourth sample, which the regression did not see; where none helps there, the row
-of W stays. An MLP's h is wide (1536 numbers a token in SmolLM2, for a stream of 576): about half of what an attention
-layer adds can be told from it. Shapes do not change: the model is as fast as without, every format that holds the
-dropped model holds this one, and there is nothing to load besides.
-
-"sequential least squares" fits each gap in the model with the gaps above it dropped and reconstructed. "mean" takes
-from the text only what is missing on average, sum_t w_t f_t / sum_t w_t, and adds that vector to the same matrix's
-bias. A matrix that has none is given one: a model of a few numbers more, which formats must have room for (those of
-`save_model` have).
+A dropped sublayer leaves a gap in what is written to the residual stream; the matrix that ends the live sublayer just
+before it is changed to write what is missing. Shapes stay, and with them speed and formats; only "mean" adds biases.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -69,7 +56,7 @@ class Reconstruction:
     _last: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        _check_method(self.method, METHODS)
+        _check_method(self.method)
 
     @property
     def label(self) -> str:
@@ -88,13 +75,12 @@ class Reconstruction:
         """
         _check(find_anatomy(model), plan)
         if self.method in ALONE and not plan.mlp:
-            return combined(self.corrections(model), plan) if plan else {}
-        digest = weights_digest(model)
-        last = self._last.get(model)
-        if last is None or last[:2] != (digest, plan):
-            last = digest, plan, fit(model, plan, self.calibration, self.method, self.batch_size)
-            self._last[model] = last
-        return last[2]
+            return combined(self.corrections(model), plan)
+        fitted_for = weights_digest(model), plan
+        if model not in self._last or self._last[model][0] != fitted_for:
+            changes = fit(model, plan, self.calibration, self.method, self.batch_size)
+            self._last[model] = fitted_for, changes
+        return self._last[model][1]
 
     def corrections(self, model: nn.Module, kinds: Sequence[str] = ("attn",)) -> dict[Sublayer, Changes]:
         """`corrections` of these kinds of sublayers, at least, remembered for as long as the model and its weights."""
@@ -114,12 +100,12 @@ class Reconstruction:
 def reconstruct(model: nn.Module, plan: DropPlan, changes: Changes) -> nn.Module:
     """`apply_plan`, with the changes that `fit` gave for the same model and plan, in place; returns the model.
 
-    Changed weights are saved and loaded like any other model's; biases that the architecture does not have are listed
-    in `model.config.llmdrop`. Raises ValueError for changes of another plan or model, weights that are packed in 4
-    bits, and what `apply_plan` refuses; the model is unchanged then.
+    Biases that the architecture does not have are listed in `model.config.llmdrop`. Raises ValueError for changes of
+    another plan or model, weights that are packed in 4 bits, and what `apply_plan` refuses; the model is unchanged then.
     """
+    _check_changes(model, plan, changes)
     with ExitStack() as undo:
-        _put_checked(undo, model, plan, changes)
+        put_changes(undo, model, changes)
         apply_plan(model, plan)
         undo.pop_all()  # nothing is undone
     return model
@@ -127,31 +113,22 @@ def reconstruct(model: nn.Module, plan: DropPlan, changes: Changes) -> nn.Module
 
 @contextmanager
 def reconstructed(model: nn.Module, plan: DropPlan, changes: Changes) -> Iterator[nn.Module]:
-    """`dropped`, with the changes that `fit` gave for the same model and plan; everything is restored afterwards.
-
-    Raises what `reconstruct` raises.
-    """
+    """`reconstruct` for the length of a `with` block; everything is restored afterwards, on every path."""
+    _check_changes(model, plan, changes)
     with ExitStack() as undo:
-        _put_checked(undo, model, plan, changes)
+        put_changes(undo, model, changes)
         undo.enter_context(dropped(model, plan))
         yield model
-
-
-def _put_checked(undo: ExitStack, model: nn.Module, plan: DropPlan, changes: Changes) -> None:
-    """The changes, before the plan's sublayers go: what fails later is undone either way."""
-    parts = find_anatomy(model)
-    _check_changes(parts, plan, changes)
-    if getattr(model.config, "llmdrop", None) is None:  # a record, for `give_biases` to list them in
-        put(undo, model.config, "llmdrop", {"n_layers": parts.n_layers} | parts.plan.key)
-    put_changes(undo, model, changes)
 
 
 def put_changes(undo: ExitStack, model: nn.Module, changes: Changes) -> None:
     """Make the changes, whatever is dropped; `undo` takes them back."""
     parts = find_anatomy(model)
     with_bias = [(kind, i) for (kind, i), change in changes.items() if change.bias is not None]
-    without_room = [(kind, i) for kind, i in with_bias if output_matrix(parts, i, kind).bias is None]
-    give_biases(undo, model, [(i, output_name(parts, i, kind)) for kind, i in without_room])
+    places = [(i, output_name(parts, i, kind)) for kind, i in with_bias if output_matrix(parts, i, kind).bias is None]
+    if places and getattr(model.config, "llmdrop", None) is None:  # the record in which `give_biases` lists them
+        put(undo, model.config, "llmdrop", {"n_layers": parts.n_layers} | parts.plan.key)
+    give_biases(undo, model, places)
     for (kind, i), change in changes.items():
         matrix = output_matrix(parts, i, kind)
         if change.bias is not None:
@@ -171,9 +148,11 @@ def _add(undo: ExitStack, parameter: nn.Parameter, change: torch.Tensor) -> None
     put(undo, parameter, "data", (parameter.data.float() + change.to(parameter.device)).to(parameter.dtype))
 
 
-def _check_changes(parts: Anatomy, plan: DropPlan, changes: Changes) -> None:
+def _check_changes(model: nn.Module, plan: DropPlan, changes: Changes) -> None:
     """ValueError unless each change is of a matrix right before a gap of the plan, and of its shape."""
-    before_gaps = [live for live, gap in _gaps(parts, parts.whole_plan(plan)) if gap and live is not None]
+    parts = find_anatomy(model)
+    gone = _dropped(parts.whole_plan(plan))
+    before_gaps = [live for live, after in pairwise(_sublayers(parts)) if live not in gone and after in gone]
     stray = [f"{kind} {i}" for kind, i in changes if (kind, i) not in before_gaps]
     if stray:
         allowed = ", ".join(f"{kind} {i}" for kind, i in before_gaps) or "nothing"
@@ -183,40 +162,29 @@ def _check_changes(parts: Anatomy, plan: DropPlan, changes: Changes) -> None:
         )
     for (kind, i), change in changes.items():
         matrix = output_matrix(parts, i, kind)
-        rows, columns = matrix.weight.T.shape if isinstance(matrix, Conv1D) else _shape(matrix)
         if change.weight is not None and not matrix.weight.is_floating_point():
             raise ValueError(
                 f"the matrix of {kind} {i} is packed ({matrix.weight.dtype}), and nothing can be added to it; "
                 "reconstruct first and quantize afterwards, or use the method 'mean'"
             )
-        for name, value, expected in (("weight", change.weight, (rows, columns)), ("bias", change.bias, (rows,))):
-            if value is not None and tuple(value.shape) != expected:
+        weight = matrix.weight.T if isinstance(matrix, Conv1D) else matrix.weight
+        expected = {"weight": tuple(weight.shape), "bias": (model.config.hidden_size,)}
+        for name, shape in expected.items():
+            value = getattr(change, name)
+            if value is not None and value.shape != shape:
                 raise ValueError(
                     f"these changes are of another model: that of {kind} {i}'s {name} is {tuple(value.shape)}, "
-                    f"and {expected} fits; fit changes for this model and plan"
+                    f"and {shape} fits; fit changes for this model and plan"
                 )
 
 
-def _shape(matrix: nn.Linear) -> tuple[int, int]:
-    """[outputs, inputs], of packed weights too."""
-    return matrix.out_features, matrix.in_features
-
-
-def _gaps(parts: Anatomy, plan: DropPlan) -> Iterator[tuple[Sublayer | None, list[Sublayer]]]:
-    """(a live sublayer, the dropped ones between it and the next live one), as they run; None: before the first."""
-    live: Sublayer | None = None
-    gap: list[Sublayer] = []
-    for kind, i in _sublayers(parts):
-        if i in getattr(plan, kind):
-            gap.append((kind, i))
-        else:
-            yield live, gap
-            live, gap = (kind, i), []
-    yield live, gap
-
-
 def _sublayers(parts: Anatomy) -> list[Sublayer]:
+    """All, as they run."""
     return [(kind, i) for i in range(parts.n_layers) for kind in ("attn", "mlp")]
+
+
+def _dropped(plan: DropPlan) -> list[Sublayer]:
+    return [(kind, i) for kind in ("attn", "mlp") for i in getattr(plan, kind)]
 
 
 # ---- fitting
@@ -224,50 +192,54 @@ def _sublayers(parts: Anatomy) -> list[Sublayer]:
 
 @torch.no_grad()
 def fit(
-    model: nn.Module,
-    plan: DropPlan,
-    calibration: Calibration,
-    method: str = "least squares",
-    batch_size: int = 8,
-    strengths: Sequence[float] = STRENGTHS,
+    model: nn.Module, plan: DropPlan, calibration: Calibration, method: str = "least squares", batch_size: int = 8
 ) -> Changes:
-    """What `method` changes in `model` without the plan's sublayers, from one pass over `calibration`.
+    """What `method`, one of METHODS, changes in `model` (undropped; it stays as it is) without the plan's sublayers.
 
-    model: undropped, and unchanged afterwards. method: one of METHODS. strengths: of the ridge, to choose from. Takes
-    the time of one forward pass (sequential: two), and the memory of the residual streams of all of the calibration
-    text, of one or both models, and (least squares) of one matrix's inputs.
+    "least squares" changes the matrix W before a gap, h -> W h, to W + D with D [C, H] the ridge regression
 
-    Raises ValueError for an unknown method, layers dropped already, a plan that does not fit, an architecture whose
-    sublayers do not end in a matrix, or (least squares) fewer than four samples.
+        D = argmin  sum_t w_t || D h_t - f_t ||^2 + ridge ||D||^2        w_t = 1 / ||r_t||^2
+
+    over calibration tokens t; f_t: what the gap's sublayers add in the undropped model; r_t: its stream after them. The
+    ridge is chosen per row of D on every fourth sample, which the regression does not see; where none helps there, the
+    row of W stays. "sequential least squares" fits each gap in the model with the gaps above it dropped and
+    reconstructed. "mean" adds sum_t w_t f_t / sum_t w_t to the matrix's bias; one that has none is given one.
+
+    Takes one forward pass (sequential: two), and the memory of the residual streams of all of the calibration text and
+    of one matrix's inputs. Raises ValueError for an unknown method, layers dropped already, a plan that does not fit,
+    an architecture whose sublayers do not end in a matrix, or (least squares) fewer than four samples.
     """
     parts = find_anatomy(model)
-    _check_method(method, METHODS)
+    _check_method(method)
     _check(parts, plan)
-    steps = list(_gaps(parts, plan))
-    while steps and not steps[-1][1]:  # what comes after the last gap need not run
-        steps.pop()
-    changes: Changes = {}
-    if not steps:
-        return changes
+    gone = _dropped(plan)
+    order = _sublayers(parts)
+    while order and order[-1] not in gone:  # what comes after the last gap need not run
+        order.pop()
     run = SublayerRun(model, parts, calibration, batch_size)
     whole = run.start  # streams of the undropped model
     rest = run.start  # of the model without the gaps above, the same up to the first
-    for live, gap in steps:
-        read: list[torch.Tensor] | None = [] if gap and method != "mean" else None
-        if live is not None:
+    live: Sublayer | None = None  # the last one that stays, and what its matrix reads
+    read: list[torch.Tensor] | None = None
+    changes: Changes = {}
+    for sublayer, following in pairwise([*order, None]):
+        if sublayer not in gone:
+            live = sublayer
+            read = [] if following in gone and method != "mean" else None
             shared = rest is whole
             rest = run.through(rest, *live, read)
             whole = rest if shared else run.through(whole, *live)
-        for sublayer in gap:
-            whole = run.through(whole, *sublayer)
-        if live is not None and gap:
-            change = _regress(method, read, rest, whole, run.masks, strengths)
-            if change is not None:
-                changes[live] = change
-                if method not in ALONE:
-                    rest = [y + (h @ change.weight.T.to(h.dtype)).to(y) for y, h in zip(rest, read, strict=True)]
+            continue
+        whole = run.through(whole, *sublayer)
+        if following in gone:
+            continue
+        change = None if live is None else _regress(method, read, rest, whole, run.masks)
+        if change is not None:
+            changes[live] = change
         if method in ALONE:
             rest = whole
+        elif change is not None:
+            rest = [y + (h @ change.weight.T.to(h.dtype)).to(y) for y, h in zip(rest, read, strict=True)]
     return changes
 
 
@@ -278,20 +250,17 @@ def corrections(
     kinds: Sequence[str] = ("attn",),
     method: str = "least squares",
     batch_size: int = 8,
-    strengths: Sequence[float] = STRENGTHS,
-    layers: Iterable[int] | None = None,
 ) -> dict[Sublayer, Changes]:
-    """For each sublayer of these kinds, in these layers (None: all), what `method` would change for it alone.
+    """For each sublayer of these kinds, what `method` would change for it alone.
 
     From one pass over the undropped model, whatever is dropped later: for a plan of attention layers alone (or of MLPs
-    alone), `combined` of these is what `fit` gives. It is what `search.greedy` needs to choose with reconstruction in
-    mind. Layer 0's attention has nothing before it to change. Raises ValueError for "sequential least squares", which
-    does not fit sublayers by themselves, and what `fit` raises.
+    alone), `combined` of these is what `fit` gives. Layer 0's attention has nothing before it to change. Raises
+    ValueError for "sequential least squares", which does not fit sublayers by themselves, and what `fit` raises.
     """
     parts = find_anatomy(model)
-    _check_method(method, ALONE)
+    if method not in ALONE:
+        raise ValueError(f"{method!r} does not fit sublayers by themselves; those that do: {', '.join(ALONE)}")
     _check(parts, DropPlan())
-    layers = range(parts.n_layers) if layers is None else set(layers)
     run = SublayerRun(model, parts, calibration, batch_size)
     found: dict[Sublayer, Changes] = {}
     before: Sublayer | None = None
@@ -300,26 +269,26 @@ def corrections(
     for kind, i in _sublayers(parts):
         read: list[torch.Tensor] | None = None if method == "mean" else []
         after = run.through(streams, kind, i, read)
-        if before is not None and kind in kinds and i in layers:
-            change = _regress(method, read_before, streams, after, run.masks, strengths)
+        if before is not None and kind in kinds:
+            change = _regress(method, read_before, streams, after, run.masks)
             if change is not None:
                 found[kind, i] = {before: change}
-        streams, before, read_before = after, (kind, i), read
+        streams = after
+        before = kind, i
+        read_before = read
     return found
 
 
 def combined(found: dict[Sublayer, Changes], plan: DropPlan) -> Changes:
     """Of `corrections`, those of the plan's sublayers, but for matrices that are dropped themselves."""
-    gone = [(kind, i) for kind in ("attn", "mlp") for i in getattr(plan, kind)]
+    gone = _dropped(plan)
     changes: Changes = {}
     for sublayer in gone:
         changes |= found.get(sublayer, {})
     return {place: change for place, change in changes.items() if place not in gone}
 
 
-def _check_method(method: str, allowed: Sequence[str]) -> None:
-    if method in METHODS and method not in allowed:
-        raise ValueError(f"method {method!r} does not fit sublayers by themselves; those that do: {', '.join(allowed)}")
+def _check_method(method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
 
@@ -332,86 +301,59 @@ def _check(parts: Anatomy, plan: DropPlan) -> None:
         output_name(parts, i, kind)  # raises for architectures that cannot be reconstructed
 
 
-def _regress(
-    method: str,
-    read: list[torch.Tensor] | None,
-    now: list[torch.Tensor],
-    target: list[torch.Tensor],
-    masks: list[torch.Tensor],
-    strengths: Sequence[float],
-) -> Change | None:
+def _regress(method: str, read: list | None, now: list, target: list, masks: list) -> Change | None:
     """What brings the streams `now` nearest to `target`, both [B, T, C] per batch; None where nothing helps."""
-    if method == "mean":
-        return Change(bias=_mean(now, target, masks))
-    weight = _ridge(read, now, target, masks, strengths)
+    if method == "mean":  # the regression on a constant
+        ones = [torch.ones_like(y[..., :1]) for y in now]
+        gram, cross, _ = _sums(_samples(ones, now, target, masks))
+        return Change(bias=(cross / gram)[0].float())
+    weight = _ridge(_samples(read, now, target, masks))
     return None if weight is None else Change(weight=weight)
 
 
-def _lacking(now: list, target: list, masks: list) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Per sample: sqrt(w_t) [T, 1], and what its stream lacks, [T, C], so scaled; in float32."""
-    for y, r, real in zip(now, target, masks, strict=True):
-        for k in range(len(y)):
-            wanted = r[k].float()
-            scale = (real[k] / wanted.square().mean(-1).clamp_min(1e-12)).sqrt()[:, None]
-            yield scale, (wanted - y[k].float()) * scale
+def _samples(*by_batch: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """Sample by sample, what is given batch by batch."""
+    return [sample for tensors in zip(*by_batch, strict=True) for sample in zip(*tensors, strict=True)]
 
 
-def _mean(now: list, target: list, masks: list) -> torch.Tensor:
-    """[C]: what the streams lack on average, each token with its weight."""
-    weight: torch.Tensor | float = 0.0
-    lacking: torch.Tensor | float = 0.0
-    for scale, lacks in _lacking(now, target, masks):
-        weight = weight + (scale.T @ scale).double()
-        lacking = lacking + (lacks.T @ scale).double()
-    return (lacking / weight)[:, 0].float()
+def _sums(samples: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Over tokens, weighted, in float64: h h' [H, H], h e' [H, C] and e^2 [C]; h: what is read, e: what lacks."""
+    gram = cross = error = torch.zeros((), dtype=torch.float64)
+    for read, now, target, mask in samples:
+        scale = (mask / target.float().square().mean(-1).clamp_min(1e-12)).sqrt()[:, None]  # of a token: sqrt(w_t)
+        lacks = (target.float() - now.float()) * scale
+        h = read.float() * scale
+        gram = gram + (h.T @ h).double()
+        cross = cross + (h.T @ lacks).double()
+        error = error + lacks.square().sum(0).double()
+    return gram, cross, error
 
 
-class _Sums:
-    """Sums over tokens, float64, of h h' [H, H], h e' [H, C] and e^2 [C]; h: what is read, e: what lacks."""
-
-    def __init__(self):
-        self.n_samples = 0
-        self.gram: torch.Tensor | float = 0.0
-        self.cross: torch.Tensor | float = 0.0
-        self.error: torch.Tensor | float = 0.0
-
-    def add(self, h: torch.Tensor, lacks: torch.Tensor) -> None:
-        self.n_samples += 1
-        self.gram = self.gram + (h.T @ h).double()
-        self.cross = self.cross + (h.T @ lacks).double()
-        self.error = self.error + lacks.square().sum(0).double()
-
-
-def _ridge(read: list, now: list, target: list, masks: list, strengths: Sequence[float]) -> torch.Tensor | None:
-    """D [C, H] that brings the streams `now` + D h nearest to `target`, or None if it helps nowhere on held-out.
+def _ridge(samples: list) -> torch.Tensor | None:
+    """D [C, H], or None if it helps nowhere on held-out samples.
 
     The strength is chosen for each dimension of the stream on its own: a few of them are so large that they would
-    decide for all the others. Dimensions that no strength helps stay as they are.
+    decide for all the others.
     """
-    fitted = _Sums()
-    held = _Sums()
-    samples = (h for batch in read for h in batch)
-    for k, (h, (scale, lacks)) in enumerate(zip(samples, _lacking(now, target, masks), strict=True)):
-        sums = held if k % HELD_OUT == HELD_OUT - 1 else fitted
-        sums.add(h.float() * scale, lacks)
-    if not held.n_samples:
+    if len(samples) < HELD_OUT:
         raise ValueError(
             f"least squares needs at least {HELD_OUT} calibration samples, of which every {HELD_OUT}th chooses the "
-            f"ridge; these are {fitted.n_samples}"
+            f"ridge; these are {len(samples)}"
         )
-    left = [held.error]  # of each dimension, with no change and with each strength
-    for strength in strengths:
-        d = _solve(fitted.gram, fitted.cross, strength)
-        left.append(held.error - 2 * (d * held.cross).sum(0) + (d * (held.gram @ d)).sum(0))
+    gram, cross, _ = _sums([sample for k, sample in enumerate(samples, 1) if k % HELD_OUT])
+    held_gram, held_cross, held_error = _sums(samples[HELD_OUT - 1 :: HELD_OUT])
+    left = [held_error]  # of each dimension, with no change and with each strength
+    for strength in STRENGTHS:
+        d = _solve(gram, cross, strength)
+        left.append(held_error - 2 * (d * held_cross).sum(0) + (d * (held_gram @ d)).sum(0))
     best = torch.stack(left).argmin(0)  # [C]
     if not best.any():
         return None
-    out = torch.zeros_like(fitted.cross)
-    for k in best.unique().tolist():
-        if k:
-            columns = best == k
-            cross = (fitted.cross + held.cross)[:, columns]
-            out[:, columns] = _solve(fitted.gram + held.gram, cross, strengths[k - 1])
+    out = torch.zeros_like(cross)
+    for k, strength in enumerate(STRENGTHS, 1):
+        columns = best == k
+        if columns.any():
+            out[:, columns] = _solve(gram + held_gram, (cross + held_cross)[:, columns], strength)
     return out.T.float()
 
 

@@ -1,14 +1,14 @@
-"""Ways to choose what to drop that run the model to find out: by its loss, by gradients, one by one or all at once.
+"""Ways to choose what to drop that run the model to find out: by its loss, or by gradients.
 
-Those that need only scores (cosine, relative magnitude, reverse, random) are in `plan`. Each function here gives an
-order of sublayers, ("attn" | "mlp", layer) pairs, first to go first, and what finding it cost, in tokens that went
-through the whole model (a pass through half of the layers counts half a token; a backward pass counts two).
+Those that need only scores (cosine, relative magnitude, reverse, random) are in `plan`.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from ..anatomy import find_anatomy
 from ..calibration import Calibration, batches
 from ..plan import DropPlan, plan_of
-from ..prune import put, stubs
+from ..prune import put
 from ..sublayers import SublayerRun, head_logits, run_layer
 from .reconstruction import Changes, Sublayer, combined, put_changes
 
@@ -28,7 +28,11 @@ KINDS = {"attn": ("attn",), "mlp": ("mlp",), "joint": ("attn", "mlp")}  # of sub
 
 @dataclass
 class Choice:
-    """order: sublayers, first to go first. tokens: what choosing cost. losses: what the order was chosen by."""
+    """order: sublayers, first to go first. losses: what it was chosen by. tokens: what finding it cost.
+
+    Cost is counted in tokens that went through the whole model: a pass through half of the layers counts half a token,
+    a backward pass two.
+    """
 
     order: list[Sublayer]
     tokens: float
@@ -51,7 +55,7 @@ def one_shot(
     """Lowest loss first, each sublayer dropped alone. target: "attn", "mlp" or "joint"; loss, every: see `greedy`."""
     items = _sublayers(model, target)
     search = _Search(model, calibration, loss, batch_size, {}, every)
-    found = search.losses_without((), items)
+    found = search.losses_without([], items)
     losses = {f"{kind} {i}": value for (kind, i), value in found.items()}
     return Choice(sorted(found, key=found.get), search.tokens, losses)
 
@@ -73,12 +77,12 @@ def greedy(
 
     loss: "perplexity", the next-token loss (as SLEB and BlockPruner choose), or "kl", the divergence of the
     predictions from the undropped model's (as FinerCut), which needs far fewer tokens for the same certainty.
-    corrections: what each sublayer's own reconstruction would be (`reconstruction.corrections`), applied while it is
-    gone, so that what reconstruction can make up for goes first. seconds: time that one sublayer of each kind takes
-    ({"attn": ..., "mlp": ...}); the added loss is then counted per second saved (latency-aware search). width: a step
-    tries so many sublayers at a time, those first that added least when last tried, until the best of all has been
-    tried beside what is gone by now (None: all at once). every: the loss is taken at each `every`-th token only, since
-    the head of a large vocabulary costs as much as many layers. Streams before the first difference are shared.
+    corrections: of `reconstruction.corrections`, each applied while its sublayer is gone, so that what reconstruction
+    can make up for goes first. seconds: that one sublayer of each kind takes ({"attn": ..., "mlp": ...}); the added
+    loss is then counted per second saved (latency-aware search). width: a step tries so many sublayers at a time (None:
+    all), those first that added least when last tried, until the best of all has been tried beside what is gone by now.
+    every: the loss is taken at each `every`-th token only, since the head of a large vocabulary costs as much as many
+    layers.
 
     Raises ValueError for an unknown loss or target, n beyond what there is, and a loss that is not finite.
     """
@@ -86,22 +90,28 @@ def greedy(
     if not 0 <= n <= len(items):
         raise ValueError(f"cannot choose n={n} of {len(items)} sublayers")
     search = _Search(model, calibration, loss, batch_size, corrections or {}, every)
-    worth = {(kind, i): (seconds or {}).get(kind, 1.0) for kind, i in items}
+    worth = {kind: (seconds or {}).get(kind, 1.0) for kind in KINDS[target]}
     order: list[Sublayer] = []
-    base = search.whole_loss()
+    base = search.loss([], search.run.start)
     losses = {"0": base}
-    added = {item: value - base for item, value in search.losses_without((), items).items()}
+    added: dict[Sublayer, float] = {}  # to the loss, by each that is left, when it was last tried
+
+    def try_them(tried: list[Sublayer]) -> list[Sublayer]:
+        """All that are left, those that add least first, after these have been tried beside what is gone."""
+        found = search.losses_without(order, tried)
+        added.update({item: value - base for item, value in found.items()})
+        return sorted(added, key=lambda item: added[item] / worth[item[0]])
+
+    ranked = try_them(items)
     fresh = set(items)  # tried beside all that is gone by now
     while len(order) < n:
-        ranked = sorted(added, key=lambda item: added[item] / worth[item])
         while ranked[0] not in fresh:
             tried = [item for item in ranked if item not in fresh][:width]
-            found = search.losses_without(order, tried)
-            added |= {item: value - base for item, value in found.items()}
-            fresh |= set(found)
-            ranked = sorted(added, key=lambda item: added[item] / worth[item])
-        base += added.pop(ranked[0])
-        order.append(ranked[0])
+            ranked = try_them(tried)
+            fresh.update(tried)
+        best = ranked.pop(0)
+        base += added.pop(best)
+        order.append(best)
         losses[str(len(order))] = base
         fresh.clear()
     return Choice(order, search.tokens, losses)
@@ -118,25 +128,38 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
     items = _sublayers(model, target)
     device = model.get_input_embeddings().weight.device
     totals = dict.fromkeys(items, 0.0)
-    with ExitStack() as undo:
-        for parameter in model.parameters():
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
-        model.requires_grad_(False)
-        scales = {}
-        for kind, i in items:
-            scales[kind, i] = torch.ones((), device=device, requires_grad=True)
+    scales = [torch.ones((), device=device, requires_grad=True) for _ in items]
+    with frozen(model), ExitStack() as hooks:
+        for (kind, i), scale in zip(items, scales, strict=True):
             last = parts.layers[i].get_submodule(getattr(parts.layout, kind)[-1])
-            undo.callback(last.register_forward_hook(_scaled_by(scales[kind, i])).remove)
+            hooks.callback(last.register_forward_hook(partial(_scaled, scale)).remove)
         for _, inputs in batches(calibration, batch_size, device):
             with torch.enable_grad():
                 loss = model(**inputs, labels=next_tokens(inputs), use_cache=False).loss
-                gradients = torch.autograd.grad(loss, list(scales.values()))
-            for item, gradient in zip(scales, gradients, strict=True):
+                gradients = torch.autograd.grad(loss, scales)
+            for item, gradient in zip(items, gradients, strict=True):
                 totals[item] += abs(float(gradient))
     for (kind, i), total in totals.items():
         if not math.isfinite(total):
             raise ValueError(_not_finite(f"the derivative by {kind} {i}'s output", model))
     return Choice(sorted(totals, key=totals.get), 3.0 * calibration.n_tokens)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes gradients, and the model is in evaluation mode; both are restored, and gradients kept."""
+    with ExitStack() as undo:
+        undo.callback(model.train, model.training)
+        model.eval()
+        for parameter in model.parameters():
+            put(undo, parameter, "grad", None)
+            put(undo, parameter, "requires_grad", False)
+        yield
+
+
+def _scaled(scale: torch.Tensor, module: nn.Module, args: tuple, out):
+    """Forward hook: what the module gives, times `scale`."""
+    return (out[0] * scale, *out[1:]) if isinstance(out, tuple) else out * scale
 
 
 def next_tokens(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -150,9 +173,9 @@ def next_tokens(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def agreement(orders: Iterable[Sequence[Sublayer]], n: int) -> float:
-    """Mean share of the first n sublayers that two of the orders have in common."""
+    """Mean share of the first n sublayers that two of the orders have in common; NaN for fewer than two orders."""
     sets = [set(order[:n]) for order in orders]
-    shares = [len(a & b) / n for k, a in enumerate(sets) for b in sets[k + 1 :]]
+    shares = [len(a & b) / n for a, b in combinations(sets, 2)]
     return float(np.mean(shares)) if shares else float("nan")
 
 
@@ -163,24 +186,15 @@ def _sublayers(model: nn.Module, target: str) -> list[Sublayer]:
     return [(kind, i) for kind in KINDS[target] for i in parts.live(kind)]
 
 
-def _scaled_by(scale: torch.Tensor):
-    """A forward hook that multiplies what a module gives."""
-
-    def hook(module, args, out):
-        return (out[0] * scale, *out[1:]) if isinstance(out, tuple) else out * scale
-
-    return hook
-
-
 def _not_finite(what: str, model: nn.Module) -> str:
     return (
-        f"{what} is not finite in {model.dtype}, so that nothing can be chosen by it. Either the weights hold NaN or "
-        "infinity (load the checkpoint again) or float16 overflows (load the model in bfloat16 or float32)"
+        f"{what} is not finite in {model.dtype}: either the weights hold NaN or infinity (load the checkpoint again) or "
+        "float16 overflows (load the model in bfloat16 or float32)"
     )
 
 
 class _Search:
-    """The model's loss without any set of sublayers; a run starts where it first differs from the last kept one."""
+    """The model's loss without any set of sublayers; streams before the first difference are shared."""
 
     def __init__(
         self,
@@ -216,57 +230,24 @@ class _Search:
             pairs = zip(calibration.input_ids.split(batch_size), self.taken, strict=True)
             self.targets = [ids.to(taken.device).roll(-1, 1)[taken] for ids, taken in pairs]
         else:
-            self.targets = list(self._predictions(self._through(self.run.start, 0, ())))
+            self.targets = list(self._predictions(self._through(self.run.start, 0, [])))
 
-    def whole_loss(self) -> float:
-        return self._loss(self._through(self.run.start, 0, ()), ())
-
-    def losses_without(self, gone: Sequence[Sublayer], items: Iterable[Sublayer]) -> dict[Sublayer, float]:
+    def losses_without(self, gone: list[Sublayer], items: Iterable[Sublayer]) -> dict[Sublayer, float]:
         """The loss without `gone` and, in turn, one more sublayer."""
         before: list[list[torch.Tensor]] = []  # streams before each layer
-        with self._changed(gone):
-            self._through(self.run.start, 0, gone, before)
+        self._through(self.run.start, 0, gone, before)
         losses = {}
         for item in items:
             changed = [i for _, i in self.corrections.get(item, ())]
             first = min([item[1], *changed])  # where the run first differs
-            without = [*gone, item]
-            with self._changed(without):
-                losses[item] = self._loss(self._through(before[first], first, without), without)
+            losses[item] = self.loss([*gone, item], before[first], first)
         return losses
 
-    @contextmanager
-    def _changed(self, gone: Sequence[Sublayer]) -> Iterator[None]:
-        """The layers with stubs in the place of these sublayers, and with their corrections."""
-        with ExitStack() as undo:
-            for kind, i in gone:
-                for name, stub in stubs(self.parts.layout, kind).items():
-                    put(undo, self.parts.layers[i], name, stub)
-            put_changes(undo, self.model, combined(self.corrections, plan_of(gone)))
-            yield
-
-    def _through(
-        self, streams: list[torch.Tensor], first: int, gone: Sequence[Sublayer], before: list | None = None
-    ) -> list[torch.Tensor]:
-        """The streams after the last layer, from those before layer `first`; before: collects those before each."""
-        for i in range(first, self.parts.n_layers):
-            if before is not None:
-                before.append(streams)
-            if self.parts.layers[i] is None or (("attn", i) in gone and ("mlp", i) in gone):
-                continue
-            pairs = zip(streams, self.run.calls, strict=True)
-            streams = [run_layer(self.parts, i, x, calls[i]) for x, calls in pairs]
-            self.tokens += self.n_tokens / self.parts.n_layers
-        return streams
-
-    def _predictions(self, final: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Log-probabilities [n, vocabulary], batch after batch, of the tokens where the loss is taken."""
-        for x, taken in zip(final, self.taken, strict=True):
-            yield head_logits(self.model, self.parts, x[taken]).log_softmax(-1)
-
-    def _loss(self, final: list[torch.Tensor], gone: Sequence[Sublayer]) -> float:
+    def loss(self, gone: list[Sublayer], streams: list[torch.Tensor], first: int = 0) -> float:
+        """The loss without `gone`, from the streams before layer `first`, [B, T, C] per batch."""
         total = 0.0
-        for predicted, target in zip(self._predictions(final), self.targets, strict=True):
+        predictions = self._predictions(self._through(streams, first, gone))
+        for predicted, target in zip(predictions, self.targets, strict=True):
             if target.ndim == 1:
                 losses = -predicted.gather(-1, target[:, None])
             else:
@@ -277,3 +258,25 @@ class _Search:
             what = f"the loss without {names}" if names else "the loss of the whole model"
             raise ValueError(_not_finite(what, self.model))
         return total / self.n_taken
+
+    def _through(
+        self, streams: list[torch.Tensor], first: int, gone: list[Sublayer], before: list | None = None
+    ) -> list[torch.Tensor]:
+        """The streams after the last layer, from those before layer `first`; before: collects those before each."""
+        with ExitStack() as undo:
+            put_changes(undo, self.model, combined(self.corrections, plan_of(gone)))
+            for i in range(first, self.parts.n_layers):
+                if before is not None:
+                    before.append(streams)
+                without = [kind for kind in ("attn", "mlp") if (kind, i) in gone]
+                if self.parts.layers[i] is None or len(without) == 2:
+                    continue
+                pairs = zip(streams, self.run.calls, strict=True)
+                streams = [run_layer(self.parts, i, x, calls[i], without) for x, calls in pairs]
+                self.tokens += self.n_tokens / self.parts.n_layers
+        return streams
+
+    def _predictions(self, final: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Log-probabilities [n, vocabulary], batch after batch, of the tokens where the loss is taken."""
+        for x, taken in zip(final, self.taken, strict=True):
+            yield head_logits(self.model, self.parts, x[taken]).log_softmax(-1)

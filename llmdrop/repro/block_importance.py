@@ -1,4 +1,4 @@
-"""Importance of whole blocks as Shortened LLaMA takes it, by perplexity or by gradients, stored (Table 8)."""
+"""Table 8: blocks as Shortened LLaMA ranks them, by perplexity or by gradients, stored; and what compares with them."""
 
 import numpy as np
 from torch import nn
@@ -6,8 +6,11 @@ from torch import nn
 from ..anatomy import find_anatomy
 from ..calibration import Calibration
 from ..compress import shortened_llama
+from ..compress.shortened_llama import joint_plan, removed
 from ..compress.variant import Variant
 from ..plan import DropPlan
+from ..scoring import ImportanceScores
+from ..speed.roofline import predict_speed
 from .provenance import model_key, model_name, provenance, text_name
 from .quality import quality
 from .store import Store
@@ -35,3 +38,21 @@ def by_taylor(model: nn.Module, calibration: Calibration, store: Store | None = 
         lambda: provenance(model, calibration),
     )
     return np.array(value)
+
+
+def joint_as_small(model: nn.Module, scores: ImportanceScores, blocks: DropPlan) -> DropPlan:
+    """The shortest Joint Layer Drop that removes at least as many parameters of `model` as this plan of blocks.
+
+    Raises ValueError where there is none.
+    """
+    budget = removed(model, blocks)
+    return joint_plan(scores, lambda plan: removed(model, plan) >= budget)
+
+
+def joint_as_fast(model: nn.Module, scores: ImportanceScores, blocks: DropPlan, **settings) -> DropPlan:
+    """The shortest Joint Layer Drop that is as fast as this plan of blocks, by `predict_speed` with these settings.
+
+    Raises ValueError where there is none.
+    """
+    limit = predict_speed(model, blocks, **settings).seconds
+    return joint_plan(scores, lambda plan: predict_speed(model, plan, **settings).seconds <= limit)

@@ -376,27 +376,6 @@ def plot_by_length(rows: pd.DataFrame, ax: Axes, chance: float, ylabel: str) -> 
     ax.minorticks_off()
 
 
-def plot_measures(table: pd.DataFrame, axes: Iterable[Axes], chance: Mapping[str, float]) -> None:
-    """One panel a measure: percent against attention layers dropped, plain and refitted, 95 % intervals; the baseline.
-
-    table: as from `statistics.against`, models named "Baseline", "Attn-8", "Attn-8 refitted". chance: percent by
-    guessing, where a measure has that.
-    """
-    _need(table, "plot_measures", "measure", "model", "value", "low", "high")
-    axes = list(axes)
-    for ax in axes[table["measure"].nunique() :]:
-        ax.set_axis_off()
-    for ax, (measure, rows) in zip(axes, table.groupby("measure", sort=False), strict=False):
-        dropped = rows[rows["model"] != "Baseline"]
-        dropped = dropped.assign(layers=dropped["model"].str.extract(r"-(\d+)")[0].astype(int))
-        refitted = dropped["model"].str.endswith("refitted")
-        lines = {"Dropped": dropped[~refitted], "Dropped, refitted": dropped[refitted]}
-        plot_percent(ax, rows[rows["model"] == "Baseline"].iloc[0], lines, apart=0.6)
-        if measure in chance:
-            ax.axhline(chance[measure], color="0.5", ls=":", lw=1, label="Guessing")
-        ax.set(title=measure, ylim=(-2, 102), xlabel="Dropped layers")
-
-
 def plot_percent(
     ax: Axes, base: pd.Series, lines: Mapping[str, pd.DataFrame], apart: float, label: str = "Baseline"
 ) -> None:

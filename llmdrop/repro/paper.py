@@ -1,7 +1,8 @@
 """The published numbers of the paper we check, its errata, and our verdict on each of its claims.
 
 Every number lives in `published/*.csv` as printed in arXiv 2406.15786v6; no notebook types one by hand. `claims.csv`
-there lists what the paper says that can be checked: what to measure, and which value counts as "holds".
+there lists what the paper says that can be checked: what to measure, and which value counts as "holds"; `errata.csv`
+what it prints that cannot be right.
 """
 
 import json
@@ -19,33 +20,7 @@ from ..files import write_atomic
 
 PAPER = "He, Sun, Shen, Li: What Matters in Transformers? Not All Attention is Needed. arXiv 2406.15786v6"
 DATA = Path(__file__).with_name("published")
-ERRATA = [
-    {
-        "where": "Table 2, Llama-3-70B, Attn-40, γ",
-        "printed": "0.00",
-        "correct": "0.04",
-        "why": "the row's own numbers give (75.1 − 73.3) / 43 = 0.04",
-    },
-    {
-        "where": "Table 4, Llama-2-13B, KV cache before and after",
-        "printed": "52 GB and 26 GB",
-        "correct": "50 GB and 25 GB",
-        "why": "2 · 40 layers · 5,120 · 2 bytes · 2,048 tokens · 32 sequences = 53.7e9 bytes = 50.0 GiB, "
-        "half of it after; the other rows are GiB",
-    },
-    {
-        "where": "Abstract, “2.4% performance drop”",
-        "printed": "2.4%",
-        "correct": "2.4 points, 3.2% relative",
-        "why": "Table 3, Llama-2-70B Attn-40: the average goes from 73.9 to 71.5",
-    },
-    {
-        "where": "Published configs for Llama-2-70B with 8 and with 32 dropped attention layers",
-        "printed": "the same 40-entry list in both",
-        "correct": "8 and 32 entries",
-        "why": "at most one of them can be the configuration evaluated in Table 3; neither is used here",
-    },
-]
+ERRATA = pd.read_csv(DATA / "errata.csv", dtype=str).to_dict("records")  # where, printed, correct, why
 
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _VERDICT = {True: "holds", False: "differs", None: "not run"}
@@ -57,7 +32,7 @@ def table(name: str) -> pd.DataFrame:
 
     Raises ValueError, with the names there are, for any other.
     """
-    stems = sorted(file.stem for file in DATA.glob("*.csv") if file.stem != "claims")
+    stems = sorted(file.stem for file in [*DATA.glob("table*.csv"), *DATA.glob("figure*.csv")])
     prefix = None
     short = re.fullmatch(r"(tab|fig)\D*0*(\d+)", str(name).strip().lower())
     if short:

@@ -38,20 +38,9 @@ NAMES = {
     "gamma": "γ",
 }
 # percent right by guessing
-CHANCE = {
-    "boolq": 50,
-    "piqa": 50,
-    "rte": 50,
-    "winogrande": 50,
-    "arc_challenge": 25,
-    "arc_easy": 25,
-    "hellaswag": 25,
-    "logiqa": 25,
-    "mmlu": 25,
-    "openbookqa": 25,
-    "commonsense_qa": 20,
-    "social_iqa": 100 / 3,
-}
+CHANCE = dict.fromkeys(("boolq", "piqa", "rte", "winogrande"), 50)
+CHANCE |= dict.fromkeys(("arc_challenge", "arc_easy", "hellaswag", "logiqa", "mmlu", "openbookqa"), 25)
+CHANCE |= {"commonsense_qa": 20, "social_iqa": 100 / 3}
 DIGITS = {"speedup": 2, "gamma": 2, "perplexity": 2, "ppl_ratio": 2}  # the others 1, as in the paper
 # what pandas leaves as it is and LaTeX, without further packages, cannot print
 _LATEX = {"γ": r"$\gamma$", "ρ": r"$\rho$", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "∞": r"$\infty$"}

@@ -200,12 +200,12 @@ def compare_serving(
     return [{"engine": engine, "plan": name} | row for name, row in table.to_dict("index").items()]
 
 
-def _time_engine(running, prompt: Sequence[int], new_tokens: int, round: int) -> dict[str, float]:
+def _time_engine(running, prompt: Sequence[int], new_tokens: int, turn: int) -> dict[str, float]:
     (out,) = running.complete([prompt], new_tokens)
     return out | {"kv_bytes": running.kv_bytes, "file_bytes": running.file_bytes}
 
 
-def _time_in_place(model, plan: DropPlan, prompt_len: int, new_tokens: int, round: int) -> dict[str, float]:
+def _time_in_place(model, plan: DropPlan, prompt_len: int, new_tokens: int, turn: int) -> dict[str, float]:
     """The same in transformers, by one plan of a model that all plans share; file_bytes are those of the weights."""
     with dropped(model, plan):
         out = measure_speed(model, 1, prompt_len, new_tokens, repeats=1, warm_up=False)

@@ -1,10 +1,8 @@
-"""Shapes: of the paper's models by name, and of any model. Speed, KV cache and memory depend on nothing else.
-
-A model of random weights has the real ones.
-"""
+"""Shapes, which speed, KV cache and memory depend on: of any model, and of the paper's, with random weights."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,9 +16,9 @@ from ..plan import DropPlan
 class Shape:
     """What the bytes and FLOPs of an undropped decoder depend on.
 
-    width: of the hidden state. heads, kv_heads, head_dim: of attention. mlp_width: of a gated MLP (three matrices),
-    None where the MLP is another. vocabulary: rows of the head. tied: embedding and head are one matrix. windows: the
-    model's own sliding window of each layer in tokens, None where there is none; empty if no layer has one.
+    width: of the hidden state. mlp_width: of a gated MLP (three matrices), None where the MLP is another. vocabulary:
+    rows of the head. tied: embedding and head are one matrix. windows: the model's own sliding window of each layer in
+    tokens, None where there is none; empty if no layer has one.
     """
 
     layers: int
@@ -55,10 +53,12 @@ class Shape:
         """Numbers that one attention layer caches for each token: its keys and values."""
         return 2 * self.kv_heads * self.head_dim
 
-    def most_cached(self, i: int) -> int | None:
-        """The most tokens that layer i's cache holds; None if there is no limit."""
-        window = self.windows[i] if self.windows else None
-        return None if window is None else window - 1  # the current token is not in the cache yet
+    def cached_tokens(self, plan: DropPlan, n: int | np.ndarray) -> int | np.ndarray:
+        """Tokens in the caches of all layers together after n of the text, without what `plan` drops."""
+        windows = [window for i, window in enumerate(self.windows) if window and i not in plan.attn]
+        unlimited = self.layers - len(plan.attn) - len(windows)
+        # the current token is not in the cache yet
+        return unlimited * n + sum(np.minimum(n, window - 1) for window in windows)
 
 
 # Mistral-7B's window of 4,096 tokens is beyond the paper's contexts
@@ -81,7 +81,8 @@ def shape_of(model: nn.Module | str) -> Shape:
         if model not in GEOMETRIES:
             raise ValueError(f"unknown geometry {model!r}; known: {', '.join(GEOMETRIES)}")
         return GEOMETRIES[model]
-    config, parts = model.config, find_anatomy(model)
+    config = model.config
+    parts = find_anatomy(model)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None)
     return Shape(
@@ -105,12 +106,10 @@ def has_tied_head(model: nn.Module) -> bool:
 
 def _windows(config: PretrainedConfig, parts: Anatomy) -> tuple[int | None, ...]:
     """The sliding window of each layer; what a dropped block had is not known, and has no effect."""
-    window = getattr(config, "sliding_window", None)
-    if window is None:
-        return ()
     types = iter(getattr(config, "layer_types", None) or ["sliding_attention"] * parts.n_layers)
     slides = [layer is not None and next(types) == "sliding_attention" for layer in parts.layers]
-    return tuple(window if slide else None for slide in slides) if any(slides) else ()
+    window = getattr(config, "sliding_window", None)
+    return tuple(window if slide else None for slide in slides) if window and any(slides) else ()
 
 
 def whole_plan(model: nn.Module | str, plan: DropPlan) -> DropPlan:
@@ -125,18 +124,13 @@ def kv_cache_bytes(
 ) -> int:
     """KV-cache bytes by formula: 2 x remaining attention layers x KV heads x head width x bytes x tokens x sequences.
 
-    model: a model (its own dtype and drops count; `plan` adds to them) or the name of one of the paper's geometries, in
-    `dtype`. Layers with sliding-window attention hold at most their window (less the current token). Raises ValueError
-    for an unknown name or architecture, and for a plan that does not fit.
+    model: a model (its own dtype, windows and drops count; `plan` adds to them) or one of the paper's by name, in
+    `dtype`. Raises ValueError for an unknown name or architecture, and for a plan that does not fit.
     """
     shape = shape_of(model)
-    plan = whole_plan(model, plan)
     kind = getattr(torch, dtype) if isinstance(model, str) else model.dtype
-    tokens = 0
-    for i in set(range(shape.layers)) - set(plan.attn):
-        most = shape.most_cached(i)
-        tokens += seq_len if most is None else min(seq_len, most)
-    return shape.kv_values * kind.itemsize * tokens * batch_size
+    tokens = shape.cached_tokens(whole_plan(model, plan), seq_len)
+    return int(shape.kv_values * kind.itemsize * tokens * batch_size)
 
 
 def geometry_config(name: str) -> PretrainedConfig:
@@ -152,7 +146,6 @@ def geometry_config(name: str) -> PretrainedConfig:
         intermediate_size=shape.mlp_width,
         vocab_size=shape.vocabulary,
         max_position_embeddings=8192,
-        tie_word_embeddings=shape.tied,
     )
 
 
@@ -168,7 +161,12 @@ def geometry_model(name: str, device: str = "meta", dtype: str = "float16", bits
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(geometry_config(name), dtype=getattr(torch, dtype)).eval()
     if bits == 4:
-        _to_int4(model, torch.device(device).type)
+        for layer in model.model.layers:
+            for owner in (layer.self_attn, layer.mlp):
+                for name, matrix in owner.named_children():
+                    if isinstance(matrix, nn.Linear):
+                        new = Int4Linear(matrix.in_features, matrix.out_features, torch.device(device).type)
+                        setattr(owner, name, new)
     model.requires_grad_(False)
     model.name_or_path = name if bits == 16 else f"{name}-4bit"
     if device == "meta":
@@ -185,32 +183,19 @@ def geometry_model(name: str, device: str = "meta", dtype: str = "float16", bits
     return model
 
 
-def _to_int4(model: nn.Module, device_type: str) -> None:
-    for layer in model.model.layers:
-        for owner in (layer.self_attn, layer.mlp):
-            for name, linear in owner.named_children():
-                if isinstance(linear, nn.Linear):
-                    setattr(owner, name, Int4Linear(linear.in_features, linear.out_features, device_type))
-
-
 class Int4Linear(nn.Module):
     """A linear layer of random 4-bit weights for PyTorch's own weight-only kernel, the one behind torchao's int4.
 
-    Groups of 128 weights share a scale and a zero point in bfloat16: 4.25 bits a weight. Up to 64 rows go through the
-    kernel; more rows (a prefill) go through a 16-bit copy made for the moment, as in other 4-bit engines, since the
-    kernel is made for few. There the codes are taken in storage order, not in the kernel's: with random weights that
-    is another random matrix, at the same cost.
+    Groups of 128 weights share a scale and a zero point in bfloat16: 4.25 bits a weight. More rows than the kernel is
+    made for (a prefill) go through a 16-bit copy made for the moment, as in other 4-bit engines. There the codes are
+    taken in storage order, not in the kernel's: with random weights another random matrix, at the same cost.
     """
 
     bits = 4 + 32 / 128
-    rows = 64
+    rows = 64  # the most that go through the kernel
 
     def __init__(self, in_features: int, out_features: int, device_type: str):
         super().__init__()
-        if in_features % 128 or out_features % 32:
-            raise ValueError(
-                f"4-bit weights come in groups of 128 inputs and 32 outputs; got {in_features} x {out_features}"
-            )
         if device_type == "cpu":  # the kernel reads bytes of two weights; on CUDA tiles of 8 outputs x 128 inputs
             codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta")
         else:

@@ -6,7 +6,6 @@ speedups follow from the shapes, the hardware's data sheet, and the batch size.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -62,42 +61,40 @@ def predict_speed(
     hardware: a name in HARDWARE, or (bytes/s, FLOP/s). weight_bits: of attention and MLP matrices (4-bit with one
     16-bit scale per 128 weights is 4.125); the head stays in 16 bits, or weight_bits if that is more. Norms and biases
     are not counted. cache="static": every step reads the whole allocation, also what is still empty. cache_traffic: how
-    often a step moves each cached byte (1: it reads it; software that appends by copying the cache reads, writes and
-    reads it, 3). windowed: how many of the attention layers keep no more than the last `window` tokens, sinks included
+    often a step moves each cached byte (software that appends by copying the cache reads, writes and reads it: 3).
+    windowed: how many attention layers keep no more than the last `window` tokens, sinks included
     (`llmdrop.compress.windows`); the model's own windows count by themselves. A prefill is taken to compute what
-    windows hide, as stock kernels do. Raises ValueError for unknown names, sizes below 1, a plan that does not fit,
-    MLPs that are not gated, more windows than layers, and windows for a model that has its own.
+    windows hide, as stock kernels do.
+
+    Raises ValueError for unknown names, sizes below 1, a plan that does not fit, MLPs that are not gated, more windows
+    than layers, and windows for a model that has its own.
     """
     if min(batch_size, prompt_len) < 1 or new_tokens < 0 or cache not in ("dynamic", "static"):
         raise ValueError(
             f"{batch_size=} and {prompt_len=} must be at least 1, {new_tokens=} at least 0, {cache=} dynamic or static"
         )
-    if isinstance(hardware, str) and hardware not in HARDWARE:
-        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}, or (bytes/s, FLOP/s)")
-    bandwidth, rate = HARDWARE[hardware][:2] if isinstance(hardware, str) else hardware
+    bandwidth, rate = _data_sheet(hardware)[:2] if isinstance(hardware, str) else hardware
     shape = shape_of(model)
     plan = whole_plan(model, plan)
-    live = [i for i in range(shape.layers) if i not in plan.attn]
+    n_attn = shape.layers - len(plan.attn)
     n_mlp = shape.layers - len(plan.mlp)
-    if not 0 <= windowed <= len(live) or (windowed and (window < 1 or cache == "static")):
+    if not 0 <= windowed <= n_attn or (windowed and (window < 1 or cache == "static")):
         raise ValueError(
-            f"{windowed=} of {len(live)} attention layers, with {window=}: give 1 token or more, and a dynamic cache"
+            f"{windowed=} of {n_attn} attention layers, with {window=}: give 1 token or more, and a dynamic cache"
         )
     if windowed and shape.windows:
         raise ValueError(f"{windowed=}: this model has windows of its own; leave windowed at 0")
-    body = len(live) * shape.attn_weights + n_mlp * shape.mlp_weights  # weights that every token needs
+    body = n_attn * shape.attn_weights + n_mlp * shape.mlp_weights  # weights that every token needs
     head = shape.head_weights
     weight_bytes = body * weight_bits / 8 + head * max(weight_bits, 16) / 8
     kv_token = shape.kv_values * cache_bits / 8  # bytes per token of one sequence, in one layer
     pair_flops = 4 * shape.heads * shape.head_dim  # per (query, key) pair, in one layer: its score, its weighted value
-    limits = Counter([window] * windowed + [shape.most_cached(i) for i in live[windowed:]])
 
     def cached(n: int | np.ndarray) -> int | np.ndarray:
         """Tokens that the caches of all layers hold after n."""
-        held = (count * (n if most is None else np.minimum(n, most)) for most, count in limits.items())
-        return sum(held, start=0 * n)  # as many as n, also without attention
+        return shape.cached_tokens(plan, n) - windowed * (n - np.minimum(n, window))
 
-    prefill_pairs = len(live) * prompt_len * (prompt_len + 1) / 2
+    prefill_pairs = n_attn * prompt_len * (prompt_len + 1) / 2
     prefill_flops = batch_size * (2 * body * prompt_len + 2 * head + pair_flops * prefill_pairs)
     prefill_bytes = weight_bytes + batch_size * kv_token * float(cached(prompt_len))
     prefill = max(prefill_flops / rate, prefill_bytes / bandwidth)
@@ -116,6 +113,17 @@ def predict_speed(
         kv_bytes=batch_size * kv_token * float(cached(prompt_len + new_tokens)),
         weight_bytes=weight_bytes,
     )
+
+
+def memory_of(hardware: str) -> float:
+    """Bytes. Raises ValueError for an unknown name."""
+    return _data_sheet(hardware)[2]
+
+
+def _data_sheet(hardware: str) -> tuple[float, float, float]:
+    if hardware not in HARDWARE:
+        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}, or (bytes/s, FLOP/s)")
+    return HARDWARE[hardware]
 
 
 def sized_plan(label: str, n_layers: int, gone: DropPlan = DropPlan()) -> DropPlan:
@@ -145,16 +153,16 @@ def sized_plans(model: nn.Module | str, labels: Iterable[str]) -> dict[str, Drop
 def predict_speedups(model: nn.Module | str, labels: Iterable[str], **settings) -> pd.DataFrame:
     """The speedup over the model as it is that `predict_speed` allows each row (indexed by label).
 
-    Columns speedup, prefill_speedup, decode_speedup, seconds, prefill_seconds, decode_seconds; settings: batch_size,
+    Columns seconds, prefill_seconds, decode_seconds, speedup, prefill_speedup, decode_speedup; settings: batch_size,
     prompt_len, ... as for predict_speed.
     """
     base = predict_speed(model, **settings)
     limits = {label: predict_speed(model, plan, **settings) for label, plan in sized_plans(model, labels).items()}
     out = pd.DataFrame(index=list(limits))
-    for part in ("", "prefill_", "decode_"):
-        out[f"{part}seconds"] = [getattr(limit, f"{part}seconds") for limit in limits.values()]
-    for part in ("", "prefill_", "decode_"):
-        out[f"{part}speedup"] = getattr(base, f"{part}seconds") / out[f"{part}seconds"]  # NaN without new tokens
+    for time_of in TIMES:
+        out[time_of] = [getattr(limit, time_of) for limit in limits.values()]
+    for time_of in TIMES:
+        out[time_of.replace("seconds", "speedup")] = getattr(base, time_of) / out[time_of]  # NaN without new tokens
     return out
 
 
@@ -165,15 +173,13 @@ def implied_batch(
 
     Nearest by the largest error over the rows. The batch is the only free choice; settings as for predict_speed.
     """
-    published = dict(published)
-    plans = sized_plans(model, published).values()
+    published = pd.Series(published)
     errors = {}
     for batch in batches:
-        base = predict_speed(model, batch_size=batch, **settings).seconds
-        predicted = [base / predict_speed(model, plan, batch_size=batch, **settings).seconds for plan in plans]
-        errors[batch] = max(abs(a - b) for a, b in zip(predicted, published.values(), strict=True))
+        predicted = predict_speedups(model, published.index, batch_size=batch, **settings)["speedup"]
+        errors[batch] = float((predicted - published).abs().max())
     best = min(errors, key=errors.get)
-    return best, float(errors[best])
+    return best, errors[best]
 
 
 def largest_batch(

@@ -21,9 +21,9 @@ from llmdrop.checkpoints.embedded import EMBEDDED
 from llmdrop.checkpoints.load import load_weights
 
 
-@pytest.fixture(scope="session")
-def tokenizer(smollm2):
-    return smollm2[1]
+@pytest.fixture
+def tokenizer():
+    return TOKENIZER
 
 
 @pytest.fixture
@@ -131,10 +131,10 @@ def test_unknown_dtype_device_and_wheel(monkeypatch, tmp_path):
         load_model("smollm2-135m")
 
 
-def test_dtype_auto_is_the_checkpoints_own(smollm2, tmp_path):
+def test_dtype_auto_is_the_checkpoints_own(tmp_path, tokenizer):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for plan in (DropPlan(), DropPlan([1]), DropPlan([2], [2])):
-            path = save_model(apply_plan(tiny("llama"), plan).to(dtype), smollm2[1], tmp_path / "m", overwrite=True)
+            path = save_model(apply_plan(tiny("llama"), plan).to(dtype), tokenizer, tmp_path / "m", overwrite=True)
             model = load_model(path, dtype="auto", device="cpu")[0]
             assert {p.dtype for p in model.parameters()} == {dtype} == {model.dtype}
             assert load_model(path, device="cpu")[0].dtype == torch.float32, "unless asked"

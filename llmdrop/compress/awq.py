@@ -1,9 +1,7 @@
 """AWQ (Lin et al. 2024), by which the paper rounds weights to 4 bits, with llm-compressor.
 
-AWQ scales the channels that carry most on calibration text before it rounds, so it needs text, and a model with all of
-its layers: quantize first, drop afterwards. llm-compressor wants another transformers than the rest of llmdrop is
-tested with, so it lives in an environment of its own; there this gives what accuracy and perplexity need, the rounded
-weights unpacked. To serve a model in 4 bits use llm-compressor itself, or `checkpoints.four_bits`.
+llm-compressor wants another transformers than the rest of llmdrop is tested with, so it lives in an environment of its
+own; there this gives what accuracy and perplexity need, the rounded weights unpacked.
 """
 
 import copy
@@ -30,23 +28,17 @@ INSTALL = "pip install llmcompressor==0.14.0.1 transformers==5.17.0 'huggingface
 def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int = 128, batch_size: int = 8) -> nn.Module:
     """Round the matrices of the decoder layers by AWQ, in place, and return the model with plain matrices.
 
-    model: a Llama, Mistral, Qwen, ..., undropped. calibration: of equal lengths; AWQ's authors take 128 x 512 tokens.
-    group_size: weights to a scale and a zero point, 128 in the paper of AWQ; must divide the width of every matrix.
-    Takes about ten forward passes over the text for every matrix: minutes for 7B on a GPU.
-
-    Raises ImportError without llm-compressor, ValueError for a dropped model or a group size that does not fit.
+    model: undropped; quantize first, drop afterwards. calibration: of equal lengths; AWQ's authors take 128 x 512
+    tokens. group_size: weights to a scale and a zero point, 128 in the paper of AWQ. Takes about ten forward passes
+    over the text for every matrix. Raises ImportError without llm-compressor, ValueError for a dropped model or a
+    group size that does not divide the width of every matrix.
     """
     _check_installed()
     parts = find_anatomy(model)
     if parts.plan:
         raise ValueError(f"AWQ needs all layers, and {parts.plan.label} is dropped; quantize first, drop afterwards")
-    found = [
-        (layer, name, module)
-        for layer in parts.layers
-        for name, module in layer.named_modules()
-        if type(module) is nn.Linear
-    ]
-    widths = sorted({module.in_features for *_, module in found})
+    matrices = [module for layer in parts.layers for module in layer.modules() if type(module) is nn.Linear]
+    widths = sorted({matrix.in_features for matrix in matrices})
     if group_size < 1 or any(width % group_size for width in widths):
         raise ValueError(f"groups of {group_size} weights do not divide this model's matrices of widths {widths}")
     from compressed_tensors.offload import remove_dispatch
@@ -58,13 +50,11 @@ def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int =
 
     if not torch.cuda.is_available():
         IntermediatesCache.pin_memory = lambda *args: None  # 0.14.0.1 pins memory for a GPU, also without one
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    inside = [name for name, module in linears.items() if module in matrices]
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": group_size}
-    inside = [module for *_, module in found]
-    others = [name for name, module in model.named_modules() if type(module) is nn.Linear and module not in inside]
-    rounding = QuantizationModifier(
-        config_groups={"4 bits": {"targets": ["Linear"], "weights": weights}}, ignore=others
-    )
-    text = DataLoader([{"input_ids": ids} for ids in calibration.input_ids], batch_size=batch_size)
+    groups = {"4 bits": {"targets": ["Linear"], "weights": weights}}
+    rounding = QuantizationModifier(config_groups=groups, ignore=[name for name in linears if name not in inside])
     former = model.config._name_or_path
     with tempfile.TemporaryDirectory() as folder:  # it looks for a config where the model came from
         model.config.save_pretrained(folder)
@@ -72,7 +62,7 @@ def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int =
         oneshot(
             model=model,
             processor=tokenizer,
-            dataset=text,
+            dataset=DataLoader([{"input_ids": ids} for ids in calibration.input_ids], batch_size=batch_size),
             recipe=[AWQModifier(), rounding],
             num_calibration_samples=calibration.n_samples,
             pipeline="sequential",
@@ -80,17 +70,16 @@ def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int =
     remove_dispatch(model)  # with a GPU, it leaves the weights in main memory behind hooks
     model.config._name_or_path = former
     vars(model).pop("save_pretrained", None)  # its own would look for packed weights
-    for layer, name, module in found:
-        rounded = fake_quantize(
-            module.weight, module.weight_scale, module.weight_zero_point, module.quantization_scheme.weights
-        )
+    for name in inside:
+        module = model.get_submodule(name)
+        scheme = module.quantization_scheme.weights
+        rounded = fake_quantize(module.weight, module.weight_scale, module.weight_zero_point, scheme)
         with torch.device("meta"):
             new = nn.Linear(module.in_features, module.out_features, False)
         new.weight = nn.Parameter(rounded.detach(), requires_grad=False)
         new.bias = module.bias
-        layer.set_submodule(name, new)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        model.set_submodule(name, new)
+    vars(model.config).pop("quantization_config", None)
     model.config.quantized_by = f"llmcompressor {version('llmcompressor')}, awq, groups of {group_size}"
     return model.eval()
 

@@ -17,17 +17,14 @@ from .reconstruction import put_weights
 
 VERSION = 1  # of the rounded weights: raised when others come out
 LIBRARIES = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "awq": "llmcompressor"}  # by algorithm
-INSTALL = {"bitsandbytes": four_bits.INSTALL, "llmcompressor": awq.INSTALL}
 
 
 @dataclass(frozen=True)
 class FourBits:
     """4-bit weights in the matrices of the decoder layers.
 
-    algorithm: a key of LIBRARIES. group_size: weights to a scale. exact: multiply by the rounded weights in the model's
-    own type; False: as bitsandbytes likes best. unpacked: plain matrices of the rounded weights, which give the same
-    results at the speed and size of the unquantized model. "awq" needs calibration and tokenizer, and is always
-    unpacked.
+    algorithm: a key of LIBRARIES; "awq" needs calibration and tokenizer. group_size, exact, unpacked: of
+    `checkpoints.four_bits.quantized`; AWQ's weights are always unpacked.
     """
 
     algorithm: str = "nf4"
@@ -38,7 +35,7 @@ class FourBits:
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
-        _check([self.algorithm])
+        available([self.algorithm])  # raises for an unknown one
         if self.algorithm == "awq" and (self.calibration is None or self.tokenizer is None):
             raise ValueError("AWQ chooses its scales on text: give calibration= and tokenizer=")
 
@@ -55,19 +52,20 @@ class FourBits:
     @property
     def key(self) -> dict:
         """What tells it from others, as plain JSON."""
+        is_awq = self.algorithm == "awq"
         return {
             "algorithm": self.algorithm,
             "group_size": self.group_size,
             "exact": self.exact,
-            "unpacked": self.unpacked or self.algorithm == "awq",
-            "text": self.calibration.digest if self.algorithm == "awq" else None,
+            "unpacked": self.unpacked or is_awq,
+            "text": self.calibration.digest if is_awq else None,
             "library": library(self.algorithm),
             "version": VERSION,
         }
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model`, undropped, with 4-bit weights for the length of a `with` block; its own come back afterwards.
+        """`model`, undropped, with 4-bit weights for the length of a `with` block.
 
         AWQ's are made once, and kept as a checkpoint. Raises ImportError without the library, and ValueError for a
         model that cannot be quantized.
@@ -86,21 +84,18 @@ class FourBits:
 def available(algorithms: Iterable[str]) -> list[str]:
     """Those of the algorithms whose library is installed. Raises ValueError for one that is unknown."""
     algorithms = list(algorithms)
-    _check(algorithms)
+    unknown = sorted(set(algorithms) - set(LIBRARIES))
+    if unknown:
+        raise ValueError(f"algorithm {', '.join(unknown)} is not one of {', '.join(LIBRARIES)}")
     return [name for name in algorithms if find_spec(LIBRARIES[name])]
 
 
 def library(algorithm: str) -> str:
     """What quantizes by this algorithm, with its version, or the line that installs it."""
-    _check([algorithm])
+    available([algorithm])
     name = LIBRARIES[algorithm]
     try:
         return f"{name} {version(name)}"
     except PackageNotFoundError:
-        return f"{name}, which is missing (`{INSTALL[name]}`)"
-
-
-def _check(algorithms: list[str]) -> None:
-    unknown = sorted(set(algorithms) - set(LIBRARIES))
-    if unknown:
-        raise ValueError(f"algorithm {', '.join(unknown)} is not one of {', '.join(LIBRARIES)}")
+        install = awq.INSTALL if algorithm == "awq" else four_bits.INSTALL
+        return f"{name}, which is missing (`{install}`)"

@@ -1,7 +1,6 @@
 """A short training after the drop: low-rank adapters (peft), so that the dropped model predicts as the whole one does.
 
-Reconstruction is closed-form and costs one pass; this costs three a token and needs peft, and starts where that ends.
-Adapters are merged: shapes, speed and formats stay those of the dropped model.
+Reconstruction costs one pass, this three a token, and starts where that ends. Adapters are merged: shapes stay.
 """
 
 import copy
@@ -32,7 +31,12 @@ RECORD = "healing.json"  # settings and losses, beside the adapter
 
 @dataclass(frozen=True)
 class Healing:
-    """A training after the drop: its text, of which it makes one pass, and the settings of `heal`."""
+    """A training after the drop, of one pass over `text`.
+
+    loss: "kl", the divergence from the undropped model's predictions (distillation), or "perplexity", the next-token
+    loss. rank: of the adapter beside every matrix of the layers that are left; all else stays. batch_size: samples a
+    step and process.
+    """
 
     text: Calibration
     loss: str = "kl"
@@ -52,12 +56,11 @@ class Healing:
     @property
     def key(self) -> dict:
         """What tells it from others, as plain JSON. Raises ImportError without peft."""
-        return self._settings | {"text": self.text.digest, "version": VERSION, "peft": _peft_version()}
+        return self._settings | {"text": self.text.digest, "version": VERSION, "peft": _peft().__version__}
 
     @property
     def _settings(self) -> dict:
-        names = ("loss", "rank", "learning_rate", "batch_size", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name != "text"}
 
     @contextmanager
     def applied(self, model: nn.Module, plan: DropPlan, changes: Changes) -> Iterator[nn.Module]:
@@ -82,7 +85,7 @@ class Healing:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         name = Path(model.config._name_or_path).name or model.config.model_type
         folder = build_dir() / "healed" / f"{name}-{plan.label}-{digest}"
-        return heal(model, plan, self.text, changes, **self._settings, folder=folder)
+        return heal(model, plan, self.text, changes, folder, **self._settings)
 
 
 def heal(
@@ -90,87 +93,71 @@ def heal(
     plan: DropPlan,
     text: Calibration,
     changes: Changes | None = None,
-    loss: str = "kl",
-    rank: int = 8,
-    learning_rate: float = 1e-3,
-    batch_size: int = 2,
-    seed: int = 0,
     folder: str | os.PathLike | None = None,
     progress: bool = True,
+    **settings,
 ) -> tuple[nn.Module, list[float]]:
     """A copy of `model` without the plan's sublayers, trained for one pass over `text`: (the copy, loss by step).
 
-    changes: of `reconstruction.fit`, to start from. loss: "kl", the divergence from the undropped model's predictions
-    (distillation), or "perplexity", the next-token loss. rank: of the adapter beside every matrix of the layers that
-    are left; all else stays. batch_size: samples a step and process. folder: the adapter is kept there once it is
-    done, and read from there instead of training again; a run that was interrupted leaves nothing there.
+    changes: of `reconstruction.fit`, to start from. folder: the adapter is kept there once it is done, and read from
+    there instead of training again. settings: those of `Healing`.
 
     Holds two models, each on one device. Under `accelerate launch` or torchrun every process calls this with the same
     arguments; samples are split over the processes and all get the same model.
 
-    Raises ImportError without peft, ValueError for an unknown loss, a folder with an adapter of other settings, or what
-    `reconstruct` refuses.
+    Raises ImportError without peft, ValueError for a folder with an adapter of other settings, and what `Healing` and
+    `reconstruct` refuse.
     """
+    healing = Healing(text, **settings)
     changes = changes or {}
-    settings = Healing(text, loss, rank, learning_rate, batch_size, seed).key | {"changes": _digest(changes)} | plan.key
-    del settings["peft"]  # its version, which may read an adapter of another
-    import peft
-    from accelerate import Accelerator
-
+    peft = _peft()
+    trained_for = healing.key | {"changes": _digest(changes)} | plan.key
+    del trained_for["peft"]  # its version, which may read an adapter of another
     student = reconstruct(copy.deepcopy(model), plan, changes)
-    folder = None if folder is None else Path(folder)
-    if folder is not None and (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text())
-        differ = [name for name in settings if record["settings"].get(name) != settings[name]]
+    record = None if folder is None else Path(folder, RECORD)
+    if record is not None and record.is_file():
+        kept = json.loads(record.read_text())
+        differ = [name for name in trained_for if kept["settings"].get(name) != trained_for[name]]
         if differ:
             raise ValueError(
                 f"{folder} holds an adapter of another training ({', '.join(differ)} differ); give another folder"
             )
-        return peft.PeftModel.from_pretrained(student, folder).merge_and_unload(), record["losses"]
-    torch.manual_seed(seed)  # of the adapters' first values
+        return peft.PeftModel.from_pretrained(student, folder).merge_and_unload(), kept["losses"]
+    torch.manual_seed(healing.seed)  # of the adapters' first values
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=model.config.model_type == "gpt2"
+        r=healing.rank,
+        lora_alpha=2 * healing.rank,
+        target_modules="all-linear",
+        fan_in_fan_out=model.config.model_type == "gpt2",
     )
     adapted = peft.get_peft_model(student, config)
-    losses = _train(adapted, model, text, loss, learning_rate, batch_size, seed, progress)
-    if folder is not None and Accelerator().is_main_process:
-        with new_directory(folder) as partial:
+    losses, is_main = _train(adapted, model, healing, progress)
+    if record is not None and is_main:
+        with new_directory(record.parent) as partial:
             adapted.save_pretrained(partial)
-            (partial / RECORD).write_text(json.dumps({"settings": settings, "losses": losses}))
+            (partial / RECORD).write_text(json.dumps({"settings": trained_for, "losses": losses}))
     return adapted.merge_and_unload(), losses
 
 
-def _peft_version() -> str:
+def _peft():
     try:
-        import accelerate  # noqa: F401
         import peft
     except ImportError as error:
-        raise ImportError(
-            f"healing trains adapters with peft, which is not here ({error}); `pip install {PEFT}`"
-        ) from error
-    return peft.__version__
+        raise ImportError(f"healing needs peft, which is not here ({error}); `pip install {PEFT}`") from error
+    return peft
 
 
-def _train(
-    student: nn.Module,
-    teacher: nn.Module,
-    text: Calibration,
-    loss: str,
-    learning_rate: float,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-) -> list[float]:
-    """Train in place what requires gradients; the mean loss of each step. The rate rises for a tenth, then falls."""
+def _train(student: nn.Module, teacher: nn.Module, healing: Healing, progress: bool) -> tuple[list[float], bool]:
+    """Train what requires gradients: (the mean loss of each step, whether this is the main process)."""
     from accelerate import Accelerator
 
-    device = student.get_input_embeddings().weight.device
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    mask = torch.ones_like(text.input_ids) if text.attention_mask is None else text.attention_mask
-    order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(TensorDataset(text.input_ids, mask), batch_size, shuffle=True, generator=order)
+    accelerator = Accelerator(cpu=student.get_input_embeddings().weight.device.type == "cpu")
+    ids = healing.text.input_ids
+    mask = torch.ones_like(ids) if healing.text.attention_mask is None else healing.text.attention_mask
+    order = torch.Generator().manual_seed(healing.seed)
+    loader = DataLoader(TensorDataset(ids, mask), healing.batch_size, shuffle=True, generator=order)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, healing.learning_rate, weight_decay=0.0)
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     losses = []
     n_steps = len(loader)
@@ -178,14 +165,14 @@ def _train(
         rising = (step + 1) / max(0.1 * n_steps, 1)
         falling = (n_steps - step) / max(0.9 * n_steps, 1)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(rising, falling, 1.0)
-        value = _loss(student, teacher, ids, real, loss)
+            group["lr"] = healing.learning_rate * min(rising, falling, 1.0)
+        value = _loss(student, teacher, ids, real, healing.loss)
         accelerator.backward(value)
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(accelerator.reduce(value.detach(), "mean")))
-    return losses
+    return losses, accelerator.is_main_process
 
 
 def _loss(student: nn.Module, teacher: nn.Module, ids: torch.Tensor, real: torch.Tensor, loss: str) -> torch.Tensor:
@@ -196,8 +183,8 @@ def _loss(student: nn.Module, teacher: nn.Module, ids: torch.Tensor, real: torch
     predicted = student(**inputs, use_cache=False).logits.float().log_softmax(-1)
     if loss == "kl":
         with torch.no_grad():
-            wanted = teacher(**inputs, use_cache=False).logits.float().log_softmax(-1)
-        losses = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1)
+            expected = teacher(**inputs, use_cache=False).logits.float().log_softmax(-1)
+        losses = nn.functional.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1)
         return (losses * real).sum() / real.sum()
     labels = next_tokens(inputs)[:, 1:]
     losses = nn.functional.nll_loss(predicted[:, :-1].transpose(1, 2), labels, reduction="none")  # 0 where -100

@@ -73,7 +73,7 @@ class Reconstruction:
         One pass over the text serves all plans of attention layers, but for "sequential least squares"; of other fits
         the last is remembered. Raises what `fit` raises.
         """
-        _check(find_anatomy(model), plan)
+        _undropped(model, plan)
         if self.method in ALONE and not plan.mlp:
             return combined(self.corrections(model), plan)
         fitted_for = weights_digest(model), plan
@@ -101,7 +101,7 @@ def reconstruct(model: nn.Module, plan: DropPlan, changes: Changes) -> nn.Module
     """`apply_plan`, with the changes that `fit` gave for the same model and plan, in place; returns the model.
 
     Biases that the architecture does not have are listed in `model.config.llmdrop`. Raises ValueError for changes of
-    another plan or model, weights that are packed in 4 bits, and what `apply_plan` refuses; the model is unchanged then.
+    another plan or model, weights packed in 4 bits, and what `apply_plan` refuses; the model is unchanged then.
     """
     _check_changes(model, plan, changes)
     with ExitStack() as undo:
@@ -131,10 +131,13 @@ def put_changes(undo: ExitStack, model: nn.Module, changes: Changes) -> None:
     give_biases(undo, model, places)
     for (kind, i), change in changes.items():
         matrix = output_matrix(parts, i, kind)
-        if change.bias is not None:
-            _add(undo, matrix.bias, change.bias)
-        if change.weight is not None:
-            _add(undo, matrix.weight, change.weight.T if isinstance(matrix, Conv1D) else change.weight)
+        for name in ("bias", "weight"):
+            added = getattr(change, name)
+            if added is None:
+                continue
+            parameter = getattr(matrix, name)
+            added = added.T if name == "weight" and isinstance(matrix, Conv1D) else added
+            put(undo, parameter, "data", (parameter.data.float() + added.to(parameter.device)).to(parameter.dtype))
 
 
 def put_weights(undo: ExitStack, model: nn.Module, other: nn.Module) -> None:
@@ -142,10 +145,6 @@ def put_weights(undo: ExitStack, model: nn.Module, other: nn.Module) -> None:
     weights = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
         put(undo, parameter, "data", weights[name].data)
-
-
-def _add(undo: ExitStack, parameter: nn.Parameter, change: torch.Tensor) -> None:
-    put(undo, parameter, "data", (parameter.data.float() + change.to(parameter.device)).to(parameter.dtype))
 
 
 def _check_changes(model: nn.Module, plan: DropPlan, changes: Changes) -> None:
@@ -194,24 +193,23 @@ def _dropped(plan: DropPlan) -> list[Sublayer]:
 def fit(
     model: nn.Module, plan: DropPlan, calibration: Calibration, method: str = "least squares", batch_size: int = 8
 ) -> Changes:
-    """What `method`, one of METHODS, changes in `model` (undropped; it stays as it is) without the plan's sublayers.
+    """What `method` changes in `model`, which is undropped and stays as it is, without the plan's sublayers.
 
-    "least squares" changes the matrix W before a gap, h -> W h, to W + D with D [C, H] the ridge regression
+    "least squares" adds to the matrix before a gap, h -> W h, the ridge regression D [C, H] of what is missing:
 
         D = argmin  sum_t w_t || D h_t - f_t ||^2 + ridge ||D||^2        w_t = 1 / ||r_t||^2
 
     over calibration tokens t; f_t: what the gap's sublayers add in the undropped model; r_t: its stream after them. The
     ridge is chosen per row of D on every fourth sample, which the regression does not see; where none helps there, the
-    row of W stays. "sequential least squares" fits each gap in the model with the gaps above it dropped and
-    reconstructed. "mean" adds sum_t w_t f_t / sum_t w_t to the matrix's bias; one that has none is given one.
+    row of W stays. "sequential least squares": each gap in the model with the gaps above it dropped and reconstructed.
+    "mean" adds sum_t w_t f_t / sum_t w_t to the matrix's bias; one that has none is given one.
 
-    Takes one forward pass (sequential: two), and the memory of the residual streams of all of the calibration text and
-    of one matrix's inputs. Raises ValueError for an unknown method, layers dropped already, a plan that does not fit,
-    an architecture whose sublayers do not end in a matrix, or (least squares) fewer than four samples.
+    Takes one forward pass (sequential: two), and the memory of the residual streams of all of the calibration text.
+    Raises ValueError for an unknown method, layers dropped already, a plan that does not fit, an architecture whose
+    sublayers do not end in a matrix, or (least squares) fewer than four samples.
     """
-    parts = find_anatomy(model)
     _check_method(method)
-    _check(parts, plan)
+    parts = _undropped(model, plan)
     gone = _dropped(plan)
     order = _sublayers(parts)
     while order and order[-1] not in gone:  # what comes after the last gap need not run
@@ -257,24 +255,21 @@ def corrections(
     alone), `combined` of these is what `fit` gives. Layer 0's attention has nothing before it to change. Raises
     ValueError for "sequential least squares", which does not fit sublayers by themselves, and what `fit` raises.
     """
-    parts = find_anatomy(model)
     if method not in ALONE:
         raise ValueError(f"{method!r} does not fit sublayers by themselves; those that do: {', '.join(ALONE)}")
-    _check(parts, DropPlan())
+    parts = _undropped(model)
     run = SublayerRun(model, parts, calibration, batch_size)
     found: dict[Sublayer, Changes] = {}
-    before: Sublayer | None = None
-    read_before: list[torch.Tensor] | None = None
     streams = run.start
-    for kind, i in _sublayers(parts):
+    read_before: list[torch.Tensor] | None = None
+    for before, sublayer in pairwise([None, *_sublayers(parts)]):
         read: list[torch.Tensor] | None = None if method == "mean" else []
-        after = run.through(streams, kind, i, read)
-        if before is not None and kind in kinds:
+        after = run.through(streams, *sublayer, read)
+        if before is not None and sublayer[0] in kinds:
             change = _regress(method, read_before, streams, after, run.masks)
             if change is not None:
-                found[kind, i] = {before: change}
+                found[sublayer] = {before: change}
         streams = after
-        before = kind, i
         read_before = read
     return found
 
@@ -293,12 +288,15 @@ def _check_method(method: str) -> None:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
 
 
-def _check(parts: Anatomy, plan: DropPlan) -> None:
+def _undropped(model: nn.Module, plan: DropPlan = DropPlan()) -> Anatomy:
+    """The parts of a model that can be reconstructed, of which nothing is dropped, and which has the plan's layers."""
+    parts = find_anatomy(model)
     if parts.plan:
         raise ValueError(f"this model has {parts.plan.label} dropped already; fit on the undropped model")
     parts.whole_plan(plan)  # raises for another depth, and indices that the model does not have
     for kind, i in _sublayers(parts):
         output_name(parts, i, kind)  # raises for architectures that cannot be reconstructed
+    return parts
 
 
 def _regress(method: str, read: list | None, now: list, target: list, masks: list) -> Change | None:

@@ -77,12 +77,11 @@ def greedy(
 
     loss: "perplexity", the next-token loss (as SLEB and BlockPruner choose), or "kl", the divergence of the
     predictions from the undropped model's (as FinerCut), which needs far fewer tokens for the same certainty.
-    corrections: of `reconstruction.corrections`, each applied while its sublayer is gone, so that what reconstruction
-    can make up for goes first. seconds: that one sublayer of each kind takes ({"attn": ..., "mlp": ...}); the added
-    loss is then counted per second saved (latency-aware search). width: a step tries so many sublayers at a time (None:
-    all), those first that added least when last tried, until the best of all has been tried beside what is gone by now.
-    every: the loss is taken at each `every`-th token only, since the head of a large vocabulary costs as much as many
-    layers.
+    corrections: of `reconstruction.corrections`, each applied while its sublayer is gone. seconds: that one sublayer of
+    each kind takes ({"attn": ..., "mlp": ...}); the added loss is then counted per second saved (latency-aware search).
+    width: a step tries so many sublayers at a time (None: all), those first that added least when last tried, until the
+    best of all has been tried beside what is gone by now. every: the loss is taken at each `every`-th token only, since
+    the head of a large vocabulary costs as much as many layers.
 
     Raises ValueError for an unknown loss or target, n beyond what there is, and a loss that is not finite.
     """
@@ -90,30 +89,24 @@ def greedy(
     if not 0 <= n <= len(items):
         raise ValueError(f"cannot choose n={n} of {len(items)} sublayers")
     search = _Search(model, calibration, loss, batch_size, corrections or {}, every)
-    worth = {kind: (seconds or {}).get(kind, 1.0) for kind in KINDS[target]}
+    worth = seconds or dict.fromkeys(("attn", "mlp"), 1.0)
     order: list[Sublayer] = []
     base = search.loss([], search.run.start)
     losses = {"0": base}
     added: dict[Sublayer, float] = {}  # to the loss, by each that is left, when it was last tried
-
-    def try_them(tried: list[Sublayer]) -> list[Sublayer]:
-        """All that are left, those that add least first, after these have been tried beside what is gone."""
-        found = search.losses_without(order, tried)
-        added.update({item: value - base for item, value in found.items()})
-        return sorted(added, key=lambda item: added[item] / worth[item[0]])
-
-    ranked = try_them(items)
-    fresh = set(items)  # tried beside all that is gone by now
+    ranked = items  # what is left, the best first
     while len(order) < n:
+        fresh: set[Sublayer] = set()  # tried beside all that is gone by now
         while ranked[0] not in fresh:
-            tried = [item for item in ranked if item not in fresh][:width]
-            ranked = try_them(tried)
+            tried = [item for item in ranked if item not in fresh][: width if order else None]
+            for item, value in search.losses_without(order, tried).items():
+                added[item] = value - base
             fresh.update(tried)
+            ranked = sorted(added, key=lambda item: added[item] / worth[item[0]])
         best = ranked.pop(0)
         base += added.pop(best)
         order.append(best)
         losses[str(len(order))] = base
-        fresh.clear()
     return Choice(order, search.tokens, losses)
 
 
@@ -188,7 +181,7 @@ def _sublayers(model: nn.Module, target: str) -> list[Sublayer]:
 
 def _not_finite(what: str, model: nn.Module) -> str:
     return (
-        f"{what} is not finite in {model.dtype}: either the weights hold NaN or infinity (load the checkpoint again) or "
+        f"{what} is not finite in {model.dtype}: the weights hold NaN or infinity (load the checkpoint again), or "
         "float16 overflows (load the model in bfloat16 or float32)"
     )
 
@@ -196,15 +189,7 @@ def _not_finite(what: str, model: nn.Module) -> str:
 class _Search:
     """The model's loss without any set of sublayers; streams before the first difference are shared."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        calibration: Calibration,
-        loss: str,
-        batch_size: int,
-        corrections: Mapping[Sublayer, Changes],
-        every: int,
-    ):
+    def __init__(self, model, calibration: Calibration, loss: str, batch_size: int, corrections: Mapping, every: int):
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
         if every < 1:

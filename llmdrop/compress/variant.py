@@ -36,37 +36,36 @@ class Variant:
     name: str | None = None
 
     def __post_init__(self):
-        if self.four_bits is not None and (self.reconstruction or self.healing or self.mask):
+        makes_up = self.reconstruction or self.healing
+        if self.four_bits and (makes_up or self.mask):
             raise ValueError(
                 "4-bit weights cannot be reconstructed, masked or healed here: quantize a model that was saved after it"
             )
-        if self.mask is not None and (self.reconstruction or self.healing):
+        if self.mask and makes_up:
             raise ValueError(
-                "reconstruction and healing would fill the zeros of the mask; use it without them, or them without it"
+                "reconstruction and healing would fill the zeros of the mask; use either without the other"
             )
-        if (self.reconstruction or self.healing) and not self.plan:
+        if makes_up and not self.plan:
             raise ValueError("reconstruction and healing make up for dropped sublayers, and this plan drops none")
+
+    @property
+    def _parts(self) -> dict:
+        """What is done beside dropping, by the name of its field."""
+        names = ("reconstruction", "windows", "mask", "four_bits", "healing")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def label(self) -> str:
         """`name`, or the plan's label and those of the other parts: "Attn-8", "Attn-8, 11 windows of 256"."""
         if self.name is not None:
             return self.name
-        parts = [self.reconstruction, self.windows, self.mask, self.four_bits, self.healing]
-        labels = [part.label for part in parts if part is not None]
-        if self.plan or not labels:
-            labels.insert(0, self.plan.label)
-        return ", ".join(labels)
+        labels = [part.label for part in self._parts.values()]
+        return ", ".join([self.plan.label, *labels] if self.plan or not labels else labels)
 
     @property
     def key(self) -> dict:
         """What tells it from other variants, as plain JSON; two variants of one key have the same numbers."""
-        key: dict = dict(self.plan.key)
-        for part in ("reconstruction", "windows", "mask", "four_bits", "healing"):
-            value = getattr(self, part)
-            if value is not None:
-                key[part] = value.key
-        return key
+        return self.plan.key | {name: part.key for name, part in self._parts.items()}
 
     @property
     def shape(self) -> dict:
@@ -74,32 +73,26 @@ class Variant:
         shape: dict = {"attn": len(self.plan.attn), "mlp": len(self.plan.mlp), "blocks": len(self.plan.blocks)}
         if self.windows is not None:
             shape["windows"] = [len(self.windows.layers), self.windows.window, self.windows.sinks]
-        for part in ("mask", "four_bits"):
-            value = getattr(self, part)
-            if value is not None:
-                shape[part] = value.key
-        return shape
+        return shape | {name: part.key for name, part in self._parts.items() if name in ("mask", "four_bits")}
 
     @property
     def is_plan_only(self) -> bool:
         """Whether nothing but sublayers going tells it from the whole model: such variants share their measuring."""
-        return not (self.reconstruction or self.windows or self.mask or self.four_bits or self.healing)
+        return not self._parts
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model` so changed, for the length of a `with` block.
+        """`model` so changed, for the length of a `with` block; restored on every path. Raises what the parts raise.
 
-        Everything is restored afterwards, on every path, also where entering fails half way. A KV cache made inside
-        must not be used outside. Raises what the parts raise.
+        A KV cache made inside must not be used outside.
         """
         changes = {}
         if self.reconstruction is not None:  # fitted on the undropped model
             changes = self.reconstruction.changes(model, self.plan)
         with ExitStack() as undo:
-            if self.four_bits is not None:
-                undo.enter_context(self.four_bits.applied(model))
-            if self.mask is not None:
-                undo.enter_context(self.mask.applied(model))
+            for part in (self.four_bits, self.mask):
+                if part is not None:
+                    undo.enter_context(part.applied(model))
             if self.healing is not None:
                 undo.enter_context(self.healing.applied(model, self.plan, changes))
             elif changes:
@@ -111,15 +104,9 @@ class Variant:
             yield model
 
     def speed_limit(self, model: nn.Module | str, **settings) -> SpeedLimit:
-        """`predict_speed` of `model` so changed; settings: batch_size, prompt_len, new_tokens, hardware, ...
-
-        A mask saves nothing: dense kernels take as long as before.
-        """
+        """`predict_speed` of `model` so changed, with these settings. A mask saves nothing."""
         if self.windows is not None:
-            settings |= {
-                "windowed": len(self.windows.layers),
-                "window": self.windows.window + self.windows.sinks,
-            }
+            settings |= {"windowed": len(self.windows.layers), "window": self.windows.window + self.windows.sinks}
         if self.four_bits is not None:
             settings |= {"weight_bits": self.four_bits.bits}
         return predict_speed(model, self.plan, **settings)

@@ -1,15 +1,12 @@
 """Wanda (Sun et al. 2023, arXiv 2306.11695): zero the single weights that matter least, to compare dropping with.
 
-The score of a weight is |W_ij| ||x_j||_2, where x_j is what its input j reads over all calibration tokens. In every
-row of every linear layer of the decoder's layers (not of the embedding and the head) the weights that score lowest
-become zero, the same number in each row. As in the authors' code, layer after layer: the norms of a layer are taken
-with the layers before it already pruned, the layer itself still whole. Nothing is retrained. The matrices keep their
-shapes, so that dense kernels take as long as before.
+Nothing is retrained. The matrices keep their shapes, so that dense kernels take as long as before.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,18 +49,16 @@ class WandaMask:
         return settings | {"text": self.calibration.digest, "version": VERSION}
 
     def zeros(self, model: nn.Module) -> Zeros:
-        """`wanda` of this model, remembered for as long as the model and its weights. Raises what `wanda` raises."""
+        """`wanda` of this model, remembered for as long as the model and its weights."""
         of_weights = self._found.setdefault(model, {})
         digest = weights_digest(model)
         if digest not in of_weights:
             of_weights[digest] = wanda(model, self.calibration, self.share, self.batch_size, self.sequential)
         return of_weights[digest]
 
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model` with its zeros, for the length of a `with` block. Raises what `wanda` raises."""
-        with zeroed(model, self.zeros(model)):
-            yield model
+    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """`zeroed` with this model's zeros. Raises what `wanda` raises."""
+        return zeroed(model, self.zeros(model))
 
 
 def lowest(weight: torch.Tensor, norms: torch.Tensor, share: float) -> torch.Tensor:
@@ -85,11 +80,12 @@ def lowest(weight: torch.Tensor, norms: torch.Tensor, share: float) -> torch.Ten
 def wanda(
     model: nn.Module, calibration: Calibration, share: float, batch_size: int = 8, sequential: bool = True
 ) -> Zeros:
-    """Find the `share` of the weights of every row that Wanda zeroes. The model itself is not changed.
+    """Find the `share` (from 0 to below 1) of the weights of every row that Wanda zeroes. The model is not changed.
 
-    share: from 0 to below 1. sequential=False takes all norms in the undropped, unpruned model, in half the time.
-    Layers dropped before are left out, padding does not count. Takes two forward passes over the calibration text, and
-    besides the model the memory of its residual streams, [tokens, C], and of the result, 4 bytes a zero.
+    The score of a weight is |W_ij| ||x_j||_2, where x_j is what its input j reads over all calibration tokens. In every
+    row of every linear layer of the decoder's live layers those that score lowest go. As in the authors' code, the
+    norms of a layer are taken with the layers before it pruned; sequential=False takes all norms in the unpruned model.
+    Takes two forward passes over the calibration text, and besides the model the memory of its residual streams.
 
     Raises ValueError for a share out of range, an unknown architecture, weights that are no plain matrices (quantized
     ones), or calibration text on which a layer's inputs are not finite.
@@ -115,11 +111,9 @@ def wanda(
                         f"load the model in bfloat16 or float32 (it is in {module.weight.dtype})"
                     )
                 zeros[name] = lowest(_rows(module), norms[name], share)
-            if sequential:
-                for name, module in of_layer.items():
+                if sequential:
                     _zero(undo, module, zeros[name])
-                after, _ = _through_layer(run, i, streams, {})
-            streams = after
+            streams = _through_layer(run, i, streams, {})[0] if sequential else after
     return zeros
 
 
@@ -129,26 +123,24 @@ def _check_share(share: float) -> None:
 
 
 def _through_layer(
-    run: SublayerRun, i: int, streams: list[torch.Tensor], watched: Mapping[str, nn.Module]
+    run: SublayerRun, i: int, streams: list[torch.Tensor], matrices: dict[str, nn.Module]
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """(The streams after layer i, ||x_j|| of what each watched matrix reads at all tokens but padding, [inputs].)"""
-    squares: dict[str, torch.Tensor | float] = dict.fromkeys(watched, 0.0)
-    real: torch.Tensor  # [B * T], of the batch that runs
-
-    def watch(name: str) -> Callable:
-        def hook(module, args):
-            x = args[0].reshape(-1, args[0].shape[-1]).float()  # OPT's MLP reads [B * T, C], all others [B, T, C]
-            squares[name] = squares[name] + x[real.to(x.device)].square().sum(0).double()
-
-        return hook
-
+    """(The streams after layer i, ||x_j|| of what each matrix reads at all tokens but padding, [inputs].)"""
+    squares: dict[str, torch.Tensor | float] = dict.fromkeys(matrices, 0.0)
+    read: dict[str, torch.Tensor] = {}  # of the batch that runs
     after = []
+
+    def keep(name: str, module: nn.Module, args: tuple) -> None:
+        read[name] = args[0]
+
     with ExitStack() as hooks:
-        for name, module in watched.items():
-            hooks.callback(module.register_forward_pre_hook(watch(name)).remove)
+        for name, module in matrices.items():
+            hooks.callback(module.register_forward_pre_hook(partial(keep, name)).remove)
         for x, calls, mask in zip(streams, run.calls, run.masks, strict=True):
-            real = mask.bool().flatten()
             after.append(run_layer(run.parts, i, x, calls[i]))
+            for name, inputs in read.items():
+                real = inputs.reshape(-1, inputs.shape[-1]).float()[mask.bool().flatten().to(inputs.device)]
+                squares[name] = squares[name] + real.square().sum(0).double()
     return after, {name: total.sqrt().float() for name, total in squares.items()}
 
 
@@ -185,9 +177,7 @@ def zeroed(model: nn.Module, zeros: Zeros) -> Iterator[nn.Module]:
         rows, inputs = _rows(module).shape
         index = zeros.get(name)
         if index is None or len(index) != rows or (index.numel() and index.max() >= inputs):
-            raise ValueError(
-                f"these zeros are of another model: none are for its {name} of {(rows, inputs)}; find its own"
-            )
+            raise ValueError(f"these zeros are of another model: none fit its {name} of {(rows, inputs)}; find its own")
     with ExitStack() as undo:
         for name, module in matrices.items():
             _zero(undo, module, zeros[name])

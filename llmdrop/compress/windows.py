@@ -1,11 +1,7 @@
 """Give attention layers a window instead of dropping them: less KV cache and less to read, every weight kept.
 
-A windowed layer's token t attends to the last `window` tokens, t itself included, and to the first `sinks` of the text
-(attention sinks: without them most models break; StreamingLLM, Xiao et al. 2024, arXiv 2309.17453). Positions stay
-those of the whole text. Its KV cache holds sinks + window - 1 tokens, however long the text: with long contexts or
-many sequences, where reading the cache takes the time, that saves almost what dropping the layer saves. With short
-ones it saves nothing, and changes nothing. Long prompts run a block of queries at a time, so that most of what is
-hidden is not computed.
+A windowed layer's token attends to the last `window` tokens, itself included, and to the first `sinks` of the text
+(attention sinks: StreamingLLM, Xiao et al. 2024, arXiv 2309.17453). Positions stay those of the whole text.
 """
 
 import copy
@@ -61,9 +57,8 @@ def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sink
     """`model` with these attention layers windowed; everything is restored afterwards, also after an exception.
 
     layers: indices as in the undropped model; with none, any model stays as it is. A KV cache made inside must not be
-    used outside. Without a cache, tokens are counted by their positions, so that padded batches and the packed rows of
-    `evaluate` and `perplexity` are right; with one, batches must not be padded: padding would take up the window and
-    stand where the sinks should be.
+    used outside. Without a cache, batches may be padded (tokens are counted by their positions); with one, they must
+    not be: padding would take up the window and stand where the sinks should be.
 
     Raises ValueError for layers that are not there or dropped, a window below 1 or sinks below 0, an architecture with
     windows of its own, and attention other than "sdpa" and "eager"; at a forward pass, for padding beside a cache, and
@@ -96,7 +91,7 @@ def _check(model: nn.Module, parts: Anatomy, layers: list[int]) -> None:
         raise ValueError(f"no attention in layers {missing} to give a window; there is in {parts.live('attn')}")
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         raise ValueError(
-            f"this {config.model_type!r} model has windows of its own; llmdrop gives them to full attention"
+            f"this {config.model_type!r} model has windows of its own; only full attention can be given one"
         )
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
@@ -194,29 +189,29 @@ class _Window:
         """[1 or B, 1, n, keys]: what each token sees; long ones with `blocks` for `_attend_in_blocks`."""
         n = hidden.shape[1]
         past = cached.seen if cached else 0
-        place = past + torch.arange(n, device=hidden.device)
-        keys = torch.cat([cached.held().to(hidden.device), place]) if cached else place
-        causal = (keys <= place[:, None])[None, None]  # [1, 1, n, keys]
-        now = place[None]
-        other = given  # what else hides tokens: padding, or the other branches of a trie
-        if cached is None and positions is not None:  # of tokens beside padding, or in the tries of `sweep`
-            now = keys = positions
-        elif given is not None and not self._sees_all(given, keys, causal, past + n):
-            raise ValueError(
-                "this batch is padded (or has masks of its own) where windowed layers have a KV cache, or no positions "
-                f"to go by: padding would take up the window and stand for the sinks. Mask {tuple(given.shape)}, "
-                f"{past + n} tokens so far; run texts of different lengths one by one, or without a cache"
-            )
-        else:
-            keys = keys[None]
-            other = None
-        distance = now[:, :, None] - keys[:, None, :]
-        near = ((distance < self.window) | (keys[:, None, :] < self.sinks))[:, None]  # [B, 1, n, keys]
-        if other is None and bool((near | ~causal).all()):
+        now = past + torch.arange(n, device=hidden.device)[None]
+        keys = torch.cat([cached.held().to(hidden.device)[None], now], 1) if cached else now
+        seen = (keys[:, None] <= now[..., None])[:, None]  # [1, 1, n, keys]: all but what is to come
+        besides = None  # what else hides tokens: padding, or the other branches of a trie
+        if cached is None and positions is not None:
+            now = positions
+            keys = positions
+            besides = given
+        elif given is not None:
+            allowed = given if given.dtype == torch.bool else given == 0
+            if given.shape[-1] != past + n or not bool((allowed[..., keys[0]] | ~seen).all()):
+                raise ValueError(
+                    "this batch is padded (or has masks of its own) where windowed layers have a KV cache, or no "
+                    f"positions to go by. Mask {tuple(given.shape)}, {past + n} tokens so far; run texts of different "
+                    "lengths one by one, or without a cache"
+                )
+        near = now[..., None] - keys[:, None] < self.window  # [1 or B, n, keys]
+        near = (near | (keys[:, None] < self.sinks))[:, None]
+        if besides is None and bool((near | ~seen).all()):
             return None if n == 1 else given  # nothing is hidden
-        if other is not None and other.dtype != torch.bool:
-            return other.masked_fill(~near, torch.finfo(other.dtype).min)
-        mask = near & (causal if other is None else other)
+        if besides is not None and besides.dtype != torch.bool:
+            return besides.masked_fill(~near, torch.finfo(besides.dtype).min)
+        mask = near & (seen if besides is None else besides)
         if self.additive:
             lowest = torch.finfo(hidden.dtype).min
             return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, lowest)
@@ -227,12 +222,6 @@ class _Window:
                 reached = part.flatten(0, 2).any(0).nonzero()[:, 0]
                 mask.blocks.append((start, reached, part[..., reached]))
         return mask
-
-    @staticmethod
-    def _sees_all(given: torch.Tensor, keys: torch.Tensor, causal: torch.Tensor, n: int) -> bool:
-        """Whether the mask hides nothing but what is to come."""
-        seen = given if given.dtype == torch.bool else given == 0
-        return seen.shape[-1] == n and bool((seen[..., keys] | ~causal).all())
 
     def _slot(self, cache: Cache, slot: int) -> WindowLayer:
         while len(cache.layers) <= slot and cache.layer_class_to_replicate is not None:
@@ -255,28 +244,24 @@ class _Window:
 def score_windows(
     model: nn.Module, calibration: Calibration, window: int = WINDOW, sinks: int = SINKS, batch_size: int = 1
 ) -> list[float]:
-    """S of each attention layer's window: 1 - cos(y, y'), from one pass; the lowest can do with a window.
+    """1 - cos(y, y') of each attention layer, from one pass; the lowest can do with a window. NaN without attention.
 
-    y = x + f(norm(x)) is the layer's residual stream, [B, T, C], y' that with a window; the mean is over the tokens
-    that come after the first window + sinks of their sample, padding left out: the only ones that a window can change.
-    It is the paper's S (Eq. 1) with "windowed" in the place of "dropped". NaN for layers without attention. Raises
+    y = x + f(norm(x)) is the residual stream after the layer, [B, T, C], y' that with a window; the mean is over the
+    tokens that a window can change: those after the first window + sinks of their sample, padding left out. Raises
     ValueError where no sample is longer than window + sinks, and what `windowed` raises.
     """
     parts = find_anatomy(model)
     live = parts.live("attn")
     run = SublayerRun(model, parts, calibration, batch_size)
-    changed = []  # [B, T] per batch: tokens that a window can change
-    longest = 0
-    for mask in run.masks:
-        longest = max(longest, int(mask.sum(1).max()))
-        changed.append(mask.bool() & (mask.cumsum(1) > window + sinks))
+    longest = max(int(mask.sum(1).max()) for mask in run.masks)
     if longest <= window + sinks:
         raise ValueError(
             f"samples of {longest} tokens show nothing of a window of {window} and {sinks} sinks; score on longer ones"
         )
+    changed = [mask.bool() & (mask.cumsum(1) > window + sinks) for mask in run.masks]  # [B, T] per batch
     scores = []
     streams = run.start
-    for i in range(parts.n_layers):
+    for i, layer in enumerate(parts.layers):
         score = float("nan")
         if i in live:
             with windowed(model, [i], window, sinks):
@@ -288,7 +273,7 @@ def score_windows(
             ]
             score = 1 - float(torch.cat(cosines).mean())
         scores.append(score)
-        if parts.layers[i] is not None:
+        if layer is not None:
             streams = run.through(streams, "mlp", i)
     return scores
 
@@ -298,8 +283,7 @@ def as_fast(
 ) -> int | None:
     """How many windowed attention layers it takes, beside dropping `plan`, to be as fast as without n attention layers.
 
-    By `predict_speed` with the settings `speed`. None where windows in all layers save less time than that: the weights
-    stay.
+    By `predict_speed` with the settings `speed`. None where windows in all layers save less time than that.
     """
     limit = predict_speed(model, DropPlan(attn=range(n)), **speed).seconds * (1 + 1e-9)
     n_live = len(set(find_anatomy(model).live("attn")) - set(plan.attn))

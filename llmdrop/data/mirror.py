@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from .packaged import PACKAGED, packaged_data_dir
-from .rows import read_rows
+from .rows import jsonl_file, read_rows
 
 # A split that is one file of a large dataset on the hub, as SparseGPT and Wanda read it
 HUB_FILES = {"allenai/c4/en/validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -20,7 +20,19 @@ def read_split(path: str, config: str | None, split: str, data_dir: str | os.Pat
     Raises FileNotFoundError where the split cannot be had, ValueError (file and line) where its file is damaged.
     """
     file = split_file(path, config, split, data_dir)
-    return _read_hub(path, config, split) if file is None else read_rows(file)
+    if file is not None:
+        return read_rows(file)
+    from datasets import load_dataset
+
+    name = _name(path, config, split)
+    which = {"data_files": {split: HUB_FILES[name]}} if name in HUB_FILES else {"name": config}
+    try:
+        return list(load_dataset(path, split=split, **which))
+    except Exception as error:  # offline, unknown, gated: datasets raises a dozen kinds
+        raise FileNotFoundError(
+            f"cannot get {name} from the hub: {' '.join(str(error).split())[:300]} | It is not packaged. Fix: a "
+            f"network, or data_dir=<mirror> with <mirror>/{name}.jsonl[.gz], or one of the packaged sets"
+        ) from error
 
 
 def split_file(path: str, config: str | None, split: str, data_dir: str | os.PathLike | None = None) -> Path | None:
@@ -36,9 +48,9 @@ def split_file(path: str, config: str | None, split: str, data_dir: str | os.Pat
         root = Path(data_dir).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a directory; give a mirror, None or 'hub'")
-        for file in (root / f"{name}.jsonl", root / f"{name}.jsonl.gz"):
-            if file.is_file():
-                return file
+        file = jsonl_file(root / name)
+        if file is not None:
+            return file
     if name in PACKAGED:
         return packaged_data_dir() / f"{name}.jsonl"
     if data_dir is None:
@@ -53,18 +65,3 @@ def split_file(path: str, config: str | None, split: str, data_dir: str | os.Pat
 
 def _name(path: str, config: str | None, split: str) -> str:
     return f"{path}/{config or 'default'}/{split}"
-
-
-def _read_hub(path: str, config: str | None, split: str) -> list[dict]:
-    from datasets import load_dataset
-
-    name = _name(path, config, split)
-    try:
-        if name in HUB_FILES:
-            return list(load_dataset(path, data_files={split: HUB_FILES[name]}, split=split))
-        return list(load_dataset(path, config, split=split))
-    except Exception as error:  # offline, unknown, gated: datasets raises a dozen kinds
-        raise FileNotFoundError(
-            f"cannot get {name} from the hub: {' '.join(str(error).split())[:300]} | It is not packaged. Fix: a "
-            f"network, or data_dir=<mirror> with <mirror>/{name}.jsonl[.gz], or one of the packaged sets"
-        ) from error

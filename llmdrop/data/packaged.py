@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,32 +58,29 @@ def _made_by(target: Path) -> dict | None:
 
 
 def _convert(source: Path, target: Path) -> dict[str, dict]:
-    """Write every packaged split; returns per split the number of rows written, dropped and repeated."""
+    """Write every packaged split; returns per split the number of rows written, and dropped by reason."""
     report = {}
-    known: dict[str, set[str]] = {}  # per dataset, over its splits in order: values of the distinct columns
+    known: set[tuple[str, ...]] = set()  # (dataset, values of its distinct columns), over all of its splits
     for name, split in PACKAGED.items():
+        dataset = name.split("/")[1]
         file = target / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        dataset = name.split("/")[1]
-        known_here = known.setdefault(dataset, set())
-        dropped: dict[str, int] = {}
         n_rows = 0
-        n_repeated = 0
+        dropped: Counter[str] = Counter()
         with file.open("w", encoding="utf-8") as out:
             for raw in split.read(source / split.origin):
                 try:
                     row = split.convert(raw)
                 except (KeyError, ValueError, IndexError) as error:
-                    dropped[str(error)] = dropped.get(str(error), 0) + 1
+                    dropped[str(error)] += 1
                     continue
-                value = json.dumps([row[column] for column in split.distinct])
-                if split.distinct and value in known_here:
-                    n_repeated += 1
+                key = (dataset, *(row[column] for column in split.distinct))
+                if split.distinct and key in known:
                     continue
-                known_here.add(value)
+                known.add(key)
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 n_rows += 1
-        report[name] = {"origin": split.origin, "rows": n_rows, "dropped": dropped, "repeated": n_repeated}
+        report[name] = {"origin": split.origin, "rows": n_rows, "dropped": dropped}
     return report
 
 
@@ -207,10 +205,6 @@ def _reviews(file: Path) -> Iterator[dict]:
             yield {"text": row["text"].replace("<br />", "\n").strip()}
 
 
-def _same(row: dict) -> dict:
-    return row
-
-
 @dataclass(frozen=True)
 class Split:
     """Where a packaged split comes from.
@@ -220,7 +214,7 @@ class Split:
     """
 
     origin: str  # file in the wheel
-    convert: Callable[[dict], dict] = _same  # ValueError, KeyError or IndexError drop the row
+    convert: Callable[[dict], dict] = dict  # ValueError, KeyError or IndexError drop the row
     distinct: tuple[str, ...] = ()
     read: Callable[[Path], Iterable[dict]] = read_rows
 

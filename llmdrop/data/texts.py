@@ -2,16 +2,14 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
 from ..calibration import SOURCES, Calibration, load_calibration
 from .mirror import read_split, split_file
-
-
-def _text(row: dict) -> str:
-    return row["text"]
 
 
 def _dialogue(row: dict) -> str:
@@ -34,7 +32,7 @@ class Documents:
     config: str | None
     split: str
     about: str  # what kind of text it is
-    text: Callable[[dict], str] = _text  # of a row
+    text: Callable[[dict], str] = itemgetter("text")  # of a row
 
     @property
     def where(self) -> str:
@@ -45,28 +43,19 @@ class Documents:
         rows = read_split(self.dataset, self.config, self.split, data_dir)
         return list(dict.fromkeys(map(self.text, rows)))
 
-    def is_there(self, data_dir: str | os.PathLike | None = None) -> bool:
-        """Whether the split is in this data_dir or packaged; with "hub", always."""
-        try:
-            file = split_file(self.dataset, self.config, self.split, data_dir)
-        except FileNotFoundError:
-            return False
-        return file is not None or data_dir == "hub"
 
-
+_LEXSUM = ("allenai/multi_lexsum", "v20230518", "test")
 _QUAC = ("allenai/quac", "plain_text", "validation")
 _WIKITEXT = ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test")
 
 SOURCES |= {
-    "xsum": Documents("EdinburghNLP/xsum", None, "test", "news", lambda row: row["document"]),
-    "multilexsum": Documents(
-        "allenai/multi_lexsum", "v20230518", "test", "court cases", lambda row: row["summary/long"]
-    ),
-    "boolq": Documents("aps/super_glue", "boolq", "train", "encyclopedia paragraphs", lambda row: row["passage"]),
-    "quac": Documents(*_QUAC, "encyclopedia sections", lambda row: row["context"]),
+    "xsum": Documents("EdinburghNLP/xsum", None, "test", "news", itemgetter("document")),
+    "multilexsum": Documents(*_LEXSUM, "court cases", itemgetter("summary/long")),
+    "boolq": Documents("aps/super_glue", "boolq", "train", "encyclopedia paragraphs", itemgetter("passage")),
+    "quac": Documents(*_QUAC, "encyclopedia sections", itemgetter("context")),
     "questions": Documents(*_QUAC, "questions", lambda row: "\n".join(row["questions"])),
     "dialogue": Documents("packaged/stories", None, "test", "questions and answers about a story", _dialogue),
-    "narrativeqa": Documents("packaged/stories", None, "test", "plots", lambda row: row["passage"]),
+    "narrativeqa": Documents("packaged/stories", None, "test", "plots", itemgetter("passage")),
     "wiki": Documents("packaged/wiki", None, "test", "encyclopedia sentences"),
     "squad": Documents("packaged/squad", None, "test", "encyclopedia paragraphs"),
     "tales": Documents("packaged/tales", None, "test", "very short stories"),
@@ -78,13 +67,20 @@ SOURCES |= {
     "lima": Documents("GAIR/lima", None, "train", "instructions", lambda row: "\n".join(row["conversations"])),
     "codealpaca": Documents("sahil2801/CodeAlpaca-20k", None, "train", "code instructions", _instruction),
     "mathinstruct": Documents("TIGER-Lab/MathInstruct", None, "train", "mathematics instructions", _instruction),
-    "wikitext": Documents(*_WIKITEXT, "encyclopedia articles", lambda row: row["page"]),
+    "wikitext": Documents(*_WIKITEXT, "encyclopedia articles", itemgetter("page")),
 }
 
 
 def available_sources(data_dir: str | os.PathLike | None = None) -> list[str]:
     """Names of the sources that load with this data_dir; with None, those that need no hub."""
-    return [name for name, source in SOURCES.items() if not isinstance(source, Documents) or source.is_there(data_dir)]
+    names = []
+    for name, source in SOURCES.items():
+        with suppress(FileNotFoundError):
+            is_ours = isinstance(source, Documents)
+            file = split_file(source.dataset, source.config, source.split, data_dir) if is_ours else None
+            if file is not None or data_dir == "hub" or not is_ours:
+                names.append(name)
+    return names
 
 
 def mixture(

@@ -1,14 +1,13 @@
 """Quality of dropped models on lm-eval's benchmarks, many plans at a time: tidy rows, or question by question."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from math import nan
+from operator import itemgetter
 
 import pandas as pd
 
 from ..plan import DropPlan
-from ..prune import dropped
 from .sweep import eval_mode, whole_plans
 from .tasks import FEWSHOT_SEED, Data, Shots, load_tasks, pool, quiet, right_choice
 
@@ -32,9 +31,9 @@ def evaluate(
     (else the hub), "hub". num_fewshot: one number, or a number by task; None is lm-eval's default. Raises ValueError
     for unknown tasks, FileNotFoundError for missing data.
     """
-    return evaluate_sweep(
-        model, tokenizer, {"": DropPlan()}, tasks, limit, data_dir, num_fewshot, batch_size, progress
-    ).drop(columns="plan")
+    plans = {"": DropPlan()}
+    rows = evaluate_sweep(model, tokenizer, plans, tasks, limit, data_dir, num_fewshot, batch_size, progress)
+    return rows.drop(columns="plan")
 
 
 def evaluate_sweep(
@@ -51,18 +50,14 @@ def evaluate_sweep(
     """`evaluate` for many plans of one model, sharing all that they have in common (see `llmdrop.evaluation.sweep`).
 
     Rows as in `evaluate`, with a column plan (the keys of `plans`). The numbers equal those of each plan evaluated
-    alone. Memory beyond the model: one residual stream of a row of tokens per layer at which plans part. Raises what
-    `evaluate` raises, and ValueError without plans and for a plan of another depth.
+    alone. Raises what `evaluate` raises, and ValueError without plans and for a plan of another depth.
     """
     if not tasks:
         raise ValueError("no tasks to evaluate; give at least one")
-    _check(model, list(plans.values()), limit)
     rows = []
-    for name, parts in load_tasks(tasks, data_dir, num_fewshot).items():
-        with _sweep(model, tokenizer, plans, batch_size, progress, name) as lm:
-            for plan in plans:
-                results = _results(lm, plan, parts, limit)
-                rows += [{"plan": plan, "task": name} | row for row in _rows(results, parts)]
+    run = _run(model, tokenizer, plans, tasks, limit, data_dir, num_fewshot, batch_size, progress)
+    for lm, parts, results in run:
+        rows += [{"plan": lm.current, "task": lm.label} | row for row in _rows(results, parts)]
     return pd.DataFrame(rows)
 
 
@@ -79,60 +74,47 @@ def ask(
 ) -> list[list[dict]]:
     """What every plan of a model makes of every question of a task: all that its metrics are made of.
 
-    The sweep of `evaluate_sweep`, with its settings. Returns for each plan one record per question, in order:
+    The sweep of `evaluate_sweep`, with its settings and errors. Returns for each plan one record per question:
 
         task            lm-eval's name of the part the question is in (MMLU has 57)
         item            the question's number in that part
         metrics         lm-eval's own value of each of its metrics, a float; word_perplexity and the like, which are no
                         means over questions, are left out
         loglikelihoods  of each choice, in nats; of the one answer where there is no choice; [] of generated answers
-        bytes           UTF-8 bytes of what each of these scores
-        tokens          tokens of it
+        bytes, tokens   how many of them each of these scores (UTF-8)
         gold            index of the right choice; None where there is no choice
-
-    Raises what `evaluate_sweep` raises.
     """
-    _check(model, plans, limit)
     named = {str(k): plan for k, plan in enumerate(plans)}
-    parts = load_tasks([task], data_dir, num_fewshot)[task]
-    records = []
-    with _sweep(model, tokenizer, named, batch_size, progress, task) as lm:
-        for name in named:
-            samples = _results(lm, name, parts, limit, log_samples=True)["samples"]
-            records.append([record for part in parts for record in _records(lm, part, parts[part], samples[part])])
-    return records
+    run = _run(model, tokenizer, named, [task], limit, data_dir, num_fewshot, batch_size, progress)
+    return [
+        [record for part in parts for record in _records(lm, part, parts[part], results["samples"][part])]
+        for lm, parts, results in run
+    ]
 
 
-def _check(model, plans: Sequence[DropPlan], limit: int | None) -> None:
-    """ValueError, before anything is loaded."""
+def _run(
+    model, tokenizer, plans: Mapping[str, DropPlan], tasks, limit, data_dir, num_fewshot, batch_size, progress
+) -> Iterator[tuple]:
+    """(`SweepLM`, parts of the task lm.label, what `lm_eval.evaluate` gives for the plan lm.current), one by one."""
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise ValueError(f"limit={limit}; give a number of questions per task, at least 1, or None for all")
-    whole_plans(model, plans)
+    whole_plans(model, plans.values())
+    loaded = load_tasks(tasks, data_dir, num_fewshot)
+    from lm_eval import evaluate as lm_evaluate  # an optional dependency, and slow to import
 
-
-@contextmanager
-def _sweep(model, tokenizer, plans: Mapping[str, DropPlan], batch_size: int, progress: bool, label: str) -> Iterator:
-    """A `SweepLM` for the length of a `with` block; the model then has its training mode again."""
-    from .lm_eval_models import SweepLM  # lm-eval takes seconds to import, and the rest of the library does without it
+    from .lm_eval_models import SweepLM
 
     with eval_mode(model):
-        with quiet():
-            lm = SweepLM(model, tokenizer, plans, batch_size, progress, label)
-        yield lm
-
-
-def _results(lm, plan: str, parts: dict, limit: int | None, log_samples: bool = False) -> dict:
-    """`lm_eval.evaluate` of one plan of the sweep; standard errors by formula or 100 bootstrap rounds."""
-    from lm_eval import evaluate as lm_evaluate
-
-    lm.current = plan
-    for task in parts.values():  # every plan gets the same examples, as if it were alone
-        task.set_fewshot_seed(FEWSHOT_SEED)
-    with ExitStack() as stack:
-        stack.enter_context(quiet())
-        if any(task.OUTPUT_TYPE == "generate_until" for task in parts.values()):
-            stack.enter_context(dropped(lm.model, lm.plans[plan]))
-        return lm_evaluate(lm, parts, limit=limit, bootstrap_iters=100, log_samples=log_samples)
+        for name, parts in loaded.items():
+            with quiet():
+                lm = SweepLM(model, tokenizer, plans, batch_size, progress, name)
+            for plan in plans:
+                lm.current = plan
+                for task in parts.values():  # every plan gets the same examples, as if it were alone
+                    task.set_fewshot_seed(FEWSHOT_SEED)
+                with quiet():  # standard errors are by formula or 100 bootstrap rounds
+                    results = lm_evaluate(lm, parts, limit=limit, bootstrap_iters=100, log_samples=True)
+                yield lm, parts, results
 
 
 def _metric(name: str, filter_name: str) -> str:
@@ -167,32 +149,25 @@ def _rows(results: dict, parts: dict) -> list[dict]:
 
 def _records(lm, part: str, task, samples: list[dict]) -> Iterator[dict]:
     """The records of `ask`, from what lm-eval logged: per filter of answers, one sample per question."""
-    in_order = sorted(samples, key=lambda sample: sample["doc_id"])
-    for item, filtered in groupby(in_order, key=lambda sample: sample["doc_id"]):
-        filtered = list(filtered)
+    question = itemgetter("doc_id")
+    for item, group in groupby(sorted(samples, key=question), key=question):
+        filtered = list(group)
+        first = filtered[0]
         metrics = {}
         for sample in filtered:
             for name in sample["metrics"]:
                 if not isinstance(sample[name], tuple):
                     metrics[_metric(name, sample["filter"])] = float(sample[name])
-        first = filtered[0]
-        loglikelihoods: list[float] = []
-        scored: list[str] = []
-        tokens: list[int] = []
-        if task.OUTPUT_TYPE == "loglikelihood_rolling":
-            loglikelihoods = first["filtered_resps"]
-            scored = [text for (text,) in first["arguments"]]
-            tokens = [len(lm.tok_encode(text)) for text in scored]
-        elif task.OUTPUT_TYPE != "generate_until":
-            loglikelihoods = [value for value, _ in first["filtered_resps"]]
-            scored = [continuation for _, continuation in first["arguments"]]
-            tokens = [lm.n_scored[texts] for texts in first["arguments"]]
+        is_text = task.OUTPUT_TYPE == "loglikelihood_rolling"
+        requests = [] if task.OUTPUT_TYPE == "generate_until" else first["arguments"]
+        responses = first["filtered_resps"][: len(requests)]
+        scored = [request[-1] for request in requests]  # of (text,) or (context, continuation)
         yield {
             "task": part,
             "item": item,
             "metrics": metrics,
-            "loglikelihoods": loglikelihoods,
+            "loglikelihoods": [response if is_text else response[0] for response in responses],
             "bytes": [len(text.encode()) for text in scored],
-            "tokens": tokens,
+            "tokens": [len(lm.tok_encode(request[0])) if is_text else lm.n_scored[request] for request in requests],
             "gold": right_choice(task, first["doc"]),
         }

@@ -6,12 +6,14 @@ Everything is judged by plain rules, prompt by prompt, so that models can be com
 import os
 import re
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, cycle, islice
+from math import isnan, nan
 
 import numpy as np
 
 from ..data.mirror import read_split
 from ..data.texts import SOURCES
+from .questions import draw, sentences
 
 # instruction -> check of the answer, stripped; what IFEval calls verifiable
 INSTRUCTIONS: dict[str, Callable[[str], bool]] = {
@@ -42,9 +44,9 @@ def last_words(
     plots = SOURCES["narrativeqa"].documents(data_dir)
     prompts = []
     targets = []
-    for i in np.random.default_rng(seed).permutation(len(plots)):
+    for plot in draw(plots, np.random.default_rng(seed)):
         passage: list[list[str]] = []  # words, sentence by sentence
-        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(plots[i].split())):
+        for sentence in sentences(plot):
             passage.append(sentence.split())
             while sum(map(len, passage[1:])) > words:
                 del passage[0]
@@ -62,11 +64,9 @@ def last_words(
 def instructions(n: int, seed: int = 0, data_dir: str | os.PathLike | None = None) -> tuple[list[str], list[str]]:
     """(questions with an instruction each, instructions): questions of PIQA, INSTRUCTIONS in turn."""
     rows = read_split("baber/piqa", None, "validation", data_dir)
-    goals = list(dict.fromkeys(row["goal"].strip() for row in rows if row["goal"].strip().endswith("?")))
-    if not 1 <= n <= len(goals):
-        raise ValueError(f"n={n}; there are {len(goals)} questions in PIQA")
-    asked = [goals[i] for i in np.random.default_rng(seed).permutation(len(goals))[:n]]
-    chosen = [list(INSTRUCTIONS)[k % len(INSTRUCTIONS)] for k in range(n)]
+    goals = dict.fromkeys(row["goal"].strip() for row in rows if row["goal"].strip().endswith("?"))
+    asked = draw(list(goals), np.random.default_rng(seed), n, "questions in PIQA")
+    chosen = list(islice(cycle(INSTRUCTIONS), n))
     return [f"{goal} {instruction}" for goal, instruction in zip(asked, chosen, strict=True)], chosen
 
 
@@ -76,24 +76,20 @@ def obeys(text: str, instruction: str) -> bool:
 
 
 def openings(n: int, words: int = 25, seed: int = 0, data_dir: str | os.PathLike | None = None) -> list[str]:
-    """The first words of n news articles, to go on from."""
-    rows = read_split("EdinburghNLP/xsum", None, "test", data_dir)
-    texts = [" ".join(row["document"].split()[:words]) for row in rows if len(row["document"].split()) > 2 * words]
-    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:n]]
+    """The first words of n news articles, to go on from. ValueError if there are fewer."""
+    articles = [row["document"].split() for row in read_split("EdinburghNLP/xsum", None, "test", data_dir)]
+    texts = [" ".join(article[:words]) for article in articles if len(article) > 2 * words]
+    return draw(texts, np.random.default_rng(seed), n, f"articles of more than {2 * words} words")
 
 
 def distinct(text: str, n: int = 2) -> float:
     """Distinct n-grams of words in a text, as a share of all; NaN for a text of fewer words than n."""
-    grams = _grams(text, n)
-    return len(set(grams)) / len(grams) if grams else float("nan")
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else nan
 
 
 def repeated(text: str, n: int = 4) -> float:
     """Share of the n-grams of words that stood in the text before; 0 for a text of fewer words than n."""
-    grams = _grams(text, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    share = distinct(text, n)
+    return 0.0 if isnan(share) else 1 - share

@@ -6,9 +6,9 @@ What goes into the prompts, and whether an answer is right, is in `questions.py`
 import copy
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from os.path import commonprefix
 
 import torch
-from transformers import Cache
 
 from ..plan import DropPlan
 from .sweep import Item, eval_mode, loglikelihoods
@@ -25,9 +25,9 @@ def generate(
 ) -> list[str]:
     """What the model writes after each prompt, greedily, up to the first of `stop` (which is left out).
 
-    Prompts share batches, padded on the left. What the prompts of a batch begin with in common (few-shot examples, a
-    long document) runs once, and its KV cache serves them all and the next batch. Raises ValueError for a prompt that
-    with its answer is longer than the model's positions: nothing is ever cut off.
+    Prompts share batches, padded. What neighboring prompts begin with in common (few-shot examples, a long document)
+    runs once, and its KV cache serves all of their batches. Raises ValueError for a prompt that with its answer is
+    longer than the model's positions: nothing is ever cut off.
     """
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     check_length(model, ids, max_new_tokens)
@@ -38,28 +38,33 @@ def generate(
     device = model.get_input_embeddings().weight.device
     sliding = getattr(model.config, "sliding_window", None) is not None  # padding inside would take up the window
     texts = [""] * len(ids)
-    beginning = _Beginning(model)
+    begun: tuple[int, ...] = ()
+    beginning = None  # the KV cache of these tokens
     with eval_mode(model):
         for batch, start in _batches(ids, batch_size):
             start = 0 if sliding else start
             shared = ids[batch[0]][:start]
+            if start and shared != begun:
+                out = model(torch.tensor([shared], device=device), use_cache=True, logits_to_keep=1)
+                begun = shared
+                beginning = out.past_key_values
+            cache = None
+            if start:
+                cache = copy.deepcopy(beginning)
+                cache.batch_repeat_interleave(len(batch))
             width = max(len(ids[k]) for k in batch)
-            rows = []
-            mask = []
-            for k in batch:  # the padding stands between what is shared and what is not
-                own = ids[k][start:]
-                gap = width - len(ids[k])
-                rows.append([*shared, *[padding] * gap, *own])
-                mask.append([1] * start + [0] * gap + [1] * len(own))
+            gaps = [width - len(ids[k]) for k in batch]  # the padding stands between what is shared and what is not
+            rows = [[*shared, *[padding] * gap, *ids[k][start:]] for k, gap in zip(batch, gaps, strict=True)]
+            mask = [[1] * start + [0] * gap + [1] * (width - start - gap) for gap in gaps]
             out = model.generate(
                 torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                past_key_values=beginning.cache(shared, len(batch)) if start else None,
+                past_key_values=cache,
                 **options,
             )
             answers = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for k, text in zip(batch, answers, strict=True):
-                texts[k] = _until(text, stop)
+                texts[k] = text[: min((text.find(s) for s in stop if s in text), default=len(text))]
     return texts
 
 
@@ -73,9 +78,8 @@ def greedy_matches(
 ) -> list[list[int]]:
     """Per plan and prompt: 1 where the model, writing greedily after the prompt, would write its target, else 0.
 
-    Nothing is generated: all is read off one forward pass, in which prompts share what they begin with and plans their
-    first layers (see `llmdrop.evaluation.sweep`). Raises ValueError where `check_length` or `loglikelihoods` does, and
-    for a target without a token of its own.
+    Nothing is generated: all is read off one forward pass (see `llmdrop.evaluation.sweep`). Raises ValueError where
+    `check_length` or `loglikelihoods` does, and for a target without a token of its own.
     """
     if len(prompts) != len(targets):
         raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; give one target for each prompt")
@@ -89,17 +93,15 @@ def greedy_matches(
 
 def check_length(model, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """ValueError if a prompt's tokens and its answer's are more than the model has positions, or a prompt is empty."""
-    if not ids:
-        raise ValueError("no prompts: give at least one prompt of one token or more")
-    if not all(ids):
-        raise ValueError("an empty prompt: give at least one prompt of one token or more")
+    if not ids or not all(ids):
+        raise ValueError("no prompts, or an empty prompt: give at least one prompt, each of one token or more")
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(range(len(ids)), key=lambda k: len(ids[k]))
     if limit is not None and len(ids[longest]) + max_new_tokens > limit:
         raise ValueError(
             f"prompt {longest} has {len(ids[longest]):,} tokens, with {max_new_tokens} new ones more than the "
-            f"{limit:,} positions of {model.name_or_path or model.config.model_type}; shorten it (fewer examples, "
-            "less text) or take a model with a longer context"
+            f"{limit:,} positions of {model.name_or_path or model.config.model_type}; shorten it, or take a model "
+            "with a longer context"
         )
 
 
@@ -117,34 +119,9 @@ def encode(tokenizer, prompt: str) -> tuple[int, ...]:
     return tuple(tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"])
 
 
-class _Beginning:
-    """The KV cache of what prompts begin with in common, kept from one batch to the next."""
-
-    def __init__(self, model):
-        self.model = model
-        self.tokens: tuple[int, ...] = ()
-        self.filled: Cache | None = None
-
-    def cache(self, tokens: tuple[int, ...], n_prompts: int) -> Cache:
-        """A cache of these tokens for n_prompts; what the last ones begin with, too, is not run again."""
-        kept = _common(self.tokens, tokens)
-        if kept == 0:
-            self.filled = None
-        elif kept < len(self.tokens):
-            self.filled.crop(kept)
-        if kept < len(tokens):
-            new = torch.tensor([tokens[kept:]], device=self.model.get_input_embeddings().weight.device)
-            out = self.model(new, past_key_values=self.filled, use_cache=True, logits_to_keep=1)
-            self.filled = out.past_key_values
-        self.tokens = tokens
-        cache = copy.deepcopy(self.filled)
-        cache.batch_repeat_interleave(n_prompts)
-        return cache
-
-
 def _batches(ids: list[tuple[int, ...]], batch_size: int) -> Iterator[tuple[list[int], int]]:
     """(prompts, how many tokens they share that run apart): neighbors that begin alike go together, by length."""
-    alike = [0, *(_common(one, other) for one, other in pairwise(ids)), 0]  # [k]: of prompts k - 1 and k
+    alike = [0, *(len(commonprefix(pair)) for pair in pairwise(ids)), 0]  # tokens that prompts k - 1 and k share
     groups = [[0]]
     for k in range(1, len(ids)):
         if alike[k] >= max(alike[k - 1 : k + 2]) - SHARED:
@@ -153,18 +130,10 @@ def _batches(ids: list[tuple[int, ...]], batch_size: int) -> Iterator[tuple[list
             groups.append([k])
     for group in groups:
         start = min([alike[k] for k in group[1:]] + [len(ids[k]) - 1 for k in group])  # one token is left to run
-        start = start if start >= SHARED and len(group) > 1 else 0
+        if start < SHARED or len(group) == 1:
+            start = 0
         group.sort(key=lambda k: len(ids[k]))
         longest = len(ids[group[-1]])
         size = max(1, min(batch_size, CACHED // longest))
         for i in range(0, len(group), size):
             yield group[i : i + size], start
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens the two begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]

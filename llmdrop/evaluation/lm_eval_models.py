@@ -1,6 +1,7 @@
 """lm-eval model classes: a sweep of drop plans, and one dropped model for lm-eval's own command line."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -8,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from ..calibration import load_calibration
 from ..checkpoints.load import load_model
 from ..plan import DropPlan, plan_drop
-from ..prune import apply_plan
+from ..prune import apply_plan, dropped
 from ..scoring import score
 from .sweep import Item, loglikelihoods
 
@@ -17,8 +18,7 @@ class SweepLM(HFLM):
     """An lm-eval model that answers log-likelihood requests for a whole sweep of drop plans at once.
 
     Tokenization, truncation and metrics are lm-eval's. Requests that repeat are answered once. `current` names the
-    plan whose answers are given; text generation runs on the model as it stands. `n_scored` tells how many tokens each
-    (context, continuation) was scored on.
+    plan whose answers are given. `n_scored` tells how many tokens each (context, continuation) was scored on.
     """
 
     def __init__(
@@ -49,19 +49,22 @@ class SweepLM(HFLM):
             items = [Item(*key) for key in missing]
             plans = list(self.plans.values())
             sums, greedy = loglikelihoods(self.model, plans, items, progress=self.progress, label=self.label)
-            for k, key in enumerate(missing):
-                self.answers[key] = list(zip(sums[:, k].tolist(), greedy[:, k].tolist(), strict=True))
+            for key, values, matches in zip(missing, sums.T.tolist(), greedy.T.tolist(), strict=True):
+                self.answers[key] = list(zip(values, matches, strict=True))
         place = list(self.plans).index(self.current)
         return [self.answers[key][place] for key in keys]
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        with dropped(self.model, self.plans[self.current]):
+            return super().generate_until(requests, disable_tqdm)
 
 
 @register_model("llmdrop")
 class DroppedLM(SweepLM):
     """One model with layers dropped, by lm-eval model arguments (see `llmdrop.evaluation.__main__`).
 
-    pretrained: any name for `load_model`. drop_attn, drop_mlp, drop_block, drop_joint: how many of each to drop, by
-    scores on `n_samples` x `seq_len` tokens of `calibration`; or plan: a DropPlan's JSON in a file. Raises ValueError
-    for counts the model does not have.
+    pretrained: any name for `load_model`. drop_*: how many of each to drop, by scores on `n_samples` x `seq_len` tokens
+    of `calibration`; or plan: a DropPlan's JSON in a file. Raises ValueError for counts the model does not have.
     """
 
     def __init__(
@@ -86,8 +89,7 @@ class DroppedLM(SweepLM):
         counts = {"attn": drop_attn, "mlp": drop_mlp, "block": drop_block, "joint": drop_joint}
         chosen = DropPlan()
         if plan:
-            with open(plan) as file:
-                chosen = DropPlan.from_json(file.read())
+            chosen = DropPlan.from_json(Path(plan).read_text())
         elif any(counts.values()):
             text = load_calibration(calibration, tokenizer, n_samples, seq_len, seed, data_dir)
             scores = score(model, text)

@@ -40,11 +40,10 @@ def perplexity_sweep(
     counts = np.array([item.n_scored for item in items])
     log_ppl = -sums.sum(1) / counts.sum()
     n = len(items)
+    log_stderr = np.full(len(sums), np.nan)
     if n > 1:
         spread = -sums - log_ppl[:, None] * counts  # ratio estimator: samples may differ in length
         log_stderr = np.sqrt((spread**2).sum(1) * n / (n - 1)) / counts.sum()
-    else:
-        log_stderr = np.full(len(sums), np.nan)
     return pd.DataFrame(
         {
             "plan": list(plans),

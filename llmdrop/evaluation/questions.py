@@ -5,6 +5,7 @@ Prompts come out of packaged data (or a mirror), the same for every model and pl
 
 import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,7 +28,6 @@ METAMATH = """Below is an instruction that describes a task. Write a response th
 {}
 
 ### Response: Let's think step by step."""
-
 
 # kinds of text, each with the source (a key of `llmdrop.calibration.SOURCES`) that has nothing else
 KINDS = {
@@ -52,7 +52,17 @@ rocket pillow desert finger coffee police market kitchen summer flower ladder wa
 magnet needle violin saddle turtle walnut anchor ribbon helmet cactus parrot insect copper velvet spider""".split()
 
 
-# ---- arithmetic
+def draw(values: Sequence, random: np.random.Generator, n: int | None = None, what: str = "values") -> list:
+    """n of the values (None: all) in random order. ValueError if there are fewer; `what` they are, for people."""
+    n = len(values) if n is None else n
+    if not 1 <= n <= len(values):
+        raise ValueError(f"n={n}; there are {len(values)} {what}")
+    return [values[i] for i in random.permutation(len(values))[:n]]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, with single spaces between words."""
+    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if sentence]
 
 
 def arithmetic(
@@ -63,18 +73,15 @@ def arithmetic(
     Easy: the text holds two numbers, in digits, neither above `largest`, and the answer is their sum or difference.
     ValueError if there are fewer than n.
     """
-    found = []
+    found: dict[tuple[str, float], None] = {}  # a set in order
     for row in read_split("EleutherAI/asdiv", None, "validation", data_dir):
         question = " ".join(f"{row['body']} {row['question']}".split())
         given = [float(value.replace(",", "")) for value in re.findall(rf"(?<![\w.-]){NUMBER}(?!\w)", question)]
         answer = number(row["answer"].split(" (")[0])
         if len(given) == 2 and max(given) <= largest and answer in (sum(given), abs(given[0] - given[1])):
-            found.append((question, answer))
-    found = list(dict.fromkeys(found))
-    n = len(found) if n is None else n
-    if not 1 <= n <= len(found):
-        raise ValueError(f"n={n}; there are {len(found)} such problems in ASDiv with numbers up to {largest}")
-    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:n]]
+            found[question, answer] = None
+    what = f"such problems in ASDiv with numbers up to {largest}"
+    return draw(list(found), np.random.default_rng(seed), n, what)
 
 
 def arithmetic_prompt(question: str, style: str = "shots") -> str:
@@ -110,9 +117,6 @@ def follows(text: str) -> bool:
     return re.search(rf"(?:{FORMAT}|#### *[$]? *{NUMBER})[^\d\n]{{0,12}}\s*$", text) is not None
 
 
-# ---- out of a context
-
-
 def labeled(
     what: str, n_queries: int, shots: int, words: int = 24, seed: int = 0, data_dir: str | os.PathLike | None = None
 ) -> tuple[list[Examples], Examples]:
@@ -127,13 +131,12 @@ def labeled(
     if what == "banking77":
         for row in read_split("PolyAI/banking77", None, "train", data_dir):
             by_label.setdefault(row["label"], []).append(row["text"].strip())
-        for row in read_split("PolyAI/banking77", None, "test", data_dir):
-            pool.append((row["text"].strip(), row["label"]))
+        queries = read_split("PolyAI/banking77", None, "test", data_dir)
+        pool = [(row["text"].strip(), row["label"]) for row in queries]
     elif what == "kinds":
         for label, source in KINDS.items():
             beginnings = [" ".join(text.split()[:words]) for text in SOURCES[source].documents(data_dir)]
-            texts = list(dict.fromkeys(beginnings))
-            texts = [texts[i] for i in random.permutation(len(texts))]
+            texts = draw(list(dict.fromkeys(beginnings)), random)
             by_label[label] = texts[:shots]
             pool += [(text, label) for text in texts[shots : shots + n_queries]]
     else:
@@ -143,9 +146,9 @@ def labeled(
     labels = sorted(by_label)
     rounds = []
     for k in range(shots):
-        order = [labels[i] for i in random.permutation(len(labels))]
+        order = draw(labels, random)
         rounds.append([(by_label[label][k], label) for label in order if k < len(by_label[label])])
-    return rounds, [pool[i] for i in random.permutation(len(pool))[:n_queries]]
+    return rounds, draw(pool, random)[:n_queries]
 
 
 def label_prompts(
@@ -165,11 +168,11 @@ def retrieval(
     A fact: "The secret word of Anna is river." Guessing among the words that stand in the text is right once in
     n_facts. Prompts have n_tokens tokens or a few less, the question included. ValueError where that is too short.
     """
-    if not 1 <= n_facts <= len(NAMES) or n_tokens < 40 * n_facts // 2 + 40:
+    if not 1 <= n_facts <= len(NAMES) or n_tokens < 20 * n_facts + 40:
         raise ValueError(f"{n_facts=} in {n_tokens=}: at most {len(NAMES)} facts, and at least 20 tokens for each")
     random = np.random.default_rng(seed)
-    names = [NAMES[i] for i in random.permutation(len(NAMES))[:n_facts]]
-    words = [WORDS[i] for i in random.permutation(len(WORDS))[:n_facts]]
+    names = draw(NAMES, random, n_facts)
+    words = draw(WORDS, random, n_facts)
     facts = [f"The secret word of {name} is {word}." for name, word in zip(names, words, strict=True)]
     questions = [
         f"\n\nQuestion: What is the secret word of {name}?\nAnswer: The secret word of {name} is" for name in names
@@ -179,18 +182,17 @@ def retrieval(
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     room = n_tokens - sum(map(size, facts)) - max(map(size, questions))
-    rows = read_split("EdinburghNLP/xsum", None, "test", data_dir)
-    sentences: list[str] = []
-    for i in random.permutation(len(rows)):
-        sentences += [" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+", rows[i]["document"]) if s.strip()]
-        if len(sentences) * 8 > n_tokens:  # enough to choose from: sentences have about 25 tokens
-            break
     chosen: list[str] = []
-    for sentence in sentences:
-        n = size(f" {sentence}")
-        if n <= room:
-            chosen.append(sentence)
-            room -= n
+    n_seen = 0
+    for row in draw(read_split("EdinburghNLP/xsum", None, "test", data_dir), random):
+        for sentence in sentences(row["document"]):
+            n = size(f" {sentence}")
+            if n <= room:
+                chosen.append(sentence)
+                room -= n
+            n_seen += 1
+        if n_seen * 8 > n_tokens:  # enough to choose from: sentences have about 25 tokens
+            break
     parts: list[str] = []
     for fact, sentences_after in zip(facts, np.array_split(np.array(chosen, dtype=object), n_facts), strict=True):
         parts += [fact, *sentences_after]

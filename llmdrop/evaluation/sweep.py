@@ -1,19 +1,20 @@
 """Log-likelihoods of many continuations under many drop plans, close to the cost of the forward pass.
 
 Nothing is computed twice. Sequences are packed into rows as token tries: a context is run once for all its
-continuations, a few-shot prefix once for all the questions of its row. Rows of like length run together, with next to
-no padding. Plans are walked as a trie over layers: plans that agree on layers 0..i share the residual stream up to
-there. The language-model head runs only on the positions that are scored. Causal attention makes all of this exact.
+continuations, few-shot examples once for all the questions of their row. Plans are walked as a trie over layers: those
+that agree on layers 0..i share the residual stream up to there. The head runs only on the positions that are scored.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..anatomy import Anatomy, find_anatomy
@@ -55,27 +56,26 @@ def pack(items: Sequence[Item], row_tokens: int = 256, pairs_per_token: int = 0)
     if the rest of a layer costs, per token, as much as p = `pairs_per_token` pairs of tokens in attention.
     """
     row = Row([], [], [], [])
-    path: list[tuple[int, int]] = []  # (token, node) from the root to the last item's last token
+    path: list[int] = []  # nodes of the last item's inputs
+    last: tuple[int, ...] = ()
     for index in sorted(range(len(items)), key=lambda k: items[k].tokens):
         tokens = items[index].tokens
         inputs = tokens[:-1]  # the last token is predicted, never read
-        shared = 0
-        while shared < min(len(path), len(inputs)) and path[shared][0] == inputs[shared]:
-            shared += 1
+        shared = len(commonprefix((last, inputs)))
         best = shared + math.sqrt(shared**2 + shared * pairs_per_token)
         if row.ids and len(row.ids) + len(inputs) - shared > max(row_tokens, min(best, LONGEST_ROW)):
             yield row
             row = Row([], [], [], [])
-            path = []
             shared = 0
-        del path[shared:]
+        path = path[:shared]
         for depth in range(shared, len(inputs)):
-            row.parent.append(path[-1][1] if path else -1)
-            path.append((inputs[depth], len(row.ids)))
+            row.parent.append(path[-1] if path else -1)
+            path.append(len(row.ids))
             row.ids.append(inputs[depth])
             row.position.append(depth)
         n = items[index].n_scored
-        row.targets.append((index, [node for _, node in path[len(path) - n :]], list(tokens[-n:])))
+        row.targets.append((index, path[len(path) - n :], list(tokens[-n:])))
+        last = inputs
     if row.ids:
         yield row
 
@@ -119,18 +119,12 @@ def loglikelihoods(
     scored, 1 <= n_scored < len(tokens). label: of the progress bar. Returns two arrays [n_plans, n_items], float64 and
     bool. Log-softmax in float32. Memory: besides the model, at most one residual stream [B, N, C] per layer at which
     plans part, a mask [B, 1, N, N] and logits [128, vocabulary]. Rows are `row_tokens` long (N; by default 256 on CPUs,
-    1024 on CUDA), or up to 4096 where that lets more questions share their few-shot examples, or as long as the longest
-    item; B rows run together while B N is at most 1024 on CPUs, 4096 on CUDA.
+    1024 on CUDA), or longer (see `pack`); B rows run together while B N is at most 1024 on CPUs, 4096 on CUDA.
 
     Raises ValueError without plans or items, for a plan of another depth, and for a model whose attention takes no
     explicit mask.
     """
-    check_packable(model)
-    if not items:
-        raise ValueError("no items to score; give at least one")
-    for item in items:
-        if not 1 <= item.n_scored < len(item.tokens):
-            raise ValueError(f"an item scores {item.n_scored} of {len(item.tokens)} tokens; needs a context of >= 1")
+    _check(model, items)
     parts = find_anatomy(model)
     plans = whole_plans(model, plans)
     sums = np.zeros((len(plans), len(items)))
@@ -147,18 +141,15 @@ def loglikelihoods(
                 for k, row in enumerate(call)
                 for index, nodes, tokens in row.targets
             ]
-            nodes = [node for _, nodes, _ in targets for node in nodes]
-            read = sorted(set(nodes))
-            place = torch.from_numpy(np.searchsorted(read, nodes))
+            nodes = torch.tensor([node for _, nodes, _ in targets for node in nodes])
             tokens = torch.tensor([token for _, _, tokens in targets for token in tokens])
+            ends = np.cumsum([len(tokens) for _, _, tokens in targets])[:-1]
             for group, hidden in _walk(model, parts, plans, call):
-                logp, is_likeliest = _read_off(model, parts, hidden.flatten(0, 1)[read], place, tokens)
-                start = 0
-                for index, _, item_tokens in targets:
-                    stop = start + len(item_tokens)
-                    sums[group, index] = logp[start:stop].sum()
-                    greedy[group, index] = is_likeliest[start:stop].all()
-                    start = stop
+                logp, is_likeliest = _read_off(model, parts, hidden.flatten(0, 1), nodes, tokens)
+                of_items = zip(targets, np.split(logp, ends), np.split(is_likeliest, ends), strict=True)
+                for (index, _, _), item_logp, item_is_likeliest in of_items:
+                    sums[group, index] = item_logp.sum()
+                    greedy[group, index] = item_is_likeliest.all()
             bar.update(sum(len(row.ids) for row in call))
     return sums, greedy
 
@@ -184,19 +175,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def check_packable(model: nn.Module) -> None:
-    """ValueError unless the attention implementation honors an explicit [B, 1, N, N] mask (eager or sdpa)."""
+def _check(model: nn.Module, items: Sequence[Item]) -> None:
     implementation = model.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"packed evaluation needs an explicit attention mask, which {implementation!r} attention does not take; "
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
+    if not items:
+        raise ValueError("no items to score; give at least one")
+    for item in items:
+        if not 1 <= item.n_scored < len(item.tokens):
+            raise ValueError(f"an item scores {item.n_scored} of {len(item.tokens)} tokens; needs a context of >= 1")
 
 
 def _walk(model, parts: Anatomy, plans: list[DropPlan], rows: list[Row]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield (indices of plans, their final residual stream [B, N, C]), computing every shared stretch once."""
-    hidden, calls = _row_calls(model, parts, rows)
+    hidden, calls = _layer_calls(model, parts, rows)
 
     def walk(group: list[int], i: int, hidden: torch.Tensor) -> Iterator[tuple[list[int], torch.Tensor]]:
         while i < parts.n_layers:
@@ -212,69 +207,45 @@ def _walk(model, parts: Anatomy, plans: list[DropPlan], rows: list[Row]) -> Iter
         yield group, hidden
 
     def step(i: int, gone: tuple[str, ...], hidden: torch.Tensor) -> torch.Tensor:
-        if len(gone) == 2:
-            return hidden
-        live = [kind for kind in gone if i not in getattr(parts.plan, kind)]
-        return run_layer(parts, i, hidden, calls[i], without=live)
+        return hidden if len(gone) == 2 else run_layer(parts, i, hidden, calls[i], without=gone)
 
     yield from walk(list(range(len(plans))), 0, hidden)
 
 
-def _row_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, dict[int, LayerCall]]:
+def _layer_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, dict[int, LayerCall]]:
     """`layer_calls` for token tries, the longest first: what each node may see is in the masks."""
     device = model.get_input_embeddings().weight.device
-    longest = len(rows[0].ids)
-
-    def padded(columns: list[list[int]]) -> torch.Tensor:  # [B, N]
-        return torch.tensor([values + [0] * (longest - len(values)) for values in columns], device=device)
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(device)  # [B, N]
+    position = pad_sequence([torch.tensor(row.position) for row in rows], batch_first=True).to(device)
+    visible = _visible(rows).to(device)
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:  # [B, 1, N, N]
         mask = torch.zeros(allowed.shape, dtype=model.dtype, device=device)
         return mask.masked_fill(~allowed, torch.finfo(model.dtype).min)[:, None]
 
-    position = padded([row.position for row in rows])
-    distance = position[:, :, None] - position[:, None, :]
-    visible = _visible(rows).to(device)
-    full = additive(visible)
-    ids = padded([row.ids for row in rows])
-    hidden, calls = layer_calls(parts, input_ids=ids, attention_mask=full, position_ids=position)
-    masks = {None: full}
-    for place, (i, (args, kwargs)) in enumerate(calls.items()):
-        window = _window(model.config, place)
-        if window not in masks:
-            masks[window] = additive(visible & (distance < window))
-
-        def with_own_mask(value, mask=masks[window]):
-            return mask if isinstance(value, torch.Tensor) and value.shape == full.shape else value
-
-        calls[i] = tuple(map(with_own_mask, args)), {name: with_own_mask(value) for name, value in kwargs.items()}
-    return hidden, calls
-
-
-def _window(config, layer: int) -> int | None:
-    """How many tokens back this layer's attention reaches (itself included), None for all."""
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return config.sliding_window if types[layer] == "sliding_attention" else None
-    return getattr(config, "sliding_window", None)
+    mask = additive(visible)
+    window = getattr(model.config, "sliding_window", None)  # how many tokens back, itself included
+    if window is not None:
+        distance = position[:, :, None] - position[:, None, :]
+        near = additive(visible & (distance < window))
+        by_type = getattr(model.config, "layer_types", None) is not None
+        mask = {"full_attention": mask, "sliding_attention": near} if by_type else near
+    return layer_calls(parts, input_ids=ids, attention_mask=mask, position_ids=position)
 
 
 def _read_off(
-    model, parts: Anatomy, hidden: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+    model, parts: Anatomy, hidden: torch.Tensor, nodes: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of each token at its place in the streams [n_read, C], and whether it is the most likely."""
+    """Log-probability of each token after its node of the streams [n_nodes, C], and whether it is the most likely."""
     logp: list[torch.Tensor] = []
     is_likeliest: list[torch.Tensor] = []
-    for start in range(0, len(place), HEAD_POSITIONS):
+    for start in range(0, len(nodes), HEAD_POSITIONS):
         part = slice(start, start + HEAD_POSITIONS)
-        rows, inverse = torch.unique(place[part], return_inverse=True)
-        logits = head_logits(model, parts, hidden[rows.to(hidden.device)])
+        read, place = torch.unique(nodes[part], return_inverse=True)
+        logits = head_logits(model, parts, hidden[read.to(hidden.device)])
+        place = place.to(logits.device)
         token = tokens[part].to(logits.device)
-        inverse = inverse.to(logits.device)
-        highest = (logits.amax(-1)[inverse] == logits[inverse, token]).nonzero()[:, 0]
-        first = torch.zeros_like(inverse, dtype=torch.bool)
-        first[highest] = logits[inverse[highest]].argmax(-1) == token[highest]  # argmax is slow, and settles ties
-        is_likeliest.append(first.cpu())
+        is_likeliest.append((logits.argmax(-1)[place] == token).cpu())
         # log_softmax, not logsumexp: its rounding is lm-eval's rounding (a bias of 1e-5 a token in float32)
-        logp.append(logits.log_softmax(-1)[inverse, token].double().cpu())
+        logp.append(logits.log_softmax(-1)[place, token].double().cpu())
     return torch.cat(logp).numpy(), torch.cat(is_likeliest).numpy()

@@ -6,23 +6,19 @@ of lm-eval tasks, of one entry but for MMLU, whose 57 subjects are averaged weig
 
 import hashlib
 import importlib.metadata
-import importlib.util
+import inspect
 import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import cache
-from importlib import import_module
+from contextlib import ExitStack, contextmanager, suppress
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from ..data.mirror import split_file
-from ..data.rows import read_rows
+from ..data.rows import jsonl_file, read_rows
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -46,10 +42,11 @@ YAML = {
     "wikitext": "wikitext/wikitext.yaml",
 }
 FEWSHOT_SEED = 1234  # lm-eval's default
-FUNCTION = "!function "  # how lm-eval's files name a Python function
+SPLITS = ("fewshot_split", "training_split", "validation_split", "test_split")  # examples come from the first there is
 
 Data = str | os.PathLike | None  # None, "hub" or a mirror: see `llmdrop.data`
 Shots = int | Mapping[str, int] | None  # one number for all tasks, a number by task, or lm-eval's default
+Definition = tuple[dict, dict[str, Path | None]]  # lm-eval's settings; each split that is read: its file, None: the hub
 
 
 def load_tasks(
@@ -57,12 +54,10 @@ def load_tasks(
 ) -> dict[str, dict[str, "ConfigurableTask"]]:
     """Build lm-eval tasks: {name: {lm-eval's task name: task}}; the inner dicts go into `lm_eval.evaluate`.
 
-    data_dir: None (packaged data where there is some, else the hub), "hub" (lm-eval's own loading) or a mirror.
-    num_fewshot: one number for all, or a dict by task name; None is lm-eval's default. Examples come from the split
-    from which lm-eval takes them. mmlu is the group of 57 subjects where the mirror has them (and from the hub), else
-    one zero-shot task on the packaged file, which names no subjects.
-
-    Raises ValueError for an unknown task or for shots without examples, FileNotFoundError for data that is not there.
+    data_dir: None (packaged data where there is some, else the hub), "hub" (lm-eval's own loading) or a mirror. mmlu
+    is the group of 57 subjects where the mirror has them (and from the hub), else one zero-shot task on the packaged
+    file, which names no subjects. Raises ValueError for an unknown task or for shots without examples,
+    FileNotFoundError for data that is not there.
     """
     from lm_eval.api.task import ConfigurableTask
 
@@ -71,7 +66,7 @@ def load_tasks(
         for name in names:
             tasks[name] = {}
             for config, files in _definitions(name, data_dir, num_fewshot):
-                task = ConfigurableTask(config=_resolved(config, files))
+                task = ConfigurableTask(config=config if None in files.values() else _with_rows(config, files))
                 task.set_fewshot_seed(FEWSHOT_SEED)
                 tasks[name][config["task"]] = task
     return tasks
@@ -79,10 +74,7 @@ def load_tasks(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's log lines and the progress bars of datasets.
-
-    lm-eval warns about defaults that its own definitions rely on, and about being given a model instead of a name.
-    """
+    """Without the progress bars of datasets and lm-eval's warnings, which are about its own definitions' defaults."""
     import datasets
 
     logger = logging.getLogger("lm_eval")
@@ -102,33 +94,34 @@ def task_digest(name: str, data_dir: Data = None, num_fewshot: Shots = None) -> 
     """
     state = hashlib.sha256(f"lm_eval {importlib.metadata.version('lm_eval')} seed {FEWSHOT_SEED}".encode())
     for config, files in _definitions(name, data_dir, num_fewshot):
-        state.update(json.dumps(config, sort_keys=True).encode())
-        for module in sorted({_function(value)[0] for value in config.values() if _is_function(value)}):
-            file = _tasks_dir().parent.parent / (module.replace(".", "/") + ".py")
-            state.update(file.read_bytes())
+        state.update(json.dumps(config, sort_keys=True, default=_function_name).encode())
+        modules = {value.__module__: inspect.getfile(value) for value in config.values() if callable(value)}
+        for module in sorted(modules):
+            state.update(Path(modules[module]).read_bytes())
         for split, file in files.items():
-            state.update(split.encode() + (b"hub" if file is None else _file_digest(file, file.stat().st_mtime_ns)))
+            state.update(split.encode() + (b"hub" if file is None else hashlib.sha256(file.read_bytes()).digest()))
     return state.hexdigest()
+
+
+def _function_name(function) -> str:
+    return f"!function {function.__module__}.{function.__name__}"
 
 
 def available_tasks(data_dir: Data = None) -> list[str]:
     """Names of the tasks that run with this data_dir; with None, those that need no hub."""
     names = []
     for name in YAML:
-        try:
-            definitions = _parts(name, data_dir, 0)
-        except FileNotFoundError:
-            continue
-        if data_dir == "hub" or all(file for _, files in definitions for file in files.values()):
-            names.append(name)
+        with suppress(FileNotFoundError):
+            files = [file for _, files in _parts(name, data_dir, 0) for file in files.values()]
+            if data_dir == "hub" or None not in files:
+                names.append(name)
     return names
 
 
 def right_choice(task: "ConfigurableTask", doc: dict) -> int | None:
     """Index of a question's right choice among `task.doc_to_choice(doc)`; None where there are none, or several right.
 
-    lm-eval's tasks give it as an index or as the choice itself; WinoGrande, whose choices stand in the context, as its
-    context.
+    lm-eval's tasks give it as an index or as the choice itself; WinoGrande as the index of a context.
     """
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
@@ -140,11 +133,10 @@ def right_choice(task: "ConfigurableTask", doc: dict) -> int | None:
 
 
 def unread(name: str, data_dir: Data = None) -> float:
-    """Share of a task's questions that are right without reading them: by the most common answer, or by a guess.
+    """Share of a task's questions that are right without reading them: by the most common answer or a guess.
 
-    Whichever is more. Answers are told apart by their text: of BoolQ's 0.62 are "yes", of the packaged MMLU's 0.26 one
-    letter; where questions have choices of their own, a guess is all there is. A model whose interval reaches this
-    share may know nothing. Raises as `load_tasks`.
+    Whichever is more. Answers are told apart by their text (0.62 of BoolQ's are "yes"): where questions have choices of
+    their own, a guess is all there is. Raises as `load_tasks`.
     """
     answers: Counter[str] = Counter()
     guesses = []
@@ -158,10 +150,7 @@ def unread(name: str, data_dir: Data = None) -> float:
 
 
 def pool(values: list[float], stderrs: list[float], sizes: list[int]) -> tuple[float, float]:
-    """Mean and standard error over the parts of a task, weighted by size: lm-eval's rule for MMLU.
-
-    The standard error is NaN where that of a part is.
-    """
+    """Mean and standard error (NaN where a part's is) over a task's parts, weighted by size as lm-eval does."""
     if len(values) == 1:
         return values[0], stderrs[0]
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
@@ -170,10 +159,8 @@ def pool(values: list[float], stderrs: list[float], sizes: list[int]) -> tuple[f
     return mean, nan if any(map(isnan, stderrs)) else float(pooled_sample_stderr(stderrs, sizes))
 
 
-# ---- definitions, each with its files
-
-
-def _definitions(name: str, data_dir: Data, num_fewshot: Shots) -> list[tuple[dict, dict[str, Path | None]]]:
+def _definitions(name: str, data_dir: Data, num_fewshot: Shots) -> list[Definition]:
+    """`_parts`, or an error that lists the tasks there are."""
     if name not in YAML:
         raise ValueError(
             f"unknown task {name!r}; with data_dir={data_dir!r} these run offline: "
@@ -182,107 +169,66 @@ def _definitions(name: str, data_dir: Data, num_fewshot: Shots) -> list[tuple[di
     try:
         return _parts(name, data_dir, num_fewshot)
     except FileNotFoundError as error:
-        ready = ", ".join(available_tasks(data_dir)) if data_dir == "hub" or Path(data_dir or ".").is_dir() else "none"
+        ready = ", ".join(available_tasks(data_dir)) or "none"
         raise FileNotFoundError(
             f"no data for task {name!r}: {error} Tasks that run with data_dir={data_dir!r}: {ready}"
         ) from error
 
 
-def _parts(name: str, data_dir: Data, num_fewshot: Shots) -> list[tuple[dict, dict[str, Path | None]]]:
-    """(definition, {split: its file, or None on the hub}) of each part of a task, with its shots and splits settled."""
+def _parts(name: str, data_dir: Data, num_fewshot: Shots) -> list[Definition]:
+    """The definition of each part of a task, with its shots and splits settled."""
+    from lm_eval.tasks._yaml_loader import load_yaml  # a fresh dict each time: lm-eval changes what it is given
+
     shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
     if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 0):
         raise ValueError(f"num_fewshot={shots!r} for {name}; give a number of examples, 0 or more")
-    configs = [_load_yaml(file) for file in sorted(_tasks_dir().glob(YAML[name]))]
     if name == "mmlu" and data_dir != "hub" and not (data_dir and Path(data_dir, "cais/mmlu/anatomy").is_dir()):
-        template = _load_yaml(_tasks_dir() / "mmlu/default/_default_template_yaml")
+        template = load_yaml(tasks_dir() / "mmlu/default/_default_template_yaml")
         description = "The following are multiple choice questions (with answers).\n\n"
         configs = [template | {"task": "mmlu", "dataset_name": "packaged", "description": description}]
+    else:
+        configs = [load_yaml(file) for file in sorted(tasks_dir().glob(YAML[name]))]
     return [_definition(config, name, data_dir, shots) for config in configs]
 
 
-def _definition(config: dict, name: str, data_dir: Data, shots: int | None) -> tuple[dict, dict[str, Path | None]]:
+def tasks_dir() -> Path:
+    """Where lm-eval keeps its definitions."""
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks"
+
+
+def _definition(config: dict, name: str, data_dir: Data, shots: int | None) -> Definition:
     if shots is None:
         shots = config.get("num_fewshot") or 0
     config["num_fewshot"] = shots
     evaluated = config.get("test_split") or config["validation_split"]
-    from_where = [config.get(key) for key in ("fewshot_split", "training_split", "validation_split", "test_split")]
-    examples = next(split for split in from_where if split)  # lm-eval's order
-    files = {evaluated: split_file(config["dataset_path"], config.get("dataset_name"), evaluated, data_dir)}
-    if files[evaluated] is None:
+    file = split_file(config["dataset_path"], config.get("dataset_name"), evaluated, data_dir)
+    files = {evaluated: file}
+    if file is None:
         return config, files  # from the hub: the definition as it is
     if shots:
-        folder = files[evaluated].parent
-        found = [file for file in (folder / f"{examples}.jsonl", folder / f"{examples}.jsonl.gz") if file.is_file()]
-        if not found:
+        examples = next(config[key] for key in SPLITS if config.get(key))
+        files[examples] = jsonl_file(file.with_name(examples))
+        if files[examples] is None:
             raise ValueError(
-                f"{name} takes its {shots} shots from {folder / examples}.jsonl[.gz], which does not exist; use "
+                f"{name} takes its {shots} shots from {file.with_name(examples)}.jsonl[.gz], which does not exist; use "
                 f"num_fewshot=0 for {name}, a mirror with that split, or data_dir='hub'"
             )
-        files[examples] = found[0]
     else:
         config |= {"fewshot_split": None, "fewshot_config": {"samples": []}}
-    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+    for key in SPLITS:
         if config.get(key) not in files:
             config[key] = None  # lm-eval reads every split that is named
     return config, files
 
 
-def _resolved(config: dict, files: dict[str, Path | None]) -> dict:
-    """The definition with its functions imported and, unless they come from the hub, its rows read and processed."""
-    config = {
-        key: getattr(import_module(_function(value)[0]), _function(value)[1]) if _is_function(value) else value
-        for key, value in config.items()
-    }
-    if None in files.values():
-        return config
+def _with_rows(config: dict, files: Mapping[str, Path]) -> dict:
+    """The definition with its rows, read and processed once: lm-eval repeats that whenever it looks at them."""
     from datasets import Dataset, DatasetDict
 
-    process = config.pop("process_docs", None)  # here, once: lm-eval repeats it whenever it looks at the rows
+    process = config.pop("process_docs", None)
     rows = DatasetDict({split: Dataset.from_list(read_rows(file)) for split, file in files.items()})
-    rows = DatasetDict({split: process(data) for split, data in rows.items()}) if process else rows
+    if process is not None:
+        rows = DatasetDict({split: process(data) for split, data in rows.items()})
     return config | {"custom_dataset": lambda **_: rows}
-
-
-# ---- lm-eval's files
-
-
-def _tasks_dir() -> Path:
-    return Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
-
-
-class _Loader(yaml.SafeLoader):
-    """Leaves `!function module.name` as text: most callers only need the rest."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: FUNCTION + loader.construct_scalar(node))
-
-
-@cache
-def _read_yaml(file: Path) -> str:
-    config = yaml.load(file.read_bytes(), Loader=_Loader)
-    base = _load_yaml(file.parent / config.pop("include")) if "include" in config else {}
-    package = ".".join(("lm_eval.tasks", *file.parent.relative_to(_tasks_dir()).parts))
-    for key, value in config.items():
-        if _is_function(value):
-            config[key] = f"{FUNCTION}{package}.{value.removeprefix(FUNCTION)}"
-    return json.dumps(base | config)
-
-
-def _load_yaml(file: Path) -> dict:
-    """A definition with what it includes; a fresh dict each time, since lm-eval changes what it is given."""
-    return json.loads(_read_yaml(file))
-
-
-def _is_function(value) -> bool:
-    return isinstance(value, str) and value.startswith(FUNCTION)
-
-
-def _function(value: str) -> tuple[str, str]:
-    module, _, name = value.removeprefix(FUNCTION).rpartition(".")
-    return module, name
-
-
-@cache
-def _file_digest(file: Path, mtime_ns: int) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()

@@ -27,7 +27,7 @@ def papers(contenders: Iterable[Contender]) -> dict[int, Contender]:
     found = {
         contender.n: contender
         for contender in contenders
-        if contender.choice == PAPER and contender.variant.reconstruction is None
+        if contender.choice == PAPER and contender.variant.is_plan_only
     }
     absent = sorted({contender.n for contender in contenders} - set(found))
     if absent:

@@ -5,6 +5,7 @@ The prediction is `llmdrop.predict_speed`, the measurement `timing`; this module
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import product
 from types import MappingProxyType
 
@@ -36,7 +37,8 @@ from .timing import speedups, timing
 
 PUBLISHED_BITS = {"Llama-3-70B": 4.125, "Llama-2-70B": 4.125}  # 4 bits and a 16-bit scale per 128; the others 16
 # headings of the tables, and digits after the point
-NAMES = {
+SAME = ("published", "predicted", "ceiling", "decoding", "batch", "status", "seconds", "spread", "speedup", "limit")
+NAMES = {column: column.capitalize() for column in SAME} | {
     "weight_bits": "Bits",
     "fits": "Largest batch that fits",
     "error_at_fits": "Error at it",
@@ -45,27 +47,23 @@ NAMES = {
     "needed_gb": "It needs (GB)",
     "times": "Implied / fits",
     "error_no_cache": "Error without cache",
-    "published": "Published",
-    "predicted": "Predicted",
     "prefill_speedup": "Prefill",
     "decode_speedup": "Decode",
     "at_fits": "At the batch that fits",
     "no_cache": "Without cache",
-    "ceiling": "Ceiling",
-    "decoding": "Decoding",
-    "batch": "Batch",
-    "status": "Status",
-    "seconds": "Seconds",
     "limit_seconds": "At least",
-    "spread": "Spread",
-    "speedup": "Speedup",
-    "limit": "Limit",
     "ratio": "Speedup / limit",
     "limit_prefill": "Prefill limit",
     "limit_decode": "Decode limit",
 }
-DIGITS = dict.fromkeys(NAMES, 2) | dict.fromkeys(["error", "error_at_fits", "error_no_cache", "spread"], 3)
-DIGITS |= {"weight_bits": 3, "needed_gb": 0, "seconds": 3, "limit_seconds": 3}
+OF_3_DIGITS = ("error", "error_at_fits", "error_no_cache", "spread", "weight_bits", "seconds", "limit_seconds")
+LIMITS = {  # what of `predict_speedups` stands beside measured columns, and by what names
+    "speedup": "limit",
+    "prefill_speedup": "limit_prefill",
+    "decode_speedup": "limit_decode",
+    "seconds": "limit_seconds",
+}
+DIGITS = dict.fromkeys(NAMES, 2) | dict.fromkeys(OF_3_DIGITS, 3) | {"needed_gb": 0}
 
 
 def published_speedups() -> pd.DataFrame:
@@ -91,22 +89,18 @@ def explain_published(hardware: str = "RTX 6000 Ada") -> tuple[pd.DataFrame, pd.
     models: weight_bits, fits, its largest error; implied, its largest error; the gigabytes it needs; times: implied
     over fits, which is also how often each cached byte must move at the batch that fits; error_no_cache.
     """
-    if hardware not in HARDWARE:
-        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}")
     rows = []
     models = []
     for name, group in published_speedups().groupby("model", sort=False):
         printed = group.set_index("method")["published"]
         bits = PUBLISHED_BITS.get(name, 16)
-        machine = {"hardware": hardware, "weight_bits": bits}
+        allowed = partial(predict_speedups, name, printed.index, hardware=hardware, weight_bits=bits)
+        implied, error = implied_batch(name, printed, hardware=hardware, weight_bits=bits)
         fits = largest_batch(name, memory=HARDWARE[hardware][2], weight_bits=bits)
-        implied, error = implied_batch(name, printed, **machine)
 
-        limit = predict_speedups(name, printed.index, batch_size=implied, **machine).filter(like="speedup")
-        limit = limit.rename(columns={"speedup": "predicted"})
-        limit["at_fits"] = predict_speedups(name, printed.index, batch_size=fits, **machine)["speedup"]
-        single = {"batch_size": fits, "prompt_len": 1, "new_tokens": 0}
-        limit["no_cache"] = predict_speedups(name, printed.index, **machine, **single)["speedup"]
+        limit = allowed(batch_size=implied).filter(like="speedup").rename(columns={"speedup": "predicted"})
+        limit["at_fits"] = allowed(batch_size=fits)["speedup"]
+        limit["no_cache"] = allowed(batch_size=fits, prompt_len=1, new_tokens=0)["speedup"]
         depth = shape_of(name).layers
         limit["ceiling"] = depth / (depth - group.set_index("method")["n_dropped"])
         rows.append(group.assign(batch=implied).join(limit, on="method"))
@@ -138,11 +132,13 @@ def speedup_grid(
     bits = PUBLISHED_BITS.get(model, 16)
     rows = []
     for batch, context in product(batches, contexts):
+        row = {"model": model, "method": label, "batch_size": batch, "context": context}
         sizes = {"batch_size": batch, "prompt_len": context // 2, "new_tokens": context - context // 2}
         limit = predict_speedups(model, [label], hardware=hardware, weight_bits=bits, **sizes)
-        fits = memory_needed(model, DropPlan(), batch, context, bits) <= HARDWARE[hardware][2]
-        rows.append((model, label, batch, context, limit["speedup"].item(), fits))
-    return pd.DataFrame(rows, columns=["model", "method", "batch_size", "context", "speedup", "fits"])
+        row["speedup"] = limit["speedup"].item()
+        row["fits"] = memory_needed(model, DropPlan(), batch, context, bits) <= HARDWARE[hardware][2]
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def measure_beside_limit(
@@ -158,36 +154,30 @@ def measure_beside_limit(
     plans = sized_plans(model, labels)
     variants = {label: Variant(plan=plan) for label, plan in plans.items()}
     measured = speedups(timing(model, variants, rounds=rounds, store=store, **settings))
-    bandwidth, rate = _hardware(store, model)
-
+    device = str(model.get_input_embeddings().weight.device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    bandwidth, rate = store.get(
+        "hardware",
+        speed_key(model) | {"version": roofline.VERSION},
+        lambda: measure_hardware(device, dtype),
+        f"{device}-{dtype}",
+        lambda: provenance(model),
+    )
     bits = torch.finfo(model.dtype).bits
     is_int4 = any(isinstance(module, Int4Linear) for module in model.modules())
+    weight_bits = Int4Linear.bits if is_int4 else bits
     sizes = {"batch_size": 1, "prompt_len": 128, "new_tokens": 32, "cache": "dynamic"}  # as measure_speed has them
     sizes |= {name: settings[name] for name in sizes if name in settings}
-    weight_bits = Int4Linear.bits if is_int4 else bits
-    machine = {"hardware": (bandwidth, rate), "weight_bits": weight_bits, "cache_bits": bits}
-    limit = predict_speedups(model, plans, **machine, **sizes)
-    names = {"speedup": "limit", "prefill_speedup": "limit_prefill", "decode_speedup": "limit_decode"}
-    names["seconds"] = "limit_seconds"
-    out = measured.join(limit[list(names)].rename(columns=names)).rename_axis("method").reset_index()
+    limit = predict_speedups(
+        model, plans, hardware=(bandwidth, rate), weight_bits=weight_bits, cache_bits=bits, **sizes
+    )
+    limit = limit.rename(columns=LIMITS)[list(LIMITS.values())]
+    out = measured.join(limit).rename_axis("method").reset_index()
     out["ratio"] = out["speedup"] / out["limit"]
     out["bandwidth"] = bandwidth
     out["rate"] = rate
     out.insert(1, "n_dropped", n_dropped(out["method"]))
     return out
-
-
-def _hardware(store: Store, model: nn.Module) -> tuple[float, float]:
-    """(bytes/s, FLOP/s) of the model's device in its type, stored."""
-    device = str(model.get_input_embeddings().weight.device)
-    dtype = str(model.dtype).removeprefix("torch.")
-    key = speed_key(model) | {"version": roofline.VERSION}
-
-    def measure() -> tuple[float, float]:
-        return measure_hardware(device, dtype)
-
-    bandwidth, rate = store.get("hardware", key, measure, f"{device}-{dtype}", lambda: provenance(model))
-    return bandwidth, rate
 
 
 def measure_models(
@@ -212,10 +202,9 @@ def measure_models(
     frames = []
     facts = {}
     for name in names:
-        if name in GEOMETRIES:
-            model = geometry_model(name, check_device(device), dtype, 4 if name in PUBLISHED_BITS else 16)
-        else:
-            model, _ = load_model(name, dtype, device)
+        model = (
+            _by_shape(name, check_device(device), dtype) if name in GEOMETRIES else load_model(name, dtype, device)[0]
+        )
         labels = rows_to_measure(name, find_anatomy(model).n_layers)
         batch = batch_sizes.get(name.split("@")[0], 1)
         runs = {decoding: (labels, cache)}
@@ -231,6 +220,11 @@ def measure_models(
     out = pd.concat(frames, ignore_index=True)
     front = ["model", "decoding", "batch"]
     return out[front + [column for column in out if column not in front]], facts
+
+
+def _by_shape(name: str, device: str, dtype: str) -> nn.Module:
+    """One of the paper's models with random weights, in 4 bits where the paper's is."""
+    return geometry_model(name, device, dtype, 4 if name in PUBLISHED_BITS else 16)
 
 
 def rows_to_measure(name: str, n_layers: int) -> list[str]:
@@ -256,12 +250,10 @@ def largest_batches(published: pd.DataFrame, memory: float = 48e9, device: str |
         dropped = DropPlan(attn=range(printed.layers_after, printed.layers_before))
         row = {"model": name, "weight_bits": bits, "tokens": tokens, "dropped": len(dropped)}
         plans = {"before": DropPlan(), "after": dropped}
-        for when, plan in plans.items():
-            row[f"fits_{when}"] = largest_batch(name, plan, tokens, memory, bits)
-        if device is None:
-            row |= {"measured_before": None, "measured_after": None}
-        else:
-            model = geometry_model(name, device, "bfloat16", 4 if name in PUBLISHED_BITS else 16)
+        row |= {f"fits_{when}": largest_batch(name, plan, tokens, memory, bits) for when, plan in plans.items()}
+        row |= {f"measured_{when}": None for when in plans}
+        if device is not None:
+            model = _by_shape(name, device, "bfloat16")
             total = torch.cuda.get_device_properties(device).total_memory
             for when, plan in plans.items():
                 at_most = largest_batch(name, plan, tokens, total, bits)

@@ -163,10 +163,10 @@ def geometry_model(name: str, device: str = "meta", dtype: str = "float16", bits
     if bits == 4:
         for layer in model.model.layers:
             for owner in (layer.self_attn, layer.mlp):
-                for name, matrix in owner.named_children():
+                for part, matrix in owner.named_children():
                     if isinstance(matrix, nn.Linear):
-                        new = Int4Linear(matrix.in_features, matrix.out_features, torch.device(device).type)
-                        setattr(owner, name, new)
+                        packed = Int4Linear(matrix.in_features, matrix.out_features, torch.device(device).type)
+                        setattr(owner, part, packed)
     model.requires_grad_(False)
     model.name_or_path = name if bits == 16 else f"{name}-4bit"
     if device == "meta":

@@ -6,7 +6,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import chain
@@ -22,9 +22,8 @@ from ..prune import dropped, put
 from .geometry import has_tied_head
 
 VERSION = 1  # of what is measured here: raised when the protocol changes, so that stored rows are measured again
-DECODING = ("eager", "compiled", "graph")
 TIMES = ("seconds", "prefill_seconds", "decode_seconds")
-FACTS = ("generated_tokens", "kv_bytes", "weight_bytes", "decode_bytes")
+MEASURED = [*TIMES, "generated_tokens", "kv_bytes", "weight_bytes", "decode_bytes", "peak_bytes"]
 
 
 @torch.no_grad()
@@ -36,32 +35,28 @@ def measure_speed(
     repeats: int = 3,
     cache: str = "dynamic",
     decoding: str = "eager",
-    protocol: str = "cached",
     timed_steps: int | None = None,
     warm_up: bool = True,
     seed: int = 0,
 ) -> dict:
-    """Time prefill and cached greedy decoding apart and together.
+    """Time prefill and cached greedy decoding, apart and together, in eval mode.
 
-    Random prompts [batch_size, prompt_len]; one forward pass over them (prefill), then new_tokens single-token passes
-    on a real KV cache ("dynamic" or "static"), every pass on the one before. A discarded prefill and a few steps warm
-    up (warm_up=False: a run of these shapes was made just before). The clock is read after synchronizing CUDA. The
-    model runs in eval mode, and is left in the mode it was in.
+    One forward pass over random prompts [batch_size, prompt_len], then new_tokens single-token passes on a KV cache
+    ("dynamic" or "static"), every pass on the one before. A discarded prefill and a few steps warm up (warm_up=False: a
+    run of these shapes was made just before). The clock is read after synchronizing CUDA.
 
-    decoding: "eager"; or, with a static cache, "compiled" (torch.compile(mode="reduce-overhead"), with CUDA graphs
-    where there is CUDA; compiling takes a minute for a large model) or "graph" (the ordinary kernels of one decode step
-    recorded in a CUDA graph within a second: nothing is fused, but no step waits for Python).
+    decoding: "eager"; or, with a static cache, "compiled" (torch.compile(mode="reduce-overhead"): a minute for a large
+    model) or "graph" (the ordinary kernels of one step recorded in a CUDA graph within a second: nothing is fused, but
+    no step waits for Python).
     timed_steps: decode and time only so many steps, in four stretches evenly over the new tokens, and scale to all of
     them; in between, the cache is filled at random. Bytes, and so time, grow linearly with the context. None: all.
-    protocol="reference": what the paper's repository times (benchmark_speed.py): decode steps of one token without
-    context or cache, each a forward pass on its own, after one matrix product as warm-up.
 
-    Returns seconds, prefill_seconds, decode_seconds (medians over repeats, for the whole batch), all_prefill_seconds
-    and all_decode_seconds (lists of all repeats), spread (largest minus smallest total over the median),
-    generated_tokens (of the batch), tokens_per_second (those over decode time), kv_bytes (of the cache at the end),
-    weight_bytes (read at each decode step), decode_bytes (weights and cached tokens that all steps must read; a static
-    cache reads its empty rest too), decode_bandwidth (those bytes per second), peak_bytes (CUDA only, else None).
-    Raises ValueError for what does not go together, torch.OutOfMemoryError as is.
+    Returns, for the whole batch: seconds, prefill_seconds, decode_seconds (medians over repeats), all_prefill_seconds
+    and all_decode_seconds (lists), spread (range of the totals over their median), generated_tokens, tokens_per_second
+    (over decode time), kv_bytes (of the cache at the end), weight_bytes (read at each decode step), decode_bytes
+    (weights and cached tokens that all steps must read; a static cache reads its empty rest too), decode_bandwidth
+    (those per second), peak_bytes (CUDA only, else None). Raises ValueError for what does not go together,
+    torch.OutOfMemoryError as is.
     """
     if min(batch_size, prompt_len, new_tokens, repeats) < 1 or cache not in ("dynamic", "static"):
         raise ValueError(
@@ -69,15 +64,11 @@ def measure_speed(
         )
     if timed_steps is not None and timed_steps < 1:
         raise ValueError(f"{timed_steps=} must be at least 1, or None to time every step")
-    if protocol not in ("cached", "reference"):
-        raise ValueError(f"{protocol=} must be 'cached' or 'reference'")
-    if protocol == "reference" and (decoding != "eager" or timed_steps is not None):
-        raise ValueError(f"protocol='reference' goes without {decoding=} and {timed_steps=}: its steps are all alike")
     device = model.get_input_embeddings().weight.device
     check_decoding(decoding, cache, device)
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, prompt_len), generator=generator)
-    generation = _Generation(model, prompt, new_tokens, cache, protocol)
+    generation = _Generation(model, prompt.to(device), new_tokens, cache)
     stretches = _stretches(prompt_len, new_tokens, timed_steps or new_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -90,7 +81,9 @@ def measure_speed(
     total = runs["prefill_seconds"] + runs["decode_seconds"]
     decode_seconds = float(runs["decode_seconds"].median())
     kv_bytes = int(runs["kv_bytes"].iloc[-1])
-    weight_bytes = _weights_read(model)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if not has_tied_head(model):
+        weight_bytes -= model.get_input_embeddings().weight.nbytes  # of which a step reads a few rows
     mean_context = prompt_len + (new_tokens + 1) / 2
     decode_bytes = float(new_tokens * (weight_bytes + kv_bytes * mean_context / (prompt_len + new_tokens)))
     return {
@@ -112,31 +105,27 @@ def measure_speed(
 
 def check_decoding(decoding: str, cache: str, device: torch.device) -> None:
     """Raises ValueError where `decoding` cannot be had, saying why."""
-    if decoding not in DECODING:
+    if decoding not in ("eager", "compiled", "graph"):
         raise ValueError(f"{decoding=} is not one of 'eager', 'compiled' (torch.compile), 'graph' (a CUDA graph)")
-    if decoding == "eager":
-        return
-    if cache != "static":
+    if decoding != "eager" and cache != "static":
         raise ValueError(f"{decoding=} needs addresses that stay: pass cache='static', not {cache!r}")
     if decoding == "graph" and device.type != "cuda":
         raise ValueError(
             f"decoding='graph' is a CUDA graph and the model is on {device}; use decoding='eager' or 'compiled'"
         )
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    if decoding == "compiled" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("torch.compile for the CPU needs a C++ compiler (g++, or name one in CXX); none was found")
 
 
 class _Generation:
     """Greedy generation of one batch, taken apart into a prefill and decode steps."""
 
-    def __init__(self, model: nn.Module, prompt: torch.Tensor, new_tokens: int, cache: str, protocol: str):
+    def __init__(self, model: nn.Module, prompt: torch.Tensor, new_tokens: int, cache: str):
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
-        self.prompt = prompt.to(self.device)  # [batch, T]
+        self.prompt = prompt  # [batch, T]
         self.new_tokens = new_tokens
         self.length = prompt.shape[1] + new_tokens
-        self.reference = protocol == "reference"
-        self.token = torch.zeros_like(self.prompt[:, :1])  # stays where it is, for a graph to read
+        self.token = torch.zeros_like(prompt[:, :1])  # stays where it is, for a graph to read
         self.static_cache = StaticCache(config=model.config, max_cache_len=self.length) if cache == "static" else None
         self.step = self.eager_step
 
@@ -148,28 +137,20 @@ class _Generation:
 
     def next_token(self, ids: torch.Tensor, past: Cache) -> torch.Tensor:
         """[batch, n] -> [batch, 1]."""
-        if self.reference:
-            out = self.model(ids, use_cache=True, logits_to_keep=0)
-        else:
-            out = self.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1:].argmax(-1)
+        logits = self.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1:].argmax(-1)
 
     def eager_step(self, past: Cache) -> None:
         self.token.copy_(self.next_token(self.token, past))
 
     def get_ready(self, decoding: str, warm_up: bool) -> None:
         """Make the decode step, and warm up."""
-        if self.reference:
-            if warm_up:
-                matrix = torch.randn((4096, 4096), device=self.device)
-                torch.mm(matrix, matrix)
-            return
         if decoding == "eager" and not warm_up:
             return
         past = self.empty_cache()
         self.token.copy_(self.next_token(self.prompt if warm_up else self.prompt[:, :1], past))
         if decoding == "graph":
-            self.step = _graph(self.eager_step, past, self.prompt.shape[1], self.device)
+            self.step = _graph(self.eager_step, past, self.prompt.shape[1], self.prompt.device)
         elif decoding == "compiled":
             self.step = _compiled(self.next_token, self.token)
         for _ in range(min(3, self.new_tokens)):
@@ -193,15 +174,12 @@ class _Generation:
             decode_seconds += self.clock() - start
         if skips:
             _seek(past, self.length)  # the whole cache must fit, too
-        return {
-            "prefill_seconds": prefill_seconds,
-            "decode_seconds": decode_seconds * self.new_tokens / n_steps,
-            "kv_bytes": 0 if self.reference else cache_bytes(past),
-        }
+        decode_seconds *= self.new_tokens / n_steps
+        return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds, "kv_bytes": cache_bytes(past)}
 
     def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.prompt.is_cuda:
+            torch.cuda.synchronize(self.prompt.device)
         return time.perf_counter()
 
 
@@ -266,20 +244,14 @@ def cache_bytes(cache: Cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
 
 
-def _weights_read(model: nn.Module) -> int:
-    """Bytes of the weights that a decode step reads: all of them, but of an untied embedding only a few rows."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    return total if has_tied_head(model) else total - model.get_input_embeddings().weight.nbytes
-
-
 # -- several models in turn
 
 
 def in_rounds(runs: Mapping[str, Callable[[int], dict]], rounds: int) -> pd.DataFrame:
-    """Call every run once a round, in turn, so that a machine whose speed drifts hits all alike.
+    """Call every run, with the number of the round, once a round: a machine whose speed drifts hits all alike.
 
-    runs: by name; each is called with the number of the round. Returns a row per round and name, in the order of the
-    calls: name, round, then what the run returned. Raises ValueError without runs or rounds.
+    Returns a row per round and name, in the order of the calls: name, round, then what the run returned. Raises
+    ValueError without runs or rounds.
     """
     if rounds < 1 or not runs:
         raise ValueError(f"{rounds=} of {len(runs)} runs; give at least 1 round and 1 run")
@@ -297,46 +269,47 @@ def time_rounds(
     model, so there the rounds of a model follow each other.
 
     Returns a row per name and round: name, round, status ("ok" or "out of memory"), largest_batch (batch_size, or the
-    largest of its halves that fits; 0 if none), seconds, prefill_seconds, decode_seconds, generated_tokens, kv_bytes,
-    weight_bytes, decode_bytes (as from `measure_speed`), peak_bytes (CUDA: the model's own weights and what generation
-    takes beside them, as if what is dropped were freed; else None). The numbers of a model that does not fit are NaN;
-    the others go on.
+    largest of its halves that fits; 0 if none), then MEASURED, as from `measure_speed`, but for peak_bytes as if what
+    is dropped were freed. The numbers of a model that does not fit are NaN; the others go on.
     """
-    ahead = settings.get("decoding", "eager") != "eager"
-    runs = {}
-    for name, applied in models.items():
-        rows_to_come = _rows(applied, rounds, ahead, is_first=not runs, settings=settings)
-        runs[name] = lambda turn, rows_to_come=rows_to_come: next(rows_to_come)
-    rows = in_rounds(runs, rounds)
+    is_eager = settings.get("decoding", "eager") == "eager"
+    coming: dict[str, list[dict]] = {name: [] for name in models}  # rows that are measured already
+
+    def run(name: str, turn: int) -> dict:
+        if not coming[name]:
+            # making a compiled step warms up all but the first
+            warm_up = turn == 0 if is_eager else name == next(iter(models))
+            with models[name]() as model:
+                rows = _timed_rows(model, repeats=1 if is_eager else rounds, warm_up=warm_up, **settings)
+            does_fit = rows[0]["status"] == "ok"
+            coming[name] = rows if does_fit else rows * rounds  # what does not fit is not tried again
+        return coming[name].pop(0)
+
+    rows = in_rounds({name: partial(run, name) for name in models}, rounds)
+    rows = rows.reindex(columns=["name", "round", "status", "largest_batch", *MEASURED])
     for name in rows.loc[rows["status"] != "ok", "name"].unique():  # where one round failed, none counts
         failed = rows["name"] == name
         rows.loc[failed, "status"] = "out of memory"
         rows.loc[failed, "largest_batch"] = rows.loc[failed, "largest_batch"].min()
-        rows.loc[failed, [*TIMES, *FACTS, "peak_bytes"]] = np.nan
+        rows.loc[failed, MEASURED] = np.nan
     return rows
 
 
-def _rows(applied: Callable, rounds: int, ahead: bool, is_first: bool, settings: dict) -> Iterator[dict]:
-    """The rows of one model, round after round, measured when they are asked for; `ahead`: all with the first."""
-    turn = 0
-    while turn < rounds:
-        warm_up = is_first if ahead else turn == 0  # making a compiled step warms up all but the first
-        with applied() as model:
-            device = model.get_input_embeddings().weight.device
-            taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            timing, largest = measure_if_fits(model, **settings, repeats=rounds if ahead else 1, warm_up=warm_up)
-            own = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
-        if timing is None:
-            failure = {"status": "out of memory", "largest_batch": largest}
-            failure |= dict.fromkeys([*TIMES, *FACTS, "peak_bytes"], np.nan)
-            yield from [failure] * (rounds - turn)
-            return
-        facts = {name: timing[name] for name in FACTS}
-        facts["peak_bytes"] = None if timing["peak_bytes"] is None else timing["peak_bytes"] - taken + own
-        for prefill, decode in zip(timing["all_prefill_seconds"], timing["all_decode_seconds"], strict=True):
-            seconds = dict(zip(TIMES, (prefill + decode, prefill, decode), strict=True))
-            yield {"status": "ok", "largest_batch": largest} | seconds | facts
-            turn += 1
+def _timed_rows(model: nn.Module, **settings) -> list[dict]:
+    """A row per repeat, or a single one that says what would fit."""
+    embedding = model.get_input_embeddings().weight
+    taken = torch.cuda.memory_allocated(embedding.device) if embedding.is_cuda else 0
+    timing, largest = measure_if_fits(model, **settings)
+    if timing is None:
+        return [{"status": "out of memory", "largest_batch": largest}]
+    row = {"status": "ok", "largest_batch": largest} | {name: timing[name] for name in MEASURED}
+    if embedding.is_cuda:
+        row["peak_bytes"] += sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers())) - taken
+    pairs = zip(timing["all_prefill_seconds"], timing["all_decode_seconds"], strict=True)
+    return [
+        row | {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
+        for prefill, decode in pairs
+    ]
 
 
 def measure_if_fits(model: nn.Module, batch_size: int = 1, **settings) -> tuple[dict | None, int]:
@@ -360,10 +333,9 @@ def speedups(rows: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
 
     rows: from `time_rounds`, or any with name, round, seconds, and perhaps prefill_seconds and decode_seconds.
     Returns a row per name (the index): speedup (median over rounds of the baseline's seconds over this one's, both of
-    one round), speedup_low and speedup_high (its smallest and largest), the same for prefill_speedup and
-    decode_speedup, spread (the range of seconds over their median), medians over rounds of seconds, prefill_seconds and
-    decode_seconds, and what else the rows have, which is one value per name. From `time_rounds` also tokens_per_second
-    and decode_bandwidth (bytes/s). Raises ValueError for an unknown baseline.
+    one round), speedup_low and speedup_high (smallest and largest), the same for prefill_speedup and decode_speedup;
+    medians of the seconds; spread (range of seconds over their median); what else the rows have, which is one value per
+    name; from `time_rounds` also tokens_per_second and decode_bandwidth. Raises ValueError for an unknown baseline.
     """
     names = rows["name"].unique()
     if baseline is None:
@@ -377,16 +349,15 @@ def speedups(rows: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
         ratios[column.replace("seconds", "speedup")] = rows["round"].map(of_baseline[column]) / rows[column]
     ratios = ratios.groupby("name", sort=False)
     seconds = rows[["name", *times]].groupby("name", sort=False)
-    facts = rows.drop(columns=["round", *times]).groupby("name", sort=False).first()
-    out = facts.join(ratios.median()).join(ratios.min().add_suffix("_low")).join(ratios.max().add_suffix("_high"))
+    out = ratios.median().join(ratios.min().add_suffix("_low")).join(ratios.max().add_suffix("_high"))
     out = out.join(seconds.median())
     out["spread"] = (seconds["seconds"].max() - seconds["seconds"].min()) / out["seconds"]
+    out = out.join(rows.drop(columns=["round", *times]).groupby("name", sort=False).first())
     if "generated_tokens" in out:
         out["tokens_per_second"] = out.pop("generated_tokens") / out["decode_seconds"]
     if "decode_bytes" in out:
         out["decode_bandwidth"] = out.pop("decode_bytes") / out["decode_seconds"]
-    front = [c for c in ("status", "largest_batch", "speedup", "speedup_low", "speedup_high", "spread") if c in out]
-    return out[front + [column for column in out if column not in front]]
+    return out
 
 
 def compare_speed(model: nn.Module, plans: Mapping[str, DropPlan], rounds: int = 3, **settings) -> pd.DataFrame:

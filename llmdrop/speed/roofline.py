@@ -1,8 +1,7 @@
-"""The speed that bytes and FLOPs allow: prefill and decode of any plan on named hardware.
+"""The speed that bytes and FLOPs allow, without a fitted constant: of any plan, on named hardware, at any batch size.
 
 Every pass through the model takes at least the time to read its bytes (weights once, and in decoding the KV cache) and
-at least the time to do its FLOPs; the longer of the two is the limit. There is no fitted constant: the published
-speedups follow from the shapes, the hardware's data sheet, and the batch size.
+at least the time to do its FLOPs; the longer of the two is the limit.
 """
 
 import time
@@ -18,7 +17,7 @@ from ..plan import DropPlan
 from .geometry import shape_of, whole_plan
 
 VERSION = 1  # of `measure_hardware`: raised when its numbers change
-
+TIMES = ("seconds", "prefill_seconds", "decode_seconds")
 # Data sheets: memory bandwidth (bytes/s), dense 16-bit tensor rate (FLOP/s), memory (bytes)
 HARDWARE = {
     "RTX 6000 Ada": (960e9, 364e12, 48e9),
@@ -73,7 +72,9 @@ def predict_speed(
         raise ValueError(
             f"{batch_size=} and {prompt_len=} must be at least 1, {new_tokens=} at least 0, {cache=} dynamic or static"
         )
-    bandwidth, rate = _data_sheet(hardware)[:2] if isinstance(hardware, str) else hardware
+    if isinstance(hardware, str) and hardware not in HARDWARE:
+        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}, or (bytes/s, FLOP/s)")
+    bandwidth, rate = HARDWARE[hardware][:2] if isinstance(hardware, str) else hardware
     shape = shape_of(model)
     plan = whole_plan(model, plan)
     n_attn = shape.layers - len(plan.attn)
@@ -115,17 +116,6 @@ def predict_speed(
     )
 
 
-def memory_of(hardware: str) -> float:
-    """Bytes. Raises ValueError for an unknown name."""
-    return _data_sheet(hardware)[2]
-
-
-def _data_sheet(hardware: str) -> tuple[float, float, float]:
-    if hardware not in HARDWARE:
-        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}, or (bytes/s, FLOP/s)")
-    return HARDWARE[hardware]
-
-
 def sized_plan(label: str, n_layers: int, gone: DropPlan = DropPlan()) -> DropPlan:
     """A plan of the size that a row's label says ("Attn-8", "MLP-4", "Block-4", "Baseline"), for speed.
 
@@ -146,8 +136,7 @@ def sized_plan(label: str, n_layers: int, gone: DropPlan = DropPlan()) -> DropPl
 def sized_plans(model: nn.Module | str, labels: Iterable[str]) -> dict[str, DropPlan]:
     """{label: `sized_plan`} for a model as it is, or for one of the paper's by name."""
     gone = whole_plan(model, DropPlan())
-    n_layers = shape_of(model).layers
-    return {label: sized_plan(label, n_layers, gone) for label in labels}
+    return {label: sized_plan(label, gone.n_layers, gone) for label in labels}
 
 
 def predict_speedups(model: nn.Module | str, labels: Iterable[str], **settings) -> pd.DataFrame:
@@ -217,8 +206,8 @@ def measure_hardware(device: str = "cpu", dtype: str = "float32") -> tuple[float
     The bytes are those of 512 MiB arrays in float32, the products of square matrices in `dtype`: what a program gets
     here, below any data sheet. Takes 2 s on two CPU cores.
     """
-    cuda = torch.device(device).type == "cuda"
-    loops = 10 if cuda else 1  # so that waiting for the GPU once does not count
+    is_cuda = torch.device(device).type == "cuda"
+    loops = 10 if is_cuda else 1  # so that waiting for the GPU once does not count
 
     def best(function: Callable) -> float:
         seconds = []
@@ -226,7 +215,7 @@ def measure_hardware(device: str = "cpu", dtype: str = "float32") -> tuple[float
             start = time.perf_counter()
             for _ in range(loops):
                 function()
-            if cuda:
+            if is_cuda:
                 torch.cuda.synchronize(device)
             seconds.append((time.perf_counter() - start) / loops)
         return min(seconds[1:])
@@ -234,10 +223,8 @@ def measure_hardware(device: str = "cpu", dtype: str = "float32") -> tuple[float
     matrix = torch.ones(2**15, 2**12, device=device)
     vector = torch.ones(2**12, device=device)
     other = torch.empty_like(matrix)
-    copy_seconds = best(lambda: other.copy_(matrix))
-    read_seconds = best(lambda: matrix @ vector)
-    width = 8192 if cuda else 2048
+    copied = 2 * matrix.nbytes / best(lambda: other.copy_(matrix))
+    read = matrix.nbytes / best(lambda: matrix @ vector)
+    width = 8192 if is_cuda else 2048
     square = torch.randn(width, width, device=device).to(getattr(torch, dtype))
-    product_seconds = best(lambda: square @ square)
-    bandwidth = max(2 * matrix.nbytes / copy_seconds, matrix.nbytes / read_seconds)
-    return bandwidth, 2 * width**3 / product_seconds
+    return max(copied, read), 2 * width**3 / best(lambda: square @ square)

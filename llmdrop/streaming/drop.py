@@ -1,14 +1,13 @@
 """Drop layers of a checkpoint on disk without loading it: the kept tensors' bytes are copied, file by file."""
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from ..checkpoints.destination import check_destination
 from ..checkpoints.transformers_format import write_hf
@@ -17,7 +16,7 @@ from ..plan import DropPlan
 from ..prune import apply_plan
 from .shards import INDEX, SINGLE, Checkpoint, Entry, open_checkpoint, renamed
 
-CHUNK = 16 * 2**20  # bytes in memory where the kernel cannot copy from file to file
+CHUNK = 16 * 2**20  # bytes in memory at a time
 
 
 def drop_checkpoint(
@@ -44,11 +43,15 @@ def drop_checkpoint(
     checkpoint = open_checkpoint(source)
     before = checkpoint.model.state_dict(keep_vars=True)
     apply_plan(checkpoint.model, plan)
-    kept = _kept_names(checkpoint, renamed(before, checkpoint.model))
-    tokenizer = _tokenizer(checkpoint.folder)
+    prefix = f"{checkpoint.model.base_model_prefix}."
+    kept = {}  # {name in the source's files: name in the destination's}, both with or without prefix
+    for old, new in renamed(before, checkpoint.model).items():
+        raw = checkpoint.names.get(old)
+        if raw is not None:
+            kept[raw] = raw.replace(old.removeprefix(prefix), new.removeprefix(prefix))
     with new_directory(destination) as folder:
         try:
-            _write_config(checkpoint, tokenizer, folder)
+            _write_beside_weights(checkpoint, folder)
             _write_shards(checkpoint, kept, folder, link, progress)
         except OSError as error:
             raise OSError(
@@ -60,31 +63,13 @@ def drop_checkpoint(
     return destination
 
 
-def _kept_names(checkpoint: Checkpoint, moved: dict[str, str]) -> dict[str, str]:
-    """{name in the source's files: name in the destination's}, in the source's style (with or without prefix)."""
-    prefix = f"{checkpoint.model.base_model_prefix}."
-    kept = {}
-    for old, new in moved.items():
-        raw = checkpoint.names.get(old)
-        if raw is None:
-            continue
-        if old == raw:
-            kept[raw] = new
-        elif old == prefix + raw:
-            kept[raw] = new.removeprefix(prefix)
-        else:  # by a former name, and nothing with one is renumbered
-            kept[raw] = raw
-    return kept
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    is_there = any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model"))
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if is_there else None
-
-
-def _write_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def _write_beside_weights(checkpoint: Checkpoint, folder: Path) -> None:
     """config.json, tokenizer and modeling file exactly as `save_model` writes them."""
     model = checkpoint.model
+    source = checkpoint.folder
+    tokenizer = None
+    if any(any(source.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
     def save_config(path) -> None:
         model.config.architectures = [type(model).__name__]
@@ -93,27 +78,27 @@ def _write_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | N
 
     model.save_pretrained = save_config  # of a model without weights nothing else can be saved
     write_hf(model, tokenizer, folder)
-    if (checkpoint.folder / "generation_config.json").exists():
-        shutil.copyfile(checkpoint.folder / "generation_config.json", folder / "generation_config.json")
+    if (source / "generation_config.json").exists():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 
 
 def _write_shards(checkpoint: Checkpoint, kept: dict[str, str], folder: Path, link: bool, progress: bool) -> None:
     """The kept tensors, shard by shard, and their index; shards of which nothing stays are left out."""
-    shards = []  # what stays of each file, {new name: entry}, and whether that is all of it under its old names
-    for entries in checkpoint.shards.values():
+    shards = {}  # of each file what stays, by new names
+    for file, entries in checkpoint.shards.items():
         stays = {kept[raw]: entry for raw, entry in entries.items() if raw in kept}
         if stays:
-            shards.append((stays, list(stays) == list(entries)))
-    total = sum(entry.n_bytes for stays, _ in shards for entry in stays.values())
+            shards[file] = stays
+    total = sum(entry.n_bytes for stays in shards.values() for entry in stays.values())
     weight_map = {}
     with tqdm(desc="drop", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        for k, (stays, is_unchanged) in enumerate(shards, start=1):
+        for k, (source, stays) in enumerate(shards.items(), start=1):
             name = SINGLE if len(shards) == 1 else f"model-{k:05d}-of-{len(shards):05d}.safetensors"
-            source = next(iter(stays.values())).file
-            if link and is_unchanged and _linked(source, folder / name):
+            is_unchanged = list(stays) == list(checkpoint.shards[source])
+            if link and is_unchanged and _linked(source.resolve(), folder / name):
                 bar.update(sum(entry.n_bytes for entry in stays.values()))
             else:
-                _write_shard(source, stays, folder / name, bar)
+                _write_shard(stays, folder / name, bar)
             weight_map |= dict.fromkeys(stays, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -128,7 +113,7 @@ def _linked(source: Path, target: Path) -> bool:
     return True
 
 
-def _write_shard(source: Path, stays: dict[str, Entry], path: Path, bar: tqdm) -> None:
+def _write_shard(stays: dict[str, Entry], path: Path, bar: tqdm) -> None:
     """One safetensors file of tensors in the order in which they lie in their source."""
     header = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -138,44 +123,14 @@ def _write_shard(source: Path, stays: dict[str, Entry], path: Path, bar: tqdm) -
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(source, "rb") as read, open(path, "wb") as written:
-        written.write(len(text).to_bytes(8, "little") + text)
-        written.flush()
-        for start, stop in _ranges(stays.values()):
-            for n_bytes in _copy(read.fileno(), written.fileno(), start, stop):
-                bar.update(n_bytes)
-        os.fsync(written.fileno())
-
-
-def _ranges(entries: Iterable[Entry]) -> list[tuple[int, int]]:
-    """Byte ranges of tensors, neighbors joined."""
-    ranges: list[tuple[int, int]] = []
-    for entry in entries:
-        if ranges and ranges[-1][1] == entry.start:
-            ranges[-1] = ranges[-1][0], entry.stop
-        else:
-            ranges.append((entry.start, entry.stop))
-    return ranges
-
-
-def _copy(source: int, target: int, start: int, stop: int) -> Iterator[int]:
-    """Append bytes [start, stop) of one open file to another, by the kernel where it can; yields what was copied."""
-    in_kernel = hasattr(os, "copy_file_range")
-    while start < stop:
-        if in_kernel:
-            try:
-                n_bytes = os.copy_file_range(source, target, min(stop - start, 4 * CHUNK), start)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                    raise
-                in_kernel = False
-                continue
-        else:
-            view = memoryview(os.pread(source, min(stop - start, CHUNK), start))
-            n_bytes = len(view)
-            while view:
-                view = view[os.write(target, view) :]
-        if n_bytes == 0:
-            raise OSError(errno.EIO, "the source became shorter while it was being copied")
-        start += n_bytes
-        yield n_bytes
+    buffer = torch.empty(CHUNK, dtype=torch.uint8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in stays.values():
+            for offset in range(0, entry.n_bytes, CHUNK):
+                part = buffer[: entry.n_bytes - offset]
+                entry.read(part, offset)
+                file.write(part.numpy())
+                bar.update(len(part))
+        file.flush()
+        os.fsync(file.fileno())

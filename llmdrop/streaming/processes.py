@@ -37,11 +37,6 @@ def score_distributed(
     return scores_from_sums(sums, gaps, calibration)
 
 
-def own_device() -> str:
-    """The device of this process: its GPU where there is CUDA, else the CPU."""
-    return str(import_extra("accelerate").PartialState().device) if torch.cuda.is_available() else "cpu"
-
-
 def over_processes(
     part: Callable[[Calibration], Sums], calibration: Calibration, n_layers: int, gap: bool = False
 ) -> Sums:
@@ -50,7 +45,8 @@ def over_processes(
     Every process must call it; any number of them, with any number of samples. The process group is made if there is
     none (NCCL between GPUs, gloo between CPUs).
     """
-    state = import_extra("accelerate").PartialState()
+    accelerate = import_extra("accelerate")
+    state = accelerate.PartialState()
     sums = torch.zeros(n_layers, 6, calibration.n_samples, dtype=torch.float64)
     gaps = torch.zeros(n_layers, n_layers, dtype=torch.float64) if gap else None
     with state.split_between_processes(list(range(calibration.n_samples))) as rows:
@@ -58,13 +54,8 @@ def over_processes(
             mask = None if calibration.attention_mask is None else calibration.attention_mask[rows]
             share = Calibration(calibration.input_ids[rows], f"part of {calibration.source}", mask)
             sums[:, :, rows], gaps = part(share)
-    if state.num_processes > 1:
-        sums = _added(sums, state.device)
-        gaps = _added(gaps, state.device) if gap else None
-    return sums, gaps
 
+    def added(values: torch.Tensor) -> torch.Tensor:
+        return accelerate.utils.reduce(values.to(state.device), reduction="sum").cpu()  # NCCL adds what is on GPUs
 
-def _added(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    values = values.to(device)  # NCCL adds what is on GPUs
-    torch.distributed.all_reduce(values)
-    return values.cpu()
+    return added(sums), added(gaps) if gap else None

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from ..calibration import Calibration
 from ..checkpoints.load import check_device, check_dtype
 from ..files import build_dir, locked
 from ..scoring import ImportanceScores, sample_sums, scores_from_sums
-from .processes import Sums, over_processes, own_device
+from .extra import import_extra
+from .processes import Sums, over_processes
 from .shards import DTYPES, Checkpoint, Entry, open_checkpoint
 from .stream_buffer import PLACES, StreamBuffer
 
@@ -73,15 +73,32 @@ def score_checkpoint(
     check_dtype(dtype)
     if device == "balanced":
         raise ValueError("device='balanced' spreads a model in memory; streaming takes one device per process")
-    if distributed and device == "auto":
-        device = own_device()
-    device = check_device(device)
+    if distributed and device == "auto" and torch.cuda.is_available():
+        device = str(import_extra("accelerate").PartialState().device)
+    device = torch.device(check_device(device))
     source = open_checkpoint(checkpoint, dtype, attn_implementation)
-    run = _Run(source, batch_size, with_residual, progress, torch.device(device), stream_on)
+    vocabulary, width = source.model.get_input_embeddings().weight.shape
+    largest = calibration.input_ids.max().item()
+    if largest >= vocabulary:
+        raise ValueError(f"token id {largest} is beyond the model's vocabulary of {vocabulary}")
+    key = {
+        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.shards],
+        "config": source.model.config.to_dict(),
+        "batch_size": batch_size,
+        "with_residual": with_residual,
+        "dtype": dtype,
+        "device": device.type,
+        "attention": attn_implementation,
+        "rank": os.environ.get("RANK"),
+        "versions": [VERSION, scoring.VERSION, version("torch"), version("transformers")],
+    }
 
     def part(share: Calibration) -> Sums:
-        with _workplace(run, share, attn_implementation, work_dir) as folder:
-            return run.sums(share, folder), None
+        text = json.dumps(key | {"calibration": share.digest}, default=str)
+        name = f"{source.folder.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        with _kept_until_done(Path(work_dir or build_dir() / "streams") / name) as folder:
+            stream = StreamBuffer(folder, (*share.input_ids.shape, width), source.model.dtype, device, stream_on)
+            return _layer_sums(source, share, stream, batch_size, with_residual, progress), None
 
     if distributed:
         sums, gaps = over_processes(part, calibration, find_anatomy(source.model).n_layers)
@@ -90,72 +107,89 @@ def score_checkpoint(
     return scores_from_sums(sums, gaps, calibration)
 
 
-@dataclass
-class _Run:
-    """How a checkpoint is scored."""
+@contextmanager
+def _kept_until_done(folder: Path) -> Iterator[Path]:
+    """A run's own directory: left by a run that is killed, found by the next one, gone when that is through."""
+    with locked(folder / "lock", refusal=f"another process is at these scores (it holds {folder}); wait for it"):
+        try:
+            yield folder
+        except Exception:
+            if not (folder / StreamBuffer.RECORD).exists():
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
 
-    source: Checkpoint
-    batch_size: int
-    with_residual: bool
-    progress: bool
-    device: torch.device
-    stream_on: str
 
-    def sums(self, calibration: Calibration, folder: Path) -> torch.Tensor:
-        """Sums of every layer as from `sample_sums`, [n_layers, 6, n_samples]. The model is of no use afterwards."""
-        source, model = self.source, self.source.model
-        parts = find_anatomy(model)
-        n_samples, length = calibration.input_ids.shape
-        vocabulary, width = model.get_input_embeddings().weight.shape
-        if calibration.input_ids.max() >= vocabulary:
-            largest = calibration.input_ids.max().item()
-            raise ValueError(f"token id {largest} is beyond the model's vocabulary of {vocabulary}")
-        present = [i for i, layer in enumerate(parts.layers) if layer is not None]
-        types = getattr(model.config, "layer_types", None)
-        entries = {id(p): source[name] for name, p in model.state_dict(keep_vars=True).items() if name in source.names}
-        table = entries.pop(id(model.get_input_embeddings().weight))
-        layers = [_entries_of(parts.layers[i], entries) for i in present]
-        sizes = [sum(entry.n_bytes for entry in layer.values()) for layer in layers]
+def _layer_sums(
+    source: Checkpoint,
+    calibration: Calibration,
+    stream: StreamBuffer,
+    batch_size: int,
+    with_residual: bool,
+    progress: bool,
+) -> torch.Tensor:
+    """Sums of every layer as from `sample_sums`, [n_layers, 6, n_samples]. The model is of no use afterwards."""
+    model = source.model
+    parts = find_anatomy(model)
+    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
+    types = getattr(model.config, "layer_types", None)
+    entries = {id(p): source[name] for name, p in model.state_dict(keep_vars=True).items() if name in source.names}
+    table = entries.pop(id(model.get_input_embeddings().weight))
+    layers = [_entries_of(parts.layers[i], entries) for i in present]
+    sizes = [sum(entry.n_bytes for entry in layer.values()) for layer in layers]
 
-        stream = StreamBuffer(folder, (n_samples, length, width), model.dtype, self.device, self.stream_on)
-        n_done, sums = stream.resume()  # layers of `present`
-        if n_done is None:
-            n_done = 0
-            sums = torch.full((parts.n_layers, 6, n_samples), torch.nan, dtype=torch.float64)
-            _embed(model, table, calibration.input_ids, stream)
-            stream.save(0, sums)
-        feed = _isolate(model, parts, _entries_of(parts.decoder, entries), stream)
-        bar = tqdm(
-            desc="score",
-            total=table.n_bytes + sum(sizes),
-            initial=table.n_bytes + sum(sizes[:n_done]),
-            unit="B",
-            unit_scale=True,
-            disable=not self.progress,
-        )
-        with bar, _Reader(layers, self.device, model.dtype) as reader:
-            reader.start(n_done)
-            for k in range(n_done, len(present)):
-                i = present[k]
-                bar.set_description(f"score: layer {k + 1} of {len(present)}")
-                layer = parts.layers[i]
-                layer.load_state_dict(reader.take(k), assign=True)
-                layer.to(self.device)
-                _leave_only(model, parts, i, [types[k]] if types else None)
-                with feed.layer(layer, is_first=k == 0, is_last=k == len(present) - 1):
-                    sums[i] = sample_sums(model, calibration, self.batch_size, self.with_residual, progress=False)[0][i]
-                layer.to("meta")
-                _trim_heap()
-                bar.update(sizes[k])
-                if k + 1 < len(present):
-                    stream.save(k + 1, sums)
-        return sums
+    n_done, sums = stream.resume()  # layers of `present`
+    if n_done is None:
+        n_done = 0
+        sums = torch.full((parts.n_layers, 6, calibration.n_samples), torch.nan, dtype=torch.float64)
+        _embed(model, table, calibration.input_ids, stream)
+        stream.save(0, sums)
+    feed = _isolate(model, parts, _entries_of(parts.decoder, entries), stream)
+    bar = tqdm(
+        desc="score",
+        total=table.n_bytes + sum(sizes),
+        initial=table.n_bytes + sum(sizes[:n_done]),
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with bar, ThreadPoolExecutor(2) as pool:
+
+        def begin_to_read(k: int) -> dict[str, Future]:
+            is_cuda = stream.device.type == "cuda"
+            return {name: pool.submit(entry.tensor, is_cuda) for name, entry in layers[k].items()}
+
+        coming = begin_to_read(n_done)
+        for k, i in enumerate(present[n_done:], start=n_done):
+            bar.set_description(f"score: layer {k + 1} of {len(present)}")
+            layer = parts.layers[i]
+            _fill(layer, coming, stream)
+            layer.to(stream.device)  # buffers
+            is_last = k + 1 == len(present)
+            coming = {} if is_last else begin_to_read(k + 1)
+            if k > 0:  # before the first, the decoder does to embeddings what it does (positions, Gemma-2's scale)
+                layer.register_forward_pre_hook(feed.instead, with_kwargs=True)
+            _leave_only(model, parts, i, [types[k]] if types else None)
+            sums[i] = sample_sums(model, calibration, batch_size, with_residual, progress=False)[0][i]
+            layer.to("meta")
+            _trim_heap()
+            bar.update(sizes[k])
+            if not is_last:
+                stream.save(k + 1, sums)
+    return sums
 
 
 def _entries_of(module: nn.Module, entries: dict[int, Entry]) -> dict[str, Entry]:
     """Where the module's weights lie, by name within it; entries: by the identity of parameters."""
     state = module.state_dict(keep_vars=True)
     return {name: entries[id(parameter)] for name, parameter in state.items() if id(parameter) in entries}
+
+
+def _fill(module: nn.Module, weights: dict[str, Future], stream: StreamBuffer) -> None:
+    """Give the module these weights, in the model's type, as soon as they are read, and let go of what was read."""
+    for name in list(weights):
+        tensor = weights.pop(name).result().to(stream.device, stream.dtype)
+        module.load_state_dict({name: tensor}, assign=True, strict=False)
 
 
 def _embed(model: nn.Module, table: Entry, ids: torch.Tensor, stream: StreamBuffer) -> None:
@@ -183,13 +217,8 @@ def _isolate(model: nn.Module, parts: Anatomy, rest: dict[str, Entry], stream: S
     setattr(decoder, parts.layers_name, nn.ModuleList())
     if getattr(decoder, parts.layout.final, None) is not None:
         setattr(decoder, parts.layout.final, nn.Identity())
-    state = {}
-    for name in set(decoder.state_dict()) & set(rest):
-        entry = rest[name]
-        flat = torch.empty(entry.n_bytes, dtype=torch.uint8)
-        entry.read(flat)
-        state[name] = flat.view(DTYPES[entry.dtype]).view(entry.shape).to(model.dtype)
-    decoder.load_state_dict(state, assign=True, strict=False)
+    names = set(decoder.state_dict()) & set(rest)
+    decoder.load_state_dict({name: rest[name].tensor().to(model.dtype) for name in names}, assign=True, strict=False)
     decoder.to(stream.device)
     model.base_model.register_forward_hook(feed.keep)
     return feed
@@ -213,87 +242,21 @@ class _Feed(nn.Module):
         super().__init__()
         self.stream = stream
         self.weight = nn.Parameter(torch.zeros((), dtype=stream.dtype, device=stream.device), requires_grad=False)
-
-    @contextmanager
-    def layer(self, layer: nn.Module, is_first: bool, is_last: bool) -> Iterator[None]:
-        """One pass over all samples through this layer.
-
-        is_first: let the decoder do what it does to embeddings (positions, Gemma-2's scale). is_last: keep no output.
-        """
-        self.position = 0
-        self.is_last = is_last
-        if is_first:
-            yield
-            return
-        handle = layer.register_forward_pre_hook(self._instead, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        self.position = 0  # of the next sample
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         self.rows = slice(self.position, self.position + len(input_ids))
-        self.position = self.rows.stop
+        self.position = self.rows.stop % len(self.stream.x)  # the next layer begins with the first sample again
         self.x = self.stream.get(self.rows)
         return self.x
 
-    def _instead(self, layer, args, kwargs):
+    def instead(self, layer, args, kwargs):
+        """Forward pre-hook of a layer: it reads the stream, whatever the decoder made of it."""
         return ((self.x, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": self.x})
 
     def keep(self, decoder, args, output) -> None:
         """Forward hook of the decoder, so after everybody has seen x, which the stream may overwrite in place."""
-        if not self.is_last:
-            self.stream.put(self.rows, output[0])
-
-
-class _Reader:
-    """Reads layers in order, one ahead, into one buffer, or two that take turns where weights are used as they lie."""
-
-    def __init__(self, layers: list[dict[str, Entry]], device: torch.device, dtype: torch.dtype):
-        self.layers = layers
-        self.device = device
-        self.dtype = dtype
-        self.pool = ThreadPoolExecutor(2)
-        is_cuda = device.type == "cuda"
-        is_copied = is_cuda or dtype not in {DTYPES[entry.dtype] for layer in layers for entry in layer.values()}
-        room = max(sum(_aligned(entry.n_bytes) for entry in layer.values()) for layer in layers)
-        n_buffers = 1 if is_copied else 2
-        self.buffers = [torch.empty(room, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(n_buffers)]
-        self.tensors: dict[str, torch.Tensor] = {}  # of the layer being read
-        self.pending: list[Future] = []
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def start(self, k: int) -> None:
-        """Begin to read layer k, if there is one, into its buffer; what that held is not in use any more."""
-        self.tensors = {}
-        self.pending = []
-        if k == len(self.layers):
-            return
-        buffer = self.buffers[k % len(self.buffers)]
-        position = 0
-        for name, entry in self.layers[k].items():
-            flat = buffer[position : position + entry.n_bytes]
-            self.pending.append(self.pool.submit(entry.read, flat))
-            self.tensors[name] = flat.view(DTYPES[entry.dtype]).view(entry.shape)
-            position += _aligned(entry.n_bytes)
-
-    def take(self, k: int) -> dict[str, torch.Tensor]:
-        """The weights of layer k, valid until `take(k + 1)`; layer k + 1 begins to be read."""
-        for future in self.pending:
-            future.result()
-        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in self.tensors.items()}
-        self.start(k + 1)
-        return tensors
-
-
-def _aligned(n_bytes: int) -> int:
-    """Rounded up, so that the next tensor starts where every dtype can."""
-    return -(-n_bytes // 64) * 64
+        self.stream.put(self.rows, output[0])
 
 
 def _trim_heap() -> None:
@@ -301,33 +264,3 @@ def _trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-@contextmanager
-def _workplace(
-    run: _Run, calibration: Calibration, attn_implementation: str | None, work_dir: str | os.PathLike | None
-) -> Iterator[Path]:
-    """This run's own directory, found again by a run with the same arguments, gone when the scores are there."""
-    key = {
-        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in run.source.shards],
-        "config": run.source.model.config.to_dict(),
-        "calibration": calibration.digest,
-        "batch_size": run.batch_size,
-        "with_residual": run.with_residual,
-        "dtype": str(run.source.model.dtype),
-        "device": run.device.type,
-        "attention": attn_implementation,
-        "rank": os.environ.get("RANK"),
-        "versions": [VERSION, scoring.VERSION, version("torch"), version("transformers")],
-    }
-    digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
-    root = Path(work_dir) if work_dir else build_dir() / "streams"
-    folder = root / f"{run.source.folder.name}-{digest}"
-    with locked(folder / "lock", refusal=f"another process is at these scores (it holds {folder}); wait for it"):
-        try:
-            yield folder
-        except Exception:
-            if not (folder / StreamBuffer.RECORD).exists():
-                shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)

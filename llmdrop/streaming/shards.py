@@ -1,11 +1,10 @@
 """A safetensors checkpoint on disk: checked before anything is read, then read tensor by tensor, each byte once.
 
-The safetensors library maps files into memory and does not say where in them a tensor lies. Here bytes are read into
-buffers that are used again, so that memory stays that of one layer, or copied from file to file unseen.
+The safetensors library checks the files. It maps them into memory and does not say where in them a tensor lies; here
+bytes are read where they are needed, so that memory stays that of one layer, or copied from file to file unseen.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -26,6 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")  # config, index and tokenizer of a hub repository
+AGAIN = "Copy or download it again"
 FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's files keep what transformers 4 called it
 
 
@@ -53,6 +54,12 @@ class Entry:
                 if not n:
                     raise OSError(f"{self.file} became shorter while it was being read")
                 view = view[n:]
+
+    def tensor(self, pin_memory: bool = False) -> torch.Tensor:
+        """All of it, in memory of its own."""
+        flat = torch.empty(self.n_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+        self.read(flat)
+        return flat.view(DTYPES[self.dtype]).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -108,30 +115,22 @@ def open_checkpoint(
     names = {}
     for old, new in renamed(before, model).items():
         bare = old.removeprefix(f"{model.base_model_prefix}.")  # as in a bare decoder's checkpoint
-        for spelling in (old, bare, FORMER_NAMES.get(old)):
-            if spelling in entries:
-                names[new] = spelling
-                break
-    _check_fit(folder, model, names, entries)
-    return Checkpoint(folder, model, names, shards)
+        spellings = [spelling for spelling in (old, bare, FORMER_NAMES.get(old)) if spelling in entries]
+        if spellings:
+            names[new] = spellings[0]
 
-
-def _check_fit(folder: Path, model: nn.Module, names: dict[str, str], entries: dict[str, Entry]) -> None:
-    """ValueError unless the files hold every parameter of the model in its shape."""
     parameters = model.state_dict(keep_vars=True)
-    there = {id(parameters[name]) for name in names}
+    there = {id(parameters[name]) for name in names}  # tied ones have two names
     missing = [name for name, parameter in parameters.items() if id(parameter) not in there]
-    reshaped = [
-        f"{name}: {entries[raw].shape}, not {tuple(parameters[name].shape)}"
-        for name, raw in names.items()
-        if entries[raw].shape != tuple(parameters[name].shape)
-    ]
+    shapes = {name: (entries[raw].shape, tuple(parameters[name].shape)) for name, raw in names.items()}
+    reshaped = [f"{name}: {got}, not {expected}" for name, (got, expected) in shapes.items() if got != expected]
     if missing or reshaped:
         raise ValueError(
             f"the weights in {folder} do not fit its config.json: missing {missing[:3]}, of another shape "
             f"{reshaped[:3]} ({len(missing)} and {len(reshaped)} in all). Copy or download config and weights again, "
             "from one revision"
         )
+    return Checkpoint(folder, model, names, shards)
 
 
 def renamed(before: dict[str, torch.Tensor], model: nn.Module) -> dict[str, str]:
@@ -176,9 +175,9 @@ def _config(folder: Path) -> tuple[PretrainedConfig, dict, DropPlan]:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"{folder} holds quantized weights ({method}); this reads plain ones ({', '.join(DTYPES)})")
-    record = saved_record(raw, folder)
     if "model_type" not in raw:
         raise ValueError(f"{folder}/config.json has no model_type; expected the config of a transformers model")
+    record = saved_record(raw, folder)
     config = AutoConfig.for_model(**raw | record.get("undropped", {}))
     stock_class(config)
     if "undropped" in record:
@@ -201,9 +200,7 @@ def _index(folder: Path) -> dict[str, str]:
         if not all(isinstance(file, str) for file in listed.values()):
             raise TypeError("a file's name is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / INDEX} is damaged ({type(error).__name__}: {error}). Copy or download it again"
-        ) from error
+        raise ValueError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error}). {AGAIN}") from error
     return listed
 
 
@@ -211,55 +208,37 @@ def _read_headers(folder: Path) -> dict[Path, dict[str, Entry]]:
     """File by file, the tensors in it; files and index must agree."""
     names = _shard_names(folder)
     absent = [name for name in names if not (folder / name).exists()]
-    if absent == [SINGLE] and not (folder / INDEX).exists():
-        raise FileNotFoundError(
-            f"{folder} has neither {SINGLE} nor {INDEX}; pickled weights (.bin) are not read, convert them with "
-            "save_pretrained"
-        )
     if absent:
-        raise FileNotFoundError(f"{folder} lacks {len(absent)} of {len(names)} shards that its index lists: {absent}")
+        raise FileNotFoundError(
+            f"{folder} lacks {len(absent)} of its {len(names)} safetensors shards: {absent}. Copy or download them; "
+            "pickled weights (.bin) are not read, convert them with save_pretrained"
+        )
     shards = {folder / name: _read_header(folder / name) for name in names}
-    if names == [SINGLE]:
-        return shards
-    listed = _index(folder)
-    homes = [(raw, file.name) for file, entries in shards.items() for raw in entries]
-    for raw, name in listed.items():
-        if raw not in shards[folder / name]:
-            raise ValueError(f"{folder / INDEX} says {raw} is in {name}, where it is not. Copy or download it again")
-    for raw, name in homes:
-        if listed.get(raw) != name:
+    if names != [SINGLE]:
+        homes = {(raw, file.name) for file, entries in shards.items() for raw in entries}
+        for raw, name in sorted(homes ^ set(_index(folder).items())):
             raise ValueError(
-                f"{name} holds {raw}, which {INDEX} has elsewhere or not at all. Copy or download it again"
+                f"{folder / INDEX} and its shards disagree on {raw}: it is in {name} by one, where it is not by the "
+                f"other. {AGAIN}"
             )
     return shards
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
-    """Tensors of one file by name, in the order in which they lie; every byte of the file must be accounted for."""
-    again = "Copy or download it again"
-    size = path.stat().st_size
+    """Tensors of one file by name, in the order in which they lie."""
+    try:
+        with safe_open(path, "pt"):  # checks that every byte of the file belongs to one tensor
+            pass
+    except SafetensorError as error:
+        what = "is cut short or no safetensors file, or has a damaged header"
+        raise ValueError(f"{path} {what}: {error}. {AGAIN}") from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise ValueError(f"{path} is cut short or no safetensors file ({size} bytes). {again}")
-        text = file.read(length)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
     real = path.resolve()  # a file of the hub's cache is a link
-    data_start = 8 + length
-    stop = data_start
     entries = {}
-    try:
-        header = {name: value for name, value in json.loads(text).items() if name != "__metadata__"}
-        for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = value["data_offsets"]
-            dtype, shape = value["dtype"], tuple(value["shape"])
-            n_bytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
-            if data_start + first != stop or last - first != n_bytes:
-                raise ValueError(f"{name} is not where its shape says")
-            start, stop = stop, stop + n_bytes
-            entries[name] = Entry(real, dtype, shape, start, stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged header ({error}). {again}") from error
-    if stop != size:
-        what = "cut short" if size < stop else "too long"
-        raise ValueError(f"{path} is {what}: {size} bytes instead of {stop}. {again}")
+    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (8 + length + offset for offset in value["data_offsets"])
+        entries[name] = Entry(real, value["dtype"], tuple(value["shape"]), start, stop)
     return entries

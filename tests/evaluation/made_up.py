@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmdrop.evaluation import tasks
 
-SUBJECTS = [file.stem.removeprefix("mmlu_") for file in sorted(tasks._tasks_dir().glob(tasks.YAML["mmlu"]))]
+SUBJECTS = [file.stem.removeprefix("mmlu_") for file in sorted(tasks.tasks_dir().glob(tasks.YAML["mmlu"]))]
 
 
 def write(root: Path, name: str, rows: list[dict]) -> None:

@@ -92,7 +92,7 @@ def test_prompts_and_targets_are_lm_evals(mirror, name, shots):
     from lm_eval.tasks._yaml_loader import load_yaml
 
     ours = next(iter(load_tasks([name], mirror, shots)[name].values()))
-    config = load_yaml(sorted(tasks._tasks_dir().glob(tasks.YAML[name]))[0])
+    config = load_yaml(sorted(tasks.tasks_dir().glob(tasks.YAML[name]))[0])
     folder = mirror / config["dataset_path"] / (config.get("dataset_name") or "default")
     files = {file.name.partition(".")[0]: str(file) for file in folder.iterdir()}
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
@@ -197,7 +197,7 @@ def test_shots_need_examples(mirror):
 
 def test_every_definition_is_where_lm_eval_keeps_it():
     for name, pattern in tasks.YAML.items():
-        files = list(tasks._tasks_dir().glob(pattern))
+        files = list(tasks.tasks_dir().glob(pattern))
         assert len(files) == (57 if name == "mmlu" else 1), name
-    with open(tasks._tasks_dir() / tasks.YAML["social_iqa"]) as file:
+    with open(tasks.tasks_dir() / tasks.YAML["social_iqa"]) as file:
         assert yaml.safe_load(file)["dataset_path"] == "lighteval/siqa"

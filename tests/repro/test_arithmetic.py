@@ -1,5 +1,6 @@
 """Written answers to school arithmetic are those the variant generates, judged by the number they give."""
 
+import pandas as pd
 import pytest
 from tiny import byte_tokenizer, tiny
 
@@ -32,8 +33,6 @@ def test_answers_are_judged(monkeypatch):
     written = ["2 + 3 = 5. The answer is 5.", "7 - 4 = 3", "no idea", "The answer is 4."]
 
     def answers(model, tokenizer, variants, prompts, *rest):
-        import pandas as pd
-
         return pd.DataFrame({"variant": ["a", "a", "b", "b"], "item": [0, 1, 0, 1], "answer": written})
 
     monkeypatch.setattr(module, "answers", answers)

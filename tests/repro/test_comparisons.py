@@ -1,6 +1,7 @@
 """Tables of contenders say what their rows say, paired with the paper's method; their figures show it."""
 
 import math
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from tiny import random_ids, tiny
 
 from llmdrop import Calibration, DropPlan, dropped
+from llmdrop.compress.healing import Healing
 from llmdrop.compress.reconstruction import METHODS, Reconstruction
 from llmdrop.compress.variant import Variant
 from llmdrop.compress.windows import Windows
@@ -79,7 +81,9 @@ def test_losses_and_their_share_of_the_paper_s():
 def test_the_paper_s_method_must_be_there_at_every_n():
     assert papers([COSINE, WINDOWS]) == {2: COSINE}
     reconstructed = COSINE.reconstructed(Reconstruction(TEXT))
-    for absent in ([WINDOWS], [reconstructed], [COSINE, plain("greedy", 3)]):
+    healed = replace(COSINE, setting="healed", variant=replace(COSINE.variant, healing=Healing(TEXT)))
+    assert papers([COSINE, reconstructed, healed]) == {2: COSINE}
+    for absent in ([WINDOWS], [reconstructed], [healed], [COSINE, plain("greedy", 3)]):
         with pytest.raises(ValueError, match="nothing to compare with at n="):
             papers(absent)
 

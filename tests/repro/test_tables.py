@@ -120,6 +120,18 @@ def test_by_variant_says_what_is_not_there():
         tables.by_variant(measured(), timed(1.1).head(1))
 
 
+def test_guessing():
+    table = tables.by_variant(measured())
+    guess = tables.random_guess(table, ["piqa", "mmlu"], vocabulary=1000)
+    assert guess["piqa"] == 50 and guess["mmlu"] == 25 and guess["avg"] == 37.5
+    assert np.isclose(guess["percent"], 100 * 37.5 / 55) and np.isclose(guess["ppl_ratio"], 1000 / np.exp(3.05))
+    assert tables.near_guessing(table) == ["piqa", "boolq"]  # 60 and 50 % of five and four questions
+    many = pd.concat(
+        [right("Baseline", "piqa", "acc", [1, 1, 1, 0] * 50), right("Baseline", "boolq", "acc", [1, 0] * 50)]
+    )
+    assert tables.near_guessing(tables.by_variant(many)) == ["boolq"]
+
+
 def test_compare_and_record_worst(tmp_path):
     table = pd.DataFrame({"avg": [50.0, 45.0], "avg_stderr": [3.0, 4.0]}, index=["Baseline", "Attn-8"])
     assert tables.compare(table, "avg", "Baseline", "Attn-8") == (5, 5)

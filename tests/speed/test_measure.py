@@ -134,13 +134,6 @@ def test_timed_steps_lie_evenly_over_the_context(cache):
     assert len(contexts) == 32 and sum(contexts) / 32 == 2048 + 2047 / 2
 
 
-def test_reference_protocol_has_neither_context_nor_cache():
-    seen = calls(tiny("llama", "sdpa"), protocol="reference", repeats=1)
-    assert [c[:2] for c in seen] == [(16, 0)] + [(1, 0)] * 8
-    out = measure_speed(tiny("llama"), **SIZES, protocol="reference")
-    assert out["kv_bytes"] == 0 and out["decode_bytes"] == 8 * out["weight_bytes"]
-
-
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_positions_under_a_graph(monkeypatch, warm_up):
     """All of the CUDA-graph path but the graph: what is captured once must find the cache in the right state."""
@@ -181,9 +174,6 @@ def test_refuses(monkeypatch):
         ({"timed_steps": -1}, "timed_steps=-1 must be at least 1"),
         ({"timed_steps": 0}, "timed_steps=0 must be at least 1, or None"),
         ({"cache": "paged"}, "cache='paged' dynamic or static"),
-        ({"protocol": "paper"}, "protocol='paper' must be 'cached'"),
-        ({"protocol": "reference", "decoding": "compiled", "cache": "static"}, "without decoding='compiled'"),
-        ({"protocol": "reference", "timed_steps": 2}, "and timed_steps=2"),
         ({"decoding": "compiled"}, "pass cache='static', not 'dynamic'"),
         ({"decoding": "fast", "cache": "static"}, "decoding='fast' is not one of 'eager', 'compiled'"),
         ({"decoding": True, "cache": "static"}, "decoding=True is not one of 'eager', 'compiled'"),

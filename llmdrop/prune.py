@@ -50,6 +50,18 @@ def put(undo: ExitStack, owner, name: str, value) -> None:
         undo.callback(setattr, owner, name, former)
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout for the length of a `with` block; every module then has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
     """Drop, and return what restores the model when it is closed. Where dropping fails, the model is restored."""
     parts = find_anatomy(model)

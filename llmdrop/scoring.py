@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .anatomy import Anatomy, find_anatomy
 from .calibration import Calibration, batches
 from .hooks import ResidualTap
+from .prune import eval_mode
 
 KINDS = ("attn", "mlp", "block")
 VERSION = 1  # of the scores: raised when their numbers change, so that stored ones are measured again
@@ -168,8 +169,7 @@ def sample_sums(
     for start in present:
         gaps[start, [i for i in present if i >= start]] = 0.0
     with ExitStack() as undo:
-        undo.callback(model.train, model.training)
-        model.eval()
+        undo.enter_context(eval_mode(model))
         undo.enter_context(ResidualTap(model, on_layer))
         bar = undo.enter_context(tqdm(total=n_samples, desc="score", unit="sample", disable=not progress))
         for batch, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):

@@ -4,59 +4,76 @@ import argparse
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import llmdrop
-from llmdrop.serving import llama_cpp as serving
-from llmdrop.serving import vllm_engine as serving_vllm
+from llmdrop.serving import llama_cpp, vllm_engine
 
-ENGINES = """no engine is installed that serves dropped models. One of these is enough:
-  {install}
+NO_ENGINE = f"""no engine is installed that serves dropped models. One of these is enough:
+  {llama_cpp.INSTALL}
   llama-server on the PATH (llama.cpp's own; also in Homebrew, conda-forge, Nix)
-  {vllm}"""
+  {vllm_engine.INSTALL}"""
+QUESTION = '{"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 64, "temperature": 0}'
 
 
 def number(text: str) -> int:
+    """make passes what was not given as nothing."""
     return int(text or 0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=lambda text: text or "smollm2-135m", default="smollm2-135m")
-    for name in ("attn", "mlp", "block"):
-        parser.add_argument(f"--{name}", type=number, default=0, help="how many to drop")
-    parser.add_argument("--port", type=lambda text: number(text) or 8080, default=8080)
-    args = parser.parse_args()
-    vllm, server = serving_vllm.installed(), shutil.which("llama-server")
-    here = serving.installed()
-    if not (here or server or vllm):
-        sys.exit(ENGINES.format(install=serving.INSTALL, vllm=serving_vllm.INSTALL))
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="")
+    for kind in ("attn", "mlp", "block"):
+        parser.add_argument(f"--{kind}", type=number, default=0, help="how many to drop")
+    parser.add_argument("--port", type=number, default=0)
+    given = parser.parse_args()
+    given.model = given.model or "smollm2-135m"
+    given.port = given.port or 8080
+    return given
 
-    model, tokenizer = llmdrop.load_model(args.model)
+
+def drop(model, tokenizer, counts: dict[str, int]) -> llmdrop.DropPlan:
+    """Drop so many layers of each kind, those that score lowest, for good."""
     calibration = llmdrop.load_calibration("xsum", tokenizer, n_samples=16, seq_len=512)
     scores = llmdrop.Store().score(model, calibration)
     plan = llmdrop.DropPlan(n_layers=len(scores.attn))
-    for kind in ("attn", "mlp", "block"):
-        plan |= llmdrop.plan_drop(scores, kind, getattr(args, kind))
+    for kind, n in counts.items():
+        plan |= llmdrop.plan_drop(scores, kind, n)
     llmdrop.apply_plan(model, plan)
+    return plan
 
-    name = f"{os.path.basename(args.model.rstrip('/'))}-{plan.label}"
-    path = llmdrop.build_dir() / "serve" / (f"{name}.gguf" if here or server else name)
-    settings = {"format": "gguf", "weights": "f16"} if here or server else {"format": "nemotron-nas"}
+
+def main() -> None:
+    given = read_arguments()
+    llama_server = shutil.which("llama-server")
+    takes_gguf = bool(llama_cpp.installed() or llama_server)
+    if not takes_gguf and not vllm_engine.installed():
+        sys.exit(NO_ENGINE)
+
+    model, tokenizer = llmdrop.load_model(given.model, dtype="auto")
+    plan = drop(model, tokenizer, {"attn": given.attn, "mlp": given.mlp, "block": given.block})
+    name = f"{Path(given.model).name}-{plan.label}"
+    path = llmdrop.build_dir() / "serve" / (f"{name}.gguf" if takes_gguf else name)
+    form = {"format": "gguf", "weights": "f16"} if takes_gguf else {"format": "nemotron-nas"}
     try:
-        llmdrop.save_model(model, tokenizer, path, overwrite=True, **settings)
-    except ValueError as error:
+        llmdrop.save_model(model, tokenizer, path, overwrite=True, **form)
+    except ValueError as error:  # what the format cannot hold
         sys.exit(str(error))
-    if here:
-        command = [sys.executable, serving.__file__, str(path), "--port", str(args.port)]
-    elif server:
-        command = [server, "--model", str(path), "--port", str(args.port)]
+
+    to_serve = [str(path), "--port", str(given.port)]
+    if llama_cpp.installed():
+        command = [sys.executable, "-m", "llmdrop.serving", *to_serve]
+    elif llama_server:
+        command = [llama_server, "--model", *to_serve]
     else:
-        command = [*serving_vllm.program(), "--model", str(path), "--port", str(args.port), "--trust-remote-code"]
-        command += ["--served-model-name", name]
-    print(f"{plan.label} of {model.name_or_path}: {plan.to_json()}\n{' '.join(command)}\n\nTry it:\n")
-    body = '{"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 64, "temperature": 0}'
-    print(f"curl http://127.0.0.1:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
-    sys.stdout.flush()
+        command = [*vllm_engine.program(), "--model", *to_serve]
+        command += ["--trust-remote-code", "--served-model-name", name]
+    url = f"http://127.0.0.1:{given.port}/v1/chat/completions"
+    print(f"{plan.label} of {model.name_or_path}: {plan.to_json()}")
+    print(" ".join(command))
+    print("\nTry it:\n")
+    print(f"curl {url} -H 'Content-Type: application/json' -d '{QUESTION}'\n", flush=True)
     os.execv(command[0], command)
 
 

@@ -24,13 +24,11 @@ def check_destination(path: Path, overwrite: bool) -> None:
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
     if files and not overwrite:
         raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
-    foreign = [name for name in files if not OUR_FILES.fullmatch(name)]
-    if foreign or (files and "config.json" not in files):
-        why = f"{foreign[0]}, which save_model does not write" if foreign else "no config.json, so no checkpoint"
-        raise FileExistsError(
-            f"{path} holds {why}; overwrite=True replaces nothing but checkpoints. Choose another path, or move away "
-            "what is there"
-        )
+    obstacles = [f"{name}, which save_model does not write" for name in files if not OUR_FILES.fullmatch(name)]
+    if files and "config.json" not in files:
+        obstacles.append("no config.json, so no checkpoint")
+    if obstacles:
+        raise FileExistsError(f"{path} holds {obstacles[0]}; overwrite=True replaces checkpoints, choose another path")
 
 
 def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
@@ -41,9 +39,7 @@ def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> 
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another path, or overwrite=True to replace a file of llmdrop's")
     if path.exists() and not is_ours(path):
-        raise FileExistsError(
-            f"{path} was not written by llmdrop, and overwrite=True replaces nothing else; choose another path"
-        )
+        raise FileExistsError(f"{path} was not written by llmdrop, so overwrite=True spares it; choose another path")
 
 
 def _check_parents(path: Path) -> None:

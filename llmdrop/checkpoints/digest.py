@@ -15,27 +15,21 @@ def weights_digest(model) -> str:
     """Hex digest of the config and of every bit of every parameter, the same on any device.
 
     Instead of copying all bytes to the host, each row of 65,536 words is multiplied by two rows of random odd numbers
-    and summed, modulo 2^64: a change of one word always shows, other changes go unseen with a probability of 2^-64.
-    A quarter of a second for 135M parameters on a CPU, about as long for 13B on a GPU. Never cached, since nothing
-    tells that a weight was written to.
+    and summed, modulo 2^64: a change of one word always shows, others go unseen with a probability of 2^-64. Takes a
+    quarter of a second for 135M parameters. Never cached, since nothing tells that a weight was written to.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in VOLATILE}
     state = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     odd = torch.from_numpy(np.frombuffer(hashlib.shake_256(b"llmdrop").digest(2 * ROW * 8), "<i8").copy()) | 1
     for name, parameter in sorted(model.state_dict(keep_vars=True).items()):
         state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        words = _words(parameter.detach())
+        data = parameter.detach().reshape(-1).contiguous().view(torch.uint8)
+        if len(data) % 4 or data.storage_offset() % 4:
+            data = torch.cat([data, data.new_zeros(-len(data) % 4)])
+        words = data.view(torch.int32)
         factors = odd.view(2, ROW).to(words.device)
         for piece in words.split(ROW if words.device.type == "cpu" else 256 * ROW):
             rows = pad(piece.long(), (0, -len(piece) % ROW)).view(-1, ROW)
             sums = torch.stack([(rows * factors[0]).sum(1), (rows * factors[1]).sum(1)], 1)
             state.update(sums.cpu().numpy().tobytes())
     return state.hexdigest()
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes as int32, [words], the last one filled up with zeros."""
-    data = tensor.reshape(-1).contiguous().view(torch.uint8)
-    if len(data) % 4 or data.storage_offset() % 4:
-        data = torch.cat([data, data.new_zeros(-len(data) % 4)])
-    return data.view(torch.int32)

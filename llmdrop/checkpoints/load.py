@@ -33,22 +33,20 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "a
     if str(name).endswith(".gguf"):
         return _load_gguf(name, dtype, device, **kwargs)
     path, revision = locate(str(name))
+    revision = kwargs.pop("revision", revision)
     if device == "balanced":
         kwargs["device_map"] = "balanced"
     try:
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         model = load_weights(path, revision, dtype=torch_dtype, **kwargs)
         # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, config=model.config, trust_remote_code=False, revision=revision
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, config=model.config, trust_remote_code=False, revision=revision)
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
         kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
         raise kind(
             f"cannot load {str(name)!r}: {' '.join(str(error).split())[:300]} | Allowed: {', '.join(EMBEDDED)}, a "
-            "directory with config.json, safetensors and tokenizer, or a hub id (optionally @revision) that this "
-            "machine can reach. Copy or download a damaged file again; for a gated model accept its license on the "
-            "hub and run `hf auth login`."
+            "directory with config.json, safetensors and tokenizer, or a hub id (optionally @revision) in reach. Copy "
+            "a damaged file again; for a gated model accept its license on the hub and run `hf auth login`."
         ) from error
     model.name_or_path = str(name)
     return (model if device == "balanced" else model.to(device)), tokenizer
@@ -134,9 +132,10 @@ def saved_record(raw: dict, path: str | os.PathLike) -> dict:
 
 def stock_class(config):
     """The causal language model class of this config in transformers. ValueError where there is none."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if stock is None:
         raise ValueError(f"model type {config.model_type!r} is not a causal language model that transformers knows")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return stock
 
 
 def _dropped_class(stock: type, record: dict) -> type:
@@ -152,13 +151,12 @@ def _dropped_class(stock: type, record: dict) -> type:
 
 def _refuse_random_weights(model, info: dict, llm_drop: DropPlan, path: str) -> None:
     """ValueError unless every parameter came from the file. LLM-Drop's checkpoints may omit what their lists drop."""
-    missing = set(info["missing_keys"])
+    places = []
     if llm_drop:
-        parts = find_anatomy(model)
-        for kind in ("attn", "mlp"):
-            for i in getattr(llm_drop, kind):
-                places = [f".{i}.{name}." for name in getattr(parts.layout, kind)]
-                missing = {key for key in missing if not any(place in key for place in places)}
+        layout = find_anatomy(model).layout
+        places += [f".{i}.{name}." for i in llm_drop.attn for name in layout.attn]
+        places += [f".{i}.{name}." for i in llm_drop.mlp for name in layout.mlp]
+    missing = [key for key in info["missing_keys"] if not any(place in key for place in places)]
     reshaped = sorted(map(str, info.get("mismatched_keys") or ()))
     if missing or reshaped:
         raise ValueError(

@@ -10,6 +10,7 @@ from ..anatomy import find_anatomy
 from . import configuration_nemotron_nas
 from .transformers_format import for_transformers_4, our_config, save_weights_and_tokenizer
 
+LLAMA = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # all that the engines can run
 # a matrix to which a mean adds a bias: vLLM's switch for it, and the matrices that it then gives one in every layer
 SWITCHES = {
     "self_attn.o_proj": ("attention_bias", (".o_proj",)),  # with qkv_bias off
@@ -20,12 +21,10 @@ SWITCHES = {
 def write_nemotron_nas(model, tokenizer, folder: Path) -> None:
     """Write a Llama or Mistral into the existing `folder` for engines that have DeciLMForCausalLM: vLLM, and SGLang.
 
-    Weights keep their Llama names; config.json says layer by layer what is there. Serve it with `python -m
-    vllm.entrypoints.openai.api_server --model folder` where llmdrop is installed (it registers the config), else with
-    --trust-remote-code (the config file is beside the weights). A model with biases that a mean added is for vLLM
-    alone: the others have no place for them and would skip them in silence, but for an MLP width that they cannot read.
-    Raises ValueError for what the engine cannot run: other architectures, mixed dtypes, no attention in the first layer
-    that is left.
+    Weights keep their Llama names; config.json says layer by layer what is there. vLLM needs --trust-remote-code where
+    llmdrop is not installed beside it. With biases that a mean added it is for vLLM alone: the others would skip them
+    in silence, but for an MLP width that they cannot read. Raises ValueError for what the engine cannot run: other
+    architectures, mixed dtypes, no attention in the first layer that is left.
     """
     check_llama(model, "nemotron-nas")
     parts = find_anatomy(model)
@@ -68,13 +67,13 @@ def _block(no_attn: bool, no_mlp: bool, config, biased: bool) -> dict:
     """One entry of block_configs. Engines take an MLP's width as 2 * ffn_mult * hidden / 3, rounded up to 256."""
     grouped = config.num_attention_heads // config.num_key_value_heads
     attention = {"no_op": no_attn, "replace_with_linear": False, "n_heads_in_group": None if no_attn else grouped}
-    ffn = {"no_op": no_mlp, "replace_with_linear": False, "ffn_mult": None}
-    if not no_mlp and (biased or config.intermediate_size % 256):
-        del ffn["ffn_mult"]  # vLLM then reads the width itself; other engines stop, and cannot have this model
-        ffn["intermediate_size"] = config.intermediate_size
-    elif not no_mlp:
-        ffn["ffn_mult"] = 1.5 * config.intermediate_size / config.hidden_size
-    return {"attention": attention, "ffn": ffn}
+    if no_mlp:
+        width = {"ffn_mult": None}
+    elif biased or config.intermediate_size % 256:  # vLLM reads this; other engines stop, and cannot have this model
+        width = {"intermediate_size": config.intermediate_size}
+    else:
+        width = {"ffn_mult": 1.5 * config.intermediate_size / config.hidden_size}
+    return {"attention": attention, "ffn": {"no_op": no_mlp, "replace_with_linear": False} | width}
 
 
 def check_llama(model, format: str) -> None:
@@ -89,12 +88,11 @@ def check_llama(model, format: str) -> None:
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         raise ValueError(f"the weights are of mixed or integer types {sorted(map(str, dtypes))}; use model.to(...)")
     # not every config has all of these: Mistral's knows no biases
-    settings = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-    other = {name: getattr(config, name, value) for name, value in settings.items()}
-    if other["attention_bias"] or other["mlp_bias"] or other["hidden_act"] != "silu":
+    settings = {name: getattr(config, name, value) for name, value in LLAMA.items()}
+    if settings != LLAMA:
+        listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         raise ValueError(
-            f"format={format!r} has no biases and no activation but SiLU; this model has "
-            f"{', '.join(f'{name}={value!r}' for name, value in other.items())}. Use format='hf'"
+            f"format={format!r} has no biases and no activation but SiLU; this model has {listed}. Use format='hf'"
         )
 
 

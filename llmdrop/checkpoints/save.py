@@ -16,22 +16,20 @@ def save_model(
 ) -> Path:
     """Write model and tokenizer with only what is left of the model, for the program named by `format`.
 
-    "hf" (default): a directory of safetensors and config.json. A model with whole blocks dropped is an ordinary
-        checkpoint. One with single sublayers dropped, or with biases that a mean added, gets model type "llmdrop":
-        `load_model` reads it, and `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` where llmdrop is
-        not installed; stock classes refuse it instead of filling the gaps with random weights.
-    "nemotron-nas": a directory for vLLM (and SGLang, TensorRT-LLM), see `nemotron_nas.write_nemotron_nas`; with added
-        biases for vLLM alone.
-    "gguf": one file for llama.cpp (Ollama, LM Studio), with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
+    "hf" (default): a directory of safetensors and config.json, an ordinary checkpoint where only whole blocks are
+        dropped. Else (single sublayers dropped, or biases that a mean added) `load_model` reads it, and
+        `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`; stock classes refuse it.
+    "nemotron-nas": a directory for vLLM, SGLang and TensorRT-LLM, see `nemotron_nas.write_nemotron_nas`.
+    "gguf": one file for llama.cpp, Ollama and LM Studio, with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
         `gguf_format.write_gguf`; `load_model` reads it back.
 
     Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces what llmdrop wrote, and nothing
-    else), ValueError for what a format cannot hold, RuntimeError while another process writes there, OSError when the
-    disk is full; the destination is complete or absent, also when the process is killed.
+    else), ValueError for what a format cannot hold, ImportError without the extra that a GGUF needs, RuntimeError while
+    another process writes there; the destination is complete or absent, also when the process is killed.
     """
     path = Path(path)
     if format == "gguf":
-        from .gguf_format import write_gguf  # needs the package gguf
+        from .gguf_format import write_gguf  # needs an extra
 
         return write_gguf(model, tokenizer, path, overwrite=overwrite, **settings)
     if format not in DIRECTORIES or settings:

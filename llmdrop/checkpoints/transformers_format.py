@@ -16,11 +16,7 @@ OURS = "llmdrop"  # model type of a checkpoint that stock classes must not read
 
 
 def write_hf(model, tokenizer, folder: Path) -> None:
-    """Write safetensors, config.json and tokenizer into the existing `folder`, and the modeling file if it needs one.
-
-    What transformers 5 writes in a way that 4.50 would misread (the rotary base, the tokenizer's class) is written in
-    both ways.
-    """
+    """Write safetensors, config.json and tokenizer into `folder`, and the modeling file if the model needs one."""
     save_weights_and_tokenizer(model, tokenizer, folder)
     parts = find_anatomy(model)
     file = folder / "config.json"

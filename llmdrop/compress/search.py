@@ -17,7 +17,7 @@ from torch import nn
 from ..anatomy import find_anatomy
 from ..calibration import Calibration, batches
 from ..plan import DropPlan, plan_of
-from ..prune import put
+from ..prune import eval_mode, put
 from ..sublayers import SublayerRun, head_logits, run_layer
 from .reconstruction import Changes, Sublayer, combined, put_changes
 
@@ -142,8 +142,7 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter takes gradients, and the model is in evaluation mode; both are restored, and gradients kept."""
     with ExitStack() as undo:
-        undo.callback(model.train, model.training)
-        model.eval()
+        undo.enter_context(eval_mode(model))
         for parameter in model.parameters():
             put(undo, parameter, "grad", None)
             put(undo, parameter, "requires_grad", False)

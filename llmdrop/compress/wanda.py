@@ -17,7 +17,7 @@ from ..anatomy import Anatomy, find_anatomy
 from ..calibration import Calibration
 from ..checkpoints.digest import weights_digest
 from ..plan import DropPlan
-from ..prune import dropped
+from ..prune import dropped, eval_mode
 from ..sublayers import SublayerRun, run_layer
 
 VERSION = 1  # of the zeros: raised when others are found
@@ -95,8 +95,7 @@ def wanda(
     matrices = linears(parts)
     zeros: Zeros = {}
     with ExitStack() as undo:
-        undo.callback(model.train, model.training)
-        model.eval()
+        undo.enter_context(eval_mode(model))
         run = SublayerRun(model, parts, calibration, batch_size)
         streams = run.start
         for i, layer in enumerate(parts.layers):

@@ -8,7 +8,8 @@ from operator import itemgetter
 import pandas as pd
 
 from ..plan import DropPlan
-from .sweep import eval_mode, whole_plans
+from ..prune import eval_mode
+from .sweep import whole_plans
 from .tasks import FEWSHOT_SEED, Data, Shots, load_tasks, pool, quiet, right_choice
 
 VERSION = 1  # raised when the numbers change

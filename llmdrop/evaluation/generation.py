@@ -11,7 +11,8 @@ from os.path import commonprefix
 import torch
 
 from ..plan import DropPlan
-from .sweep import Item, eval_mode, loglikelihoods
+from ..prune import eval_mode
+from .sweep import Item, loglikelihoods
 
 VERSION = 1  # raised when what is written changes
 CACHED = 32_768  # tokens that the KV caches of one batch may hold: long prompts share a batch with fewer others

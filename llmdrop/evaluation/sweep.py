@@ -7,7 +7,6 @@ that agree on layers 0..i share the residual stream up to there. The head runs o
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os.path import commonprefix
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from ..anatomy import Anatomy, find_anatomy
 from ..plan import DropPlan
+from ..prune import eval_mode
 from ..sublayers import LayerCall, head_logits, layer_calls, run_layer
 
 VERSION = 1  # raised when the numbers change
@@ -161,18 +161,6 @@ def whole_plans(model: nn.Module, plans: Iterable[DropPlan]) -> list[DropPlan]:
     if not plans:
         raise ValueError("no plans to measure; give at least one (DropPlan() is the whole model)")
     return plans
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model without dropout for the length of a `with` block; every module then has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check(model: nn.Module, items: Sequence[Item]) -> None:

@@ -26,6 +26,8 @@ from ..plan import DropPlan
 from .provenance import model_key, model_name, provenance, tokenizer_digest, version
 from .store import Entry, Store
 
+COLUMNS = ["variant", "where", "metric", "item", "value", "n"]
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -56,38 +58,88 @@ def quality(
 
     model: undropped. texts: held-out text by name; metric "nats", a sample's mean negative log-likelihood per token.
     tasks: lm-eval's benchmarks, limit, data_dir and num_fewshot as of `llmdrop.evaluate`; metrics are lm-eval's own per
-    question ("acc", "acc_norm", "exact_match", ...) and, where there are choices, "choice": the log of the
-    probability of the right one among them, each choice's log-likelihood taken per byte. questions: prompts with
-    answers; metric "match", 1 where greedy decoding writes the answer.
+    question ("acc", "acc_norm", "exact_match", ...) and `choice`. questions: prompts with answers; metric "match", 1
+    where greedy decoding writes the answer.
 
     Returns columns variant, where (a text, task or set of questions), metric, item (its number), value, n (tokens of a
     text sample, else 1). Items are the same for every variant, so that differences can be paired. Every variant and
     text, task or set is stored on its own; nothing is applied, fitted or found for what is stored.
 
-    Raises what `Variant.applied`, `llmdrop.perplexity` and `llmdrop.evaluate` raise; ValueError without variants, and
-    for one name of two things to measure on.
+    Raises what `Variant.applied`, `llmdrop.perplexity` and `llmdrop.evaluate` raise; ValueError without variants, for
+    one name of two things to measure on, and for a task whose questions have no number of their own (wikitext).
     """
+    texts = texts or {}
+    questions = questions or {}
     if not variants:
         raise ValueError("no variants to measure; Variant() is the whole model")
-    places = [*(texts or {}), *tasks, *(questions or {})]
+    places = [*texts, *tasks, *questions]
     twice = sorted({name for name in places if places.count(name) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} names several of texts, tasks and questions; give each a name of its own")
-    store = store or Store()
     shots = num_fewshot if isinstance(num_fewshot, Mapping) else dict.fromkeys(tasks, num_fewshot)
-    task_digests = {
-        task: task_digest(task, data_dir, shots.get(task)) for task in tasks
-    }  # all are good before we start
-    frames = []
-    for name, text in (texts or {}).items():
-        frames.append(_on_text(store, model, variants, name, text))
+    # every task is known to be there before anything runs
+    task_digests = {task: task_digest(task, data_dir, shots.get(task)) for task in tasks}
+    store = store or Store()
+    rows: list[tuple] = []
+
+    for name, text in texts.items():
+        items = text_items(text)
+        counts = [item.n_scored for item in items]
+
+        def losses(plans: Sequence[DropPlan], items=items, counts=counts, name=name) -> list[dict]:
+            sums, _ = loglikelihoods(model, plans, items, label=name)
+            return [{"nats": (-row).tolist(), "tokens": counts} for row in sums]
+
+        key = model_key(model) | {"version": sweep.VERSION, "text": text.digest}
+        for variant, loss in _measured(store, "losses", model, variants, key, name, losses).items():
+            for item, (nats, n) in enumerate(zip(loss["nats"], loss["tokens"], strict=True)):
+                rows.append((variant, name, "nats", item, nats / n, n))
+
     for task in tasks:
-        asked = (task, task_digests[task], limit, data_dir, shots.get(task))
-        frames.append(_on_task(store, model, tokenizer, variants, asked, batch_size))
-    for name, asked in (questions or {}).items():
-        frames.append(_on_questions(store, model, tokenizer, variants, name, asked))
-    columns = ["variant", "where", "metric", "item", "value", "n"]
-    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+        def answered(plans: Sequence[DropPlan], task=task) -> list[list[dict]]:
+            return ask(model, tokenizer, plans, task, limit, data_dir, shots.get(task), batch_size)
+
+        key = model_key(model, batch_size) | {
+            "version": [sweep.VERSION, evaluate.VERSION],
+            "tokenizer": tokenizer_digest(tokenizer),
+            "lm_eval": version("lm_eval"),
+            "task": task,
+            "task_digest": task_digests[task],
+            "limit": limit,
+        }
+        slug = task if limit is None else f"{task}-{limit}"
+        for variant, records in _measured(store, "questions", model, variants, key, slug, answered).items():
+            for item, record in enumerate(records):
+                metrics = dict(record["metrics"])
+                if record["gold"] is not None and record["loglikelihoods"]:
+                    metrics["choice"] = choice(record)
+                if not metrics:
+                    raise ValueError(f"{task} has no metric of a single question; measure it with llmdrop.evaluate")
+                rows += [(variant, task, metric, item, value, 1) for metric, value in metrics.items()]
+
+    for name, asked in questions.items():
+
+        def matches(plans: Sequence[DropPlan], asked=asked) -> list[list[int]]:
+            return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets)
+
+        key = model_key(model) | {
+            "version": [sweep.VERSION, generation.VERSION],
+            "tokenizer": tokenizer_digest(tokenizer),
+            "questions": asked.digest,
+        }
+        for variant, values in _measured(store, "matches", model, variants, key, name, matches).items():
+            rows += [(variant, name, "match", item, value, 1) for item, value in enumerate(values)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def choice(question: Mapping) -> float:
+    """Log of the probability of the right answer among the choices, each choice's log-likelihood taken per byte.
+
+    question: a record of `llmdrop.evaluation.evaluate.ask`.
+    """
+    per_byte = np.array(question["loglikelihoods"]) / np.array(question["bytes"])
+    return float(per_byte[question["gold"]] - np.logaddexp.reduce(per_byte))
 
 
 def answers(
@@ -115,14 +167,12 @@ def answers(
         "stop": list(stop),
         "max_new_tokens": max_new_tokens,
     }
-
     store = store or Store()
     written = {}
     for windowed in (False, True):
         size = 1 if windowed else batch_size
 
         def write(plans: Sequence[DropPlan], size=size) -> list[list[str]]:
-            assert plans == [DropPlan()]
             return [generate(model, tokenizer, prompts, max_new_tokens, stop, size)]
 
         some = {label: variant for label, variant in variants.items() if (variant.windows is not None) == windowed}
@@ -143,73 +193,6 @@ def training_losses(model: nn.Module, variant: Variant, store: Store | None = No
     key = model_key(model) | {"variant": variant.key}
     slug = f"{model_name(model)}-{variant.label}"
     return (store or Store()).get("training", key, compute, slug, lambda: provenance(model, variant.healing.text))
-
-
-def _on_text(store: Store, model, variants: Mapping[str, Variant], name: str, text: Calibration) -> pd.DataFrame:
-    items = text_items(text)
-
-    def losses(plans: Sequence[DropPlan]) -> list[dict]:
-        sums, _ = loglikelihoods(model, plans, items, label=name)
-        counts = [item.n_scored for item in items]
-        return [{"nats": (-row).tolist(), "tokens": counts} for row in sums]
-
-    key = model_key(model) | {"version": sweep.VERSION, "text": text.digest}
-    measured = _measured(store, "losses", model, variants, key, name, losses)
-    frames = []
-    for variant, value in measured.items():
-        tokens = np.array(value["tokens"])
-        rows = {"item": range(len(tokens)), "value": np.array(value["nats"]) / tokens, "n": tokens}
-        frames.append(pd.DataFrame({"variant": variant, "where": name, "metric": "nats"} | rows))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _on_task(store: Store, model, tokenizer, variants, asked: tuple, batch_size: int) -> pd.DataFrame:
-    task, digest, limit, data_dir, shots = asked
-
-    def records(plans: Sequence[DropPlan]) -> list[list[dict]]:
-        return ask(model, tokenizer, plans, task, limit, data_dir, shots, batch_size)
-
-    key = model_key(model, batch_size) | {
-        "version": [sweep.VERSION, evaluate.VERSION],
-        "tokenizer": tokenizer_digest(tokenizer),
-        "lm_eval": version("lm_eval"),
-        "task": task,
-        "task_digest": digest,
-        "limit": limit,
-    }
-    name = task if limit is None else f"{task}-{limit}"
-    rows = []
-    for variant, questions in _measured(store, "questions", model, variants, key, name, records).items():
-        for item, question in enumerate(questions):
-            metrics = dict(question["metrics"])
-            if question["gold"] is not None and question["loglikelihoods"]:
-                metrics["choice"] = choice(question)
-            rows += [(variant, task, metric, item, value, 1) for metric, value in metrics.items()]
-    return pd.DataFrame(rows, columns=["variant", "where", "metric", "item", "value", "n"])
-
-
-def choice(question: Mapping) -> float:
-    """Log of the probability of the right answer among the choices, each choice's log-likelihood taken per byte.
-
-    question: a record of `llmdrop.evaluation.evaluate.ask`.
-    """
-    per_byte = np.array(question["loglikelihoods"]) / np.array(question["bytes"])
-    return float(per_byte[question["gold"]] - np.logaddexp.reduce(per_byte))
-
-
-def _on_questions(store: Store, model, tokenizer, variants, name: str, asked: Questions) -> pd.DataFrame:
-    def matches(plans: Sequence[DropPlan]) -> list[list[int]]:
-        return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets)
-
-    key = model_key(model) | {
-        "version": [sweep.VERSION, generation.VERSION],
-        "tokenizer": tokenizer_digest(tokenizer),
-        "questions": asked.digest,
-    }
-    rows = []
-    for variant, values in _measured(store, "matches", model, variants, key, name, matches).items():
-        rows += [(variant, name, "match", item, value, 1) for item, value in enumerate(values)]
-    return pd.DataFrame(rows, columns=["variant", "where", "metric", "item", "value", "n"])
 
 
 def _measured(

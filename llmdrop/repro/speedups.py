@@ -1,8 +1,4 @@
-"""Speedups side by side: as published in Tables 1 to 3, as bytes and FLOPs allow, and as measured here.
-
-The prediction is `llmdrop.predict_speed`, the measurement `timing`; this module lines them up by row ("Attn-8",
-"MLP-4", ...).
-"""
+"""Speedups side by side, row by row: as published in Tables 1 to 3, as bytes and FLOPs allow, and as measured here."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -202,9 +198,7 @@ def measure_models(
     frames = []
     facts = {}
     for name in names:
-        model = (
-            _by_shape(name, check_device(device), dtype) if name in GEOMETRIES else load_model(name, dtype, device)[0]
-        )
+        model = _load(name, dtype, device)
         labels = rows_to_measure(name, find_anatomy(model).n_layers)
         batch = batch_sizes.get(name.split("@")[0], 1)
         runs = {decoding: (labels, cache)}
@@ -222,9 +216,11 @@ def measure_models(
     return out[front + [column for column in out if column not in front]], facts
 
 
-def _by_shape(name: str, device: str, dtype: str) -> nn.Module:
-    """One of the paper's models with random weights, in 4 bits where the paper's is."""
-    return geometry_model(name, device, dtype, 4 if name in PUBLISHED_BITS else 16)
+def _load(name: str, dtype: str, device: str) -> nn.Module:
+    """A model of `load_model`, or one of GEOMETRIES with random weights, in 4 bits where the paper's is."""
+    if name in GEOMETRIES:
+        return geometry_model(name, check_device(device), dtype, 4 if name in PUBLISHED_BITS else 16)
+    return load_model(name, dtype, device)[0]
 
 
 def rows_to_measure(name: str, n_layers: int) -> list[str]:
@@ -250,13 +246,14 @@ def largest_batches(published: pd.DataFrame, memory: float = 48e9, device: str |
         dropped = DropPlan(attn=range(printed.layers_after, printed.layers_before))
         row = {"model": name, "weight_bits": bits, "tokens": tokens, "dropped": len(dropped)}
         plans = {"before": DropPlan(), "after": dropped}
-        row |= {f"fits_{when}": largest_batch(name, plan, tokens, memory, bits) for when, plan in plans.items()}
-        row |= {f"measured_{when}": None for when in plans}
+        for when, plan in plans.items():
+            row[f"fits_{when}"] = largest_batch(name, plan, tokens, memory, weight_bits=bits)
+        row |= {"measured_before": None, "measured_after": None}
         if device is not None:
-            model = _by_shape(name, device, "bfloat16")
+            model = _load(name, "bfloat16", device)
             total = torch.cuda.get_device_properties(device).total_memory
             for when, plan in plans.items():
-                at_most = largest_batch(name, plan, tokens, total, bits)
+                at_most = largest_batch(name, plan, tokens, total, weight_bits=bits)
                 row[f"measured_{when}"] = largest_measured_batch(apply_plan(model, plan), tokens, at_most)
             del model  # the next one may not fit beside it
         rows.append(row)

@@ -12,11 +12,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from ..checkpoints.save import save_model
 from ..plan import DropPlan
 from ..prune import dropped
-from ..speed.measure import in_rounds, measure_speed
+from ..speed.measure import in_rounds, measure_speed, speedups
 from . import llama_cpp, vllm_engine
 
 VERSION = 1  # raised when the numbers of this module change
 FORMATS = {"transformers": "hf", "llama.cpp": "gguf", "vLLM": "nemotron-nas"}
+COLUMNS = [  # of `compare_serving`
+    *("prefill_tokens_per_second", "decode_tokens_per_second", "prefill_speedup"),
+    *("decode_speedup", "decode_low", "decode_high", "kv_bytes", "file_bytes", "kv_share", "file_share"),
+]
 
 
 def engines() -> dict[str, str]:
@@ -41,58 +45,47 @@ def commands(path: str = "dropped") -> list[dict[str, str]]:
 
 def export(engine: str, model, tokenizer, plan: DropPlan, folder: str | Path, weights: str = "f32") -> Path:
     """Write one plan of an undropped model in the form `engine` reads; weights: of a GGUF. ValueError if it cannot."""
+    settings = {"format": FORMATS[engine]} | ({"weights": weights} if engine == "llama.cpp" else {})
     with dropped(model, plan):
-        if engine == "llama.cpp":
-            return save_model(model, tokenizer, Path(folder, "m.gguf"), format="gguf", weights=weights)
-        return save_model(model, tokenizer, Path(folder, "m"), format=FORMATS[engine])
-
-
-@contextmanager
-def start(engine: str, path: Path, model, **settings) -> Iterator:
-    """Run an export in an engine in a `with` block; settings (transformers has none): as of `llama_cpp.serve`.
-
-    What it yields has complete(prompts, new_tokens, top) and, but for transformers, kv_bytes and file_bytes.
-    """
-    if engine == "transformers":
-        yield Transformers(path, model)
-    else:
-        serve = {"llama.cpp": llama_cpp.serve, "vLLM": vllm_engine.serve}[engine]
-        with serve(path, **settings) as running:
-            yield running
+        return save_model(model, tokenizer, Path(folder, "m.gguf" if engine == "llama.cpp" else "m"), **settings)
 
 
 class Transformers:
     """Transformers without llmdrop, in the shape of an engine: a checkpoint loaded by the file it brings."""
 
-    def __init__(self, path: Path, model):
-        self.model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=model.dtype)
-        self.model.to(model.device).eval()
-        self.model.generation_config = GenerationConfig(pad_token_id=0)  # no end of text ends it
+    def __init__(self, path: Path, device: torch.device):
+        self.model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto").eval().to(device)
+        settings = {"return_dict_in_generate": True, "output_logits": True}
+        self.model.generation_config = GenerationConfig(pad_token_id=0, **settings)  # no end of text ends it
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[Sequence[int]], new_tokens: int, top: int = 1) -> list[dict]:
-        """Greedy continuations with a KV cache: tokens, top (for each {token: log-probability} of the likeliest).
-
-        Prompts of one length are one batch.
-        """
+        """Greedy continuations with a KV cache: tokens, top (for each {token: log-probability} of the likeliest)."""
         answers: list[dict] = [{} for _ in prompts]
-        for length in {len(prompt) for prompt in prompts}:
+        for length in {len(prompt) for prompt in prompts}:  # those of one length are one batch
             batch = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             ids = torch.tensor([prompts[i] for i in batch], device=self.model.device)
-            out = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
             best = torch.stack(out.logits, 1).float().log_softmax(-1).topk(top)  # [batch, new_tokens, top]
             for row, i in enumerate(batch):
                 steps = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
                 top_of_steps = [dict(zip(tokens, values, strict=True)) for tokens, values in steps]
                 answers[i] = {"tokens": out.sequences[row, length:].tolist(), "top": top_of_steps}
         return answers
+
+
+@contextmanager
+def start(engine: str, path: Path, device: torch.device, **settings) -> Iterator:
+    """Run an export in an engine in a `with` block. device: of transformers; settings: of the others' `serve`.
+
+    What it yields has complete(prompts, new_tokens, top) and, but for transformers, kv_bytes.
+    """
+    if engine == "transformers":
+        yield Transformers(path, device)
+    else:
+        serve = llama_cpp.serve if engine == "llama.cpp" else vllm_engine.serve
+        with serve(path, **settings) as running:
+            yield running
 
 
 # -- the same numbers -------------------------------------------------------------------------------------------------
@@ -113,7 +106,7 @@ def check_export(
         except ValueError as error:
             return [{"refused": str(error)}]
         for setting in ("exact", "default") if engine == "llama.cpp" else ("exact",):
-            with start(engine, path, model, exact=setting == "exact", **how) as running, dropped(model, plan):
+            with start(engine, path, model.device, exact=setting == "exact", **how) as running, dropped(model, plan):
                 rows.append({"setting": setting} | compare(running, model, prompts, new_tokens))
     return rows
 
@@ -134,13 +127,13 @@ def compare(engine, model, prompts: Sequence[Sequence[int]], new_tokens: int, to
         with torch.inference_mode():
             logits = model(sequence, use_cache=False, logits_to_keep=new_tokens + 1).logits
         logprobs = logits[0, :-1].float().log_softmax(-1).cpu()  # [new_tokens, V]
-        for step, (token, likely) in enumerate(zip(out["tokens"], out["top"], strict=True)):
+        for of_model, token, likely in zip(logprobs, out["tokens"], out["top"], strict=True):
             known = {t: value for t, value in likely.items() if value > -30}  # llama.cpp says -inf as a large number
-            difference = max(difference, *(abs(float(logprobs[step, t]) - value) for t, value in known.items()), 0)
+            difference = max(difference, *(abs(float(of_model[t]) - value) for t, value in known.items()), 0)
             ends = [t for t, value in known.items() if value > known.get(token, 0)]  # rated above its own choice
-            logprobs[step, ends] = -torch.inf
-            equal += int(logprobs[step].argmax()) == token
-            loss = max(loss, float(logprobs[step].max() - logprobs[step, token]))
+            of_model[ends] = -torch.inf
+            equal += int(of_model.argmax()) == token
+            loss = max(loss, float(of_model.max() - of_model[token]))
     n_tokens = new_tokens * len(prompts)
     return {"n_tokens": n_tokens, "n_equal": equal, "max_difference": difference, "max_loss": loss}
 
@@ -159,10 +152,9 @@ def compare_serving(
 ) -> list[dict]:
     """Speed of several plans of one model in one engine, in turn, `rounds` times: a drifting machine hits all alike.
 
-    Returns one row per plan that the engine can have: engine, plan, prefill_tokens_per_second,
-    decode_tokens_per_second, prefill_speedup and decode_speedup over the first plan (medians over rounds of ratios
-    within one round), with decode_low and decode_high (their range), kv_bytes (what the engine needs for prompt and new
-    tokens, by its own account), file_bytes, and kv_share and file_share relative to the first plan's.
+    Returns one row per plan that the engine can have: engine, plan and COLUMNS. Speedups are over the first plan
+    (medians over rounds of ratios within one round, and their range), kv_bytes what the engine says it needs for prompt
+    and new tokens, shares relative to the first plan's.
     """
     how = {"threads": threads, "parallel": 1, "context": _rounded_up(len(prompt) + new_tokens, 256)}
     runs: dict[str, Callable[[int], dict]] = {}
@@ -177,32 +169,27 @@ def compare_serving(
             except ValueError as error:
                 print(f"{engine} cannot have {name}: {error}")
                 continue
-            running = stack.enter_context(start(engine, path, model, **how))
-            runs[name] = partial(_time_engine, running, prompt, new_tokens)
+            running = stack.enter_context(start(engine, path, model.device, **how))
+            files = path.rglob("*") if path.is_dir() else [path]
+            file_bytes = sum(file.stat().st_size for file in files)
+            runs[name] = partial(_time_engine, running, prompt, new_tokens, file_bytes)
         if not runs:
             return []
         in_rounds(runs, 1)  # warms up
         rows = in_rounds(runs, rounds)
-    rates = ["prefill_tokens_per_second", "decode_tokens_per_second"]
-    rows[rates[0]] = len(prompt) / rows["prefill_seconds"]
-    rows[rates[1]] = new_tokens / rows["decode_seconds"]
-    first = rows[rows["name"] == next(iter(runs))].set_index("round")
-    speedups = ["prefill_speedup", "decode_speedup"]
-    for rate, speedup in zip(rates, speedups, strict=True):
-        rows[speedup] = rows[rate] / rows["round"].map(first[rate])
-    by_plan = rows.groupby("name", sort=False)
-    table = by_plan[rates + speedups].median()
-    table["decode_low"] = by_plan["decode_speedup"].min()
-    table["decode_high"] = by_plan["decode_speedup"].max()
-    table[["kv_bytes", "file_bytes"]] = by_plan[["kv_bytes", "file_bytes"]].last()
+    rows["seconds"] = rows["prefill_seconds"] + rows["decode_seconds"]
+    table = speedups(rows[["name", "round", "seconds", "prefill_seconds", "decode_seconds", "kv_bytes", "file_bytes"]])
+    table["prefill_tokens_per_second"] = len(prompt) / table["prefill_seconds"]
+    table["decode_tokens_per_second"] = new_tokens / table["decode_seconds"]
     table["kv_share"] = table["kv_bytes"] / table["kv_bytes"].iloc[0]
     table["file_share"] = table["file_bytes"] / table["file_bytes"].iloc[0]
-    return [{"engine": engine, "plan": name} | row for name, row in table.to_dict("index").items()]
+    table = table.rename(columns={"decode_speedup_low": "decode_low", "decode_speedup_high": "decode_high"})
+    return [{"engine": engine, "plan": name} | row for name, row in table[COLUMNS].to_dict("index").items()]
 
 
-def _time_engine(running, prompt: Sequence[int], new_tokens: int, turn: int) -> dict[str, float]:
+def _time_engine(running, prompt: Sequence[int], new_tokens: int, file_bytes: int, turn: int) -> dict[str, float]:
     (out,) = running.complete([prompt], new_tokens)
-    return out | {"kv_bytes": running.kv_bytes, "file_bytes": running.file_bytes}
+    return out | {"kv_bytes": running.kv_bytes, "file_bytes": file_bytes}
 
 
 def _time_in_place(model, plan: DropPlan, prompt_len: int, new_tokens: int, turn: int) -> dict[str, float]:

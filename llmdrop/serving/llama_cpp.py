@@ -34,7 +34,6 @@ class LlamaCpp:
 
     address: str  # http://host:port
     log: Path  # what it says about itself
-    path: Path  # the model's file
     parallel: int = 1  # requests it works on at the same time
 
     def complete(self, prompts: Sequence[Sequence[int]], new_tokens: int, top: int = 1) -> list[dict]:
@@ -69,11 +68,6 @@ class LlamaCpp:
         return _post(f"{self.address}/tokenize", {"content": text, "parse_special": True})["tokens"]
 
     @property
-    def file_bytes(self) -> int:
-        """Bytes on disk."""
-        return self.path.stat().st_size
-
-    @property
     def kv_bytes(self) -> int:
         """Bytes of KV cache that the engine says it reserved for its context."""
         sizes = re.findall(r"KV buffer size *= *([\d.]+) MiB", self.log.read_text(errors="replace"))
@@ -92,7 +86,7 @@ def serve(path, threads: int = 1, context: int = 1024, exact: bool = False, para
     if installed() is None:
         raise ImportError(f"serving a GGUF needs an engine: {INSTALL}")
     command = [sys.executable, __file__, str(path), "--threads", str(threads), "--context", str(context * parallel)]
-    command += ["--parallel", str(parallel), "--verbose", "--attached"] + ["--exact"] * exact
+    command += ["--parallel", str(parallel), "--attached"] + ["--exact"] * exact
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory()), "log")
         process = subprocess.Popen(
@@ -109,7 +103,7 @@ def serve(path, threads: int = 1, context: int = 1024, exact: bool = False, para
             lines = log.read_text(errors="replace").splitlines()
             errors = [line for line in lines if " E " in line or "rror" in line]
             raise ValueError(f"llama.cpp does not load {path}: {' | '.join(errors[:3])[:500] or 'it says nothing'}")
-        yield LlamaCpp(line.split()[-1], log, Path(path), parallel)
+        yield LlamaCpp(line.split()[-1], log, parallel)
 
 
 def _aligned(tokens: list[int], entries: list[dict]) -> list[dict[int, float]]:
@@ -148,11 +142,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--parallel", type=int, default=1, help="requests at the same time, which share the context")
     parser.add_argument("--exact", action="store_true", help="float32 KV cache, no flash attention")
-    parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--attached", action="store_true", help="end when standard input does")
+    parser.add_argument("--attached", action="store_true", help="for programs: log all, end when standard input does")
     args = parser.parse_args()
-    if sys.path[0] == str(Path(__file__).parent):
-        sys.path.pop(0)  # modules of llmdrop are no top-level modules
     try:
         import xllamacpp as engine
     except ImportError:
@@ -163,7 +154,7 @@ def main() -> None:
     params.n_ctx = args.context
     params.n_parallel = args.parallel
     params.warmup = False
-    params.verbosity = 4 if args.verbose else 1
+    params.verbosity = 4 if args.attached else 1
     if args.threads:
         params.cpuparams.n_threads = args.threads
         params.cpuparams_batch.n_threads = args.threads

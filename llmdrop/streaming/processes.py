@@ -42,8 +42,7 @@ def over_processes(
 ) -> Sums:
     """`sample_sums` of all samples, in every process, where `part` gives those of the samples it is given.
 
-    Every process must call it; any number of them, with any number of samples. The process group is made if there is
-    none (NCCL between GPUs, gloo between CPUs).
+    Every process must call it. The process group is made if there is none (NCCL between GPUs, gloo between CPUs).
     """
     accelerate = import_extra("accelerate")
     state = accelerate.PartialState()

@@ -1,7 +1,7 @@
-"""Score a model of any size layer by layer: one layer's weights in memory, the next one being read (paper's 70B rows).
+"""Score a model of any size layer by layer: one layer's weights in memory, the next one being read.
 
 A score is local to its layer, so layers can take turns: all calibration tokens pass layer i, only the residual stream
-[n, T, C] is kept, and layer i is released. Every byte of the weights is read once, none of the head's.
+[n, T, C] is kept, and layer i is released. Every byte of the layers is read once, none of the head's.
 """
 
 import ctypes

@@ -156,6 +156,22 @@ def test_damaged_and_foreign_gguf(tmp_path):
         load_model(tmp_path / "no-such.gguf")
 
 
+def test_without_the_extra_all_but_a_gguf_is_read_and_written(monkeypatch, tmp_path):
+    model, ids = wide(MIXED), random_ids(1, 7)
+    path = save_model(model, TOKENIZER, tmp_path / "m.gguf", format="gguf")
+    for name in ("gguf_format", "gguf_tokenizer"):
+        monkeypatch.delitem(sys.modules, f"llmdrop.checkpoints.{name}")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setenv("LLMDROP_BUILD", str(tmp_path / "build"))
+    for source in (path, "smollm2-135m"):
+        with pytest.raises(ImportError, match=r"need the package gguf .*: `pip install llmdrop\[gguf\]`"):
+            load_model(source, device="cpu")
+    with pytest.raises(ImportError, match=r"need the package gguf .*: `pip install llmdrop\[gguf\]`"):
+        save_model(model, TOKENIZER, tmp_path / "other.gguf", format="gguf")
+    loaded, _ = load_model(save_model(model, TOKENIZER, tmp_path / "m"), device="cpu")
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
+
+
 def test_a_gguf_is_loaded_as_asked(tmp_path):
     for weights, own in (
         ("f32", torch.float32),

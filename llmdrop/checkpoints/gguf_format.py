@@ -19,20 +19,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-try:
-    import gguf
-    from gguf import GGMLQuantizationType as Kind
-except ImportError as error:
-    raise ImportError(f"GGUF files need the package gguf ({error}): `pip install llmdrop[gguf]`") from error
-
 from ..anatomy import find_anatomy
 from ..files import new_directory
 from ..plan import DropPlan
 from ..prune import apply_plan, give_biases
 from .destination import check_file
+from .extras import import_extra
 from .gguf_tokenizer import read_tokenizer, tokenizer_facts
 from .nemotron_nas import attended, check_llama
 
+gguf = import_extra("gguf", "gguf")
+Kind = gguf.GGMLQuantizationType
 WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 TYPES = {  # of a file; of all others float32 holds the values
     gguf.LlamaFileType.MOSTLY_F16: torch.float16,

@@ -5,10 +5,12 @@ import os
 import re
 from pathlib import Path
 
-from gguf import TokenType
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from .extras import import_extra
+
+TokenType = import_extra("gguf", "gguf").TokenType
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

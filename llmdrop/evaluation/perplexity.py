@@ -23,7 +23,7 @@ def text_items(calibration: Calibration) -> list[Item]:
 def perplexity(model, calibration: Calibration, progress: bool = True) -> dict:
     """Token-level next-token perplexity of one model: see `perplexity_sweep`."""
     frame = perplexity_sweep(model, {"": DropPlan()}, calibration, progress)
-    return frame.drop(columns="plan").iloc[0].to_dict()
+    return frame.drop(columns="plan").to_dict("records")[0]
 
 
 def perplexity_sweep(

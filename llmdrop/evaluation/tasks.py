@@ -17,6 +17,7 @@ from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.extras import import_extra
 from ..data.mirror import split_file
 from ..data.rows import jsonl_file, read_rows
 
@@ -59,6 +60,7 @@ def load_tasks(
     file, which names no subjects. Raises ValueError for an unknown task or for shots without examples,
     FileNotFoundError for data that is not there.
     """
+    import_extra("lm_eval", "eval")
     from lm_eval.api.task import ConfigurableTask
 
     tasks: dict[str, dict[str, ConfigurableTask]] = {}
@@ -193,7 +195,7 @@ def _parts(name: str, data_dir: Data, num_fewshot: Shots) -> list[Definition]:
 
 def tasks_dir() -> Path:
     """Where lm-eval keeps its definitions."""
-    import lm_eval
+    lm_eval = import_extra("lm_eval", "eval")
 
     return Path(lm_eval.__file__).parent / "tasks"
 

@@ -1,122 +1,102 @@
 """The paper's figures from tidy data: plot_*(df, ax) draw, save_figure writes PDF, PNG, caption, numbers, provenance.
 
-Nothing here measures. A frame without the columns a figure needs is refused by name. Rows with `source == "paper"`
-are published values, drawn as hollow markers.
+A frame without the columns a figure needs is refused by name. Values with `source == "paper"` are hollow markers.
 """
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from ..files import write_atomic
 from ..plan import DropPlan
 from . import style
 from .statistics import shares
-from .tables import provenance_json
+from .tables import write_output
 
 KINDS = ("block", "mlp", "attn")  # of scores, in the order in which they are drawn
 _GHOST = {"facecolor": "#F4F4F4", "edgecolor": "#ABABAB", "linewidth": 0.5, "hatch": "//////"}
 
 
-def plot_importance(
-    df: pd.DataFrame, axes: Sequence[Axes], rows: str = "calibration", notes: Mapping[tuple, str] | None = None
-) -> None:
+def plot_importance(df: pd.DataFrame, axes: Sequence[Axes], rows: str = "calibration") -> None:
     """Figures 2 and 3: heat maps of importance, one column a layer and one row a calibration set, dark = important.
 
-    `df`: `kind` ("block", "mlp", "attn"), `layer`, `score` and the column named by `rows`. `axes`: one per kind, in the
-    order block, MLP, attention. All share one log scale, since layer 0 and the last MLP are far above the rest; the top
-    6 % share the darkest color. `notes`: {(kind, row): text} printed right of a row.
+    df: kind, layer, score and the column named by `rows`. axes: one per kind, in the order of KINDS. All share one log
+    scale, since layer 0 and the last MLP are far above the rest; the top 6 % share the darkest color.
     """
     _need(df, "plot_importance", "kind", "layer", "score", rows)
-    kinds = _kinds(df)
-    axes = list(np.atleast_1d(axes).flat)
+    kinds = _by_kind(df)
+    axes = np.atleast_1d(axes).ravel()
     if len(axes) != len(kinds):
-        raise ValueError(
-            f"plot_importance: {len(axes)} Axes for {len(kinds)} kinds ({', '.join(kinds)}); give one each"
-        )
-    positive = df.loc[df["score"] > 0, "score"]
-    low = positive.min()
-    norm = LogNorm(low, max(positive.quantile(0.94), low * 1.01), clip=True)
-    for axis, kind in zip(axes, kinds, strict=True):
-        grid = df[df["kind"] == kind].pivot_table("score", rows, "layer", sort=False)
-        grid = grid.reindex(columns=range(grid.columns.min(), grid.columns.max() + 1))
-        mesh = _heat_map(grid.clip(lower=low), axis, norm=norm, cmap="YlGnBu")  # a dropped layer's NaN stays white
+        raise ValueError(f"plot_importance: {len(axes)} Axes for {len(kinds)} kinds ({', '.join(kinds)}); give one each")
+    norm = _log_norm(df["score"], 0, 0.94)
+    for axis, (kind, part) in zip(axes, kinds.items(), strict=True):
+        grid = part.pivot_table("score", rows, "layer", sort=False)
+        grid = grid.reindex(columns=range(grid.columns.min(), grid.columns.max() + 1))  # a dropped layer stays white
+        mesh = _heat_map(grid, axis, norm)
         axis.set_title(style.KINDS[kind])
         axis.set_yticks(np.arange(len(grid)) + 0.5, grid.index)
         axis.set_xticks(*_whole_ticks(grid.columns))
         axis.tick_params(axis="x", length=2.5, labelbottom=axis is axes[-1])
-        for k, row in enumerate(grid.index):
-            if notes and (kind, row) in notes:
-                axis.text(len(grid.columns) + 0.3, k + 0.5, notes[kind, row], va="center", fontsize=6.5)
     axes[-1].set_xlabel("Layer")
-    bar = axes[0].figure.colorbar(mesh, ax=axes, label="Importance\n(1 − cosine)", extend="max", pad=0.02, aspect=25)
-    plain_log_ticks(bar.ax.yaxis)
+    _log_colorbar(mesh, axes, "Importance\n(1 − cosine)", extend="max", aspect=25)
 
 
 def plot_sample_size(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
     """Figure 10: importance for growing calibration sets, with each row's rank correlation against the largest.
 
-    `df`: `kind`, `n_samples`, `layer`, `score`. `axes`: one per kind, as for plot_importance.
+    df: kind, n_samples, layer, score. axes: one per kind, as for plot_importance.
     """
     _need(df, "plot_sample_size", "kind", "n_samples", "layer", "score")
     df = df.sort_values("n_samples")
-    notes = {}
-    for kind, rows in df.groupby("kind"):
-        by_size = rows.pivot_table("score", "layer", "n_samples").corr("spearman").iloc[-1]
-        notes |= {(kind, n): f"ρ = {rho:.3f}" for n, rho in by_size.iloc[:-1].items()}
-    plot_importance(df, axes, rows="n_samples", notes=notes)
-    for axis in np.atleast_1d(axes).flat:
+    plot_importance(df, axes, rows="n_samples")
+    for axis, part in zip(np.atleast_1d(axes).flat, _by_kind(df).values(), strict=True):
+        by_size = part.pivot_table("score", "layer", "n_samples")
+        for row, rho in enumerate(by_size.corr("spearman").iloc[-1, :-1]):
+            axis.text(len(by_size) + 0.3, row + 0.5, f"ρ = {rho:.3f}", va="center", fontsize=6.5)
         axis.set_ylabel("Samples")
 
 
 def plot_checkpoints(df: pd.DataFrame, axes: np.ndarray) -> None:
     """Figure 7: heat maps of importance, one column a checkpoint of a training run and one row a layer.
 
-    `df`: `kind`, `tokens` (seen in training), `layer`, `score`. `axes`: two rows, one column per kind in the order
-    block, MLP, attention: layer 0 is far above all others, so the lower row shows it apart, on its own scale.
+    df: kind, tokens (seen in training), layer, score. axes: two rows, one column per kind in the order of KINDS: layer
+    0 is far above all others, so the lower row shows it apart, on its own scale.
     """
     _need(df, "plot_checkpoints", "kind", "tokens", "layer", "score")
-    kinds = _kinds(df)
+    kinds = _by_kind(df)
     axes = np.asarray(axes)
     if axes.shape != (2, len(kinds)):
-        raise ValueError(
-            f"plot_checkpoints: Axes of shape {axes.shape} for {len(kinds)} kinds ({', '.join(kinds)}); "
-            f"give 2 rows of {len(kinds)}, as from plt.subplots(2, {len(kinds)})"
-        )
-    first = df[df["layer"] == 0]
-    others = df[df["layer"] > 0]
-    low, high = others.loc[others["score"] > 0, "score"].quantile([0.02, 0.99])
-    norm = LogNorm(low, max(high, low * 1.01), clip=True)
-    for kind, (upper, lower) in zip(kinds, axes.T, strict=True):
-        grid = others[others["kind"] == kind].pivot(index="layer", columns="tokens", values="score")
-        above = _heat_map(grid.clip(lower=low), upper, norm=norm, cmap="YlGnBu")
+        problem = f"Axes of shape {axes.shape} for {len(kinds)} kinds ({', '.join(kinds)})"
+        raise ValueError(f"plot_checkpoints: {problem}; give 2 rows of {len(kinds)}")
+    norm = _log_norm(df.loc[df["layer"] > 0, "score"], 0.02, 0.99)
+    norm_of_first = Normalize(0, max(1, df.loc[df["layer"] == 0, "score"].max()))
+    for (kind, part), (upper, lower) in zip(kinds.items(), axes.T, strict=True):
+        grid = part.pivot(index="layer", columns="tokens", values="score")
+        others = grid[grid.index > 0]
+        mesh = _heat_map(others, upper, norm)
+        mesh_of_first = _heat_map(grid[grid.index == 0], lower, norm_of_first, "YlOrBr")
         upper.set_title(style.KINDS[kind])
-        upper.set_yticks(*_whole_ticks(grid.index))
-        grid = first[first["kind"] == kind].pivot(index="layer", columns="tokens", values="score")
-        below = _heat_map(grid.clip(lower=0), lower, vmin=0, vmax=max(1, first["score"].max()), cmap="YlOrBr")
+        upper.set_yticks(*_whole_ticks(others.index))
         lower.set_yticks([0.5], ["0"])
         every = -(-grid.shape[1] // 5)  # so many columns are named, the last one always
-        named = range((grid.shape[1] - 1) % every, grid.shape[1], every)
-        lower.set_xticks([k + 0.5 for k in named], [_tokens(grid.columns[k]) for k in named])
+        named = np.arange(grid.shape[1])[::-every]
+        lower.set_xticks(named + 0.5, [_tokens(n) for n in grid.columns[named]])
         for axis in (upper, lower):
-            axis.tick_params(labelleft=kind == kinds[0])
-    bar = upper.figure.colorbar(above, ax=list(axes[0]), pad=0.02, fraction=0.05, aspect=20)
-    bar.set_label("Importance (1 − cosine)")
-    plain_log_ticks(bar.ax.yaxis)
-    upper.figure.colorbar(below, ax=list(axes[1]), pad=0.02, fraction=0.05, aspect=3)
+            axis.tick_params(labelleft=kind == next(iter(kinds)))
+    _log_colorbar(mesh, axes[0], "Importance (1 − cosine)", fraction=0.05, aspect=20)
+    axes[1, 0].figure.colorbar(mesh_of_first, ax=axes[1], pad=0.02, fraction=0.05, aspect=3)
     axes[0, 0].set_ylabel("Layer")
     axes[1, len(kinds) // 2].set_xlabel("Training tokens")
 
@@ -126,40 +106,31 @@ def plot_over_training(
 ) -> None:
     """A number against training tokens, one line a kind: its mean, with a band from the 10 % to the 90 % quantile.
 
-    `df`: `kind`, `tokens` and the column named by `value`, one row per layer, run or both. Step 0 stands left of the
-    log axis. `levels`: {kind: value} to compare with, dotted.
+    df: kind, tokens and the column named by `value`, one row per layer, run or both. levels: {kind: value} to compare
+    with, dotted.
     """
     _need(df, "plot_over_training", "kind", "tokens", value)
-    for kind in _kinds(df):
+    band = {"errorbar": ("pi", 80), "err_kws": {"alpha": 0.16, "linewidth": 0}}
+    for kind, part in _by_kind(df).items():
         look = style.method(kind)
-        sns.lineplot(
-            df[df["kind"] == kind],
-            x="tokens",
-            y=value,
-            errorbar=("pi", 80),
-            err_kws={"alpha": 0.16, "linewidth": 0},
-            markeredgecolor=look["color"],
-            label=style.KINDS[kind],
-            legend=False,
-            ax=ax,
-            **look,
-        )
+        line = look | band | {"markeredgecolor": look["color"], "label": style.KINDS[kind], "legend": False}
+        sns.lineplot(part, x="tokens", y=value, ax=ax, **line)
         if levels is not None and kind in levels:
             ax.axhline(levels[kind], color=look["color"], lw=0.8, ls=":")
-    training_axis(ax, df["tokens"])
+    _training_axis(ax, df["tokens"])
     ax.set(ylabel=ylabel)
     if log:
         ax.set_yscale("log")
         plain_log_ticks(ax.yaxis)
         low, high = ax.get_ylim()
         if high > 100 * low:  # decades are labels enough
-            ax.yaxis.set_major_locator(LogLocator())
+            ax.yaxis.set_major_locator(ticker.LogLocator())
 
 
 def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> None:
     """Validation loss of each run against training tokens, with its standard error, and the losses it has to beat.
 
-    `df`: `run`, `tokens`, `valid_loss`, `valid_stderr`, optionally `train_loss`. `baselines`: {name: loss}.
+    df: run, tokens, valid_loss, valid_stderr, optionally train_loss. baselines: {name: loss}.
     """
     _need(df, "plot_losses", "run", "tokens", "valid_loss", "valid_stderr")
     for _, rows in df.groupby("run", sort=False):
@@ -167,7 +138,7 @@ def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> N
             ax.plot(rows["tokens"], rows["train_loss"], ":", color="#7F7F7F", lw=0.9, label="Training")
         ax.plot(rows["tokens"], rows["valid_loss"], "o-", color="black", ms=2.5, lw=0.9, label="Validation")
         _band(ax, rows["tokens"], rows["valid_loss"], rows["valid_stderr"], "black")
-    training_axis(ax, df["tokens"])
+    _training_axis(ax, df["tokens"])
     for name, loss in baselines.items():
         ax.axhline(loss, color="0.35", lw=0.8, ls=(0, (4, 2)))
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
@@ -175,38 +146,19 @@ def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> N
     ax.set(ylabel="Loss (nats per token)")
 
 
-def training_axis(ax: Axes, tokens: Iterable[float]) -> None:
-    """Make x a log axis of training tokens on which step 0 has a place."""
-    tokens = list(tokens)
-    first = min(n for n in tokens if n > 0)
-    most = max(tokens)
-    ticks = [10.0**power for power in range(1, 15) if first <= 10.0**power <= most]
-    left = first / 1.3
-    if min(tokens) == 0:
-        ax.set_xscale("symlog", linthresh=first, linscale=0.5)
-        ticks = [0, *ticks]
-        left = -0.2 * first
-    else:
-        ax.set_xscale("log")
-    ax.set_xticks(ticks, minor=False)
-    ax.xaxis.set_major_formatter(lambda value, position: _tokens(value))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set(xlabel="Training tokens", xlim=(left, 1.3 * most))
+def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
+    """Importance against depth, on a log axis, one line a kind, its band a standard error.
 
-
-def plot_scores(df: pd.DataFrame, ax: Axes, log: bool = True) -> None:
-    """Importance against depth, one line a kind. `df`: `kind`, `layer`, `score`; `stderr` draws a band."""
-    _need(df, "plot_scores", "kind", "layer", "score")
-    for kind in _kinds(df):
+    df: kind, layer, score, stderr.
+    """
+    _need(df, "plot_scores", "kind", "layer", "score", "stderr")
+    for kind, rows in _by_kind(df).items():
         look = style.method(kind)
-        rows = df[df["kind"] == kind].sort_values("layer")
         ax.plot(rows["layer"], rows["score"], label=style.KINDS[kind], **look)
-        _band(ax, rows["layer"], rows["score"], rows.get("stderr"), look["color"], log)
-    ax.set(xlabel="Layer", ylabel="Importance (1 − cosine)")
+        _band(ax, rows["layer"], rows["score"], rows["stderr"], look["color"], log=True)
+    ax.set(xlabel="Layer", ylabel="Importance (1 − cosine)", yscale="log")
     ax.xaxis.set_major_locator(_whole())
-    if log:
-        ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis)
+    plain_log_ticks(ax.yaxis)
     _legend_above(ax, 3)
 
 
@@ -220,31 +172,31 @@ def plot_drop_curves(
 ) -> None:
     """Figures 5 and 8: a measurement against the number of dropped modules, one curve a method.
 
-    `df`: `method`, `n_dropped`, `value`. Optional: `stderr` (a band), `source` ("paper" rows become hollow markers),
-    `step` ("attn" or "mlp": what a Joint step dropped, drawn as a square or a star). Rows of method "Baseline" give
-    the dashed baseline, `chance` the dotted line of random guessing.
+    df: method (any name that `style.name` knows), n_dropped, value. Optional: stderr (a band), source ("paper" rows
+    become hollow markers), step ("attn" or "mlp": what a Joint step dropped, drawn as a square or a star). Rows of
+    method "Baseline" give the dashed baseline, `chance` the dotted line of random guessing.
     """
     _need(df, "plot_drop_curves", "method", "n_dropped", "value")
-    paper = _is_paper(df)
-    baseline = df[(df["method"] == "Baseline") & ~paper].head(1)
+    df = df.reindex(columns=["method", "n_dropped", "value", "stderr", "source", "step"])
+    df["method"] = pd.Categorical(df["method"].map(style.name), list(style.METHODS))
+    published = df[df["source"] == "paper"]
+    measured = df[df["source"] != "paper"]
+    baseline = measured[measured["method"] == "Baseline"].head(1)
     if len(baseline):
-        look = style.method("Baseline") | {"marker": "", "lw": 0.8}
-        ax.axhline(baseline["value"].iloc[0], label="Baseline", **look)
+        ax.axhline(baseline["value"].iloc[0], label="Baseline", **style.method("Baseline") | {"marker": "", "lw": 0.8})
     if chance is not None:
-        look = style.method("Random") | {"marker": "", "lw": 1}
-        ax.axhline(chance, label="Random guess", **look)
-    order = list(style.METHODS)
-    for method in sorted(set(df["method"]) - {"Baseline"}, key=lambda method: order.index(style.name(method))):
+        ax.axhline(chance, label="Random guess", **style.method("Random") | {"marker": "", "lw": 1})
+    for method in df.loc[df["method"] != "Baseline", "method"].sort_values().unique():
         look = style.method(method)
-        rows = df[(df["method"] == method) & ~paper].sort_values("n_dropped")
+        rows = measured[measured["method"] == method].sort_values("n_dropped")
         if len(rows):
             if len(baseline) and rows["n_dropped"].min() > 0:  # nothing dropped is where every curve starts
                 rows = pd.concat([baseline.assign(n_dropped=0), rows])
             _curve(ax, rows, method, log)
-        printed = df[(df["method"] == method) & paper]
+        printed = published[published["method"] == method]
         hollow = {"linestyle": "", "markerfacecolor": "white", "zorder": 3, "label": "_"}
-        ax.plot(printed["n_dropped"], printed["value"], color=look["color"], marker=look["marker"], **hollow)
-    if paper.any():
+        ax.plot(printed["n_dropped"], printed["value"], **look | hollow)
+    if len(published):
         ax.plot([], [], "o", color=style.PAPER_EDGE, markerfacecolor="white", label="Published")
     if log:
         ax.set_yscale("log")
@@ -258,51 +210,43 @@ def plot_drop_curves(
 def _curve(ax: Axes, rows: pd.DataFrame, method: str, log: bool) -> None:
     """One curve of `plot_drop_curves` with its band; where rows have steps, those are its markers."""
     look = style.method(method)
-    steps = {"attn": ("s", 3.2), "mlp": ("*", 6)}
-    has_steps = "step" in rows and rows["step"].isin(list(steps)).any()
-    line = look | {"marker": ""} if has_steps else look
-    ax.plot(rows["n_dropped"], rows["value"], label=method, markevery=max(1, len(rows) // 16), **line)
-    _band(ax, rows["n_dropped"], rows["value"], rows.get("stderr"), look["color"], log)
-    for kind, (marker, size) in steps.items():
-        taken = rows[rows["step"] == kind] if has_steps else rows.head(0)
-        if len(taken):
+    if rows["step"].notna().any():
+        look["marker"] = ""
+    ax.plot(rows["n_dropped"], rows["value"], label=method, markevery=max(1, len(rows) // 16), **look)
+    _band(ax, rows["n_dropped"], rows["value"], rows["stderr"], look["color"], log)
+    for kind, marker, size in (("attn", "s", 3.2), ("mlp", "*", 6)):
+        steps = rows[rows["step"] == kind]
+        if len(steps):
             label = f"{method}: {style.KINDS[kind]} step"
-            ax.plot(taken["n_dropped"], taken["value"], marker, ms=size, mew=0, color=look["color"], label=label)
+            ax.plot(steps["n_dropped"], steps["value"], marker, ms=size, mew=0, color=look["color"], label=label)
 
 
 def plot_dropping_order(df: pd.DataFrame, ax: Axes, n_layers: int, legend: bool = True) -> None:
     """Figures 6 and 11: which layers are retained (yellow) and dropped (red) as more of them go.
 
-    `df`: `layer`, `step` (1 = dropped first; NaN or no row = never). An optional `published_step` is the step at which
-    the authors dropped that layer, marked by a circle.
+    df: layer, step (1 = dropped first; NaN or no row = never), optionally published_step, at which the authors dropped
+    that layer: marked by a circle.
     """
     _need(df, "plot_dropping_order", "layer", "step")
     if df["step"].isna().all():
         raise ValueError("plot_dropping_order: no layer has a step; give the drop order as steps 1, 2, ...")
     n_steps = int(df["step"].max())
-    first = df.set_index("layer")["step"].reindex(range(n_layers)).fillna(np.inf).to_numpy()
-    gone = first[:, None] <= np.arange(1, n_steps + 1)  # [layer, number dropped]
-    ax.pcolormesh(
-        np.arange(n_steps + 1) + 0.5,
-        np.arange(n_layers + 1) - 0.5,
-        gone,
-        cmap=ListedColormap([style.RETAINED, style.DROPPED]),
-        vmin=0,
-        vmax=1,
-        edgecolors="white",
-        linewidth=0.25,
-    )
+    step_of = df.set_index("layer")["step"].reindex(range(n_layers)).to_numpy()
+    is_gone = step_of[:, None] <= np.arange(1, n_steps + 1)  # [layer, number dropped]
+    steps = np.arange(n_steps + 1) + 0.5
+    layers = np.arange(n_layers + 1) - 0.5
+    colors = ListedColormap([style.RETAINED, style.DROPPED])
+    ax.pcolormesh(steps, layers, is_gone, cmap=colors, vmin=0, vmax=1, edgecolors="white", linewidth=0.25)
     for color, name in ((style.RETAINED, "Retained"), (style.DROPPED, "Dropped")):
         ax.plot([], [], "s", ms=6, color=color, mec=color, label=name)
     if "published_step" in df and df["published_step"].notna().any():
         circle = {"ms": 3, "mfc": "white", "mec": style.PAPER_EDGE, "mew": 0.6}
         ax.plot(df["published_step"], df["layer"], "o", **circle, label="Published step")
-    ax.set(xlabel="Number dropped", ylabel="Layer")
     ax.grid(False)
     ax.spines[:].set_visible(False)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(_whole())
-    ax.set(xlim=(0.5, n_steps + 0.5), ylim=(-0.5, n_layers - 0.5))
+    ax.set(xlabel="Number dropped", ylabel="Layer", xlim=steps[[0, -1]], ylim=layers[[0, -1]])
     if legend:
         _legend_above(ax, 3)
 
@@ -310,35 +254,26 @@ def plot_dropping_order(df: pd.DataFrame, ax: Axes, n_layers: int, legend: bool 
 def plot_bars(
     df: pd.DataFrame, ax: Axes, x: str = "task", hue: str = "strategy", ylabel: str = "Accuracy", legend: bool = True
 ) -> None:
-    """Figure 9: bars in groups, with error bars, their values, and published values as hollow markers.
+    """Figure 9: bars in groups, with error bars and their values.
 
-    `df`: the columns named by `x` and `hue`, `value`; optional `stderr` and `source`. Order is that of appearance.
+    df: the columns named by `x` and `hue`, value, optionally stderr. Order is that of appearance.
     """
     _need(df, "plot_bars", x, hue, "value")
-    paper = _is_paper(df)
     groups = list(df[x].unique())
     hues = list(df[hue].unique())
     width = 0.8 / len(hues)
-    digits = 1 if df["value"].max() > 2 else 3
-    if digits == 3 and len(hues) > 3:
-        digits = 2  # or they would not fit side by side
-    hollow = {"marker": "D", "ms": 3.2, "mfc": "white", "mec": style.PAPER_EDGE, "linestyle": ""}
+    decimals = 1 if df["value"].max() > 2 else 3
+    if decimals == 3 and len(hues) > 3:
+        decimals = 2  # or they would not fit side by side
+    above = {"xytext": (0, 1.5), "textcoords": "offset points", "ha": "center", "fontsize": 6}
     for i, name in enumerate(hues):
-        place = {group: k + (i - (len(hues) - 1) / 2) * width for k, group in enumerate(groups)}
-        rows = df[(df[hue] == name) & ~paper]
-        if len(rows):
-            left = rows[x].map(place)
-            error = rows.get("stderr", pd.Series(0.0, index=rows.index))
-            shown = error if "stderr" in rows else None
-            look = {"color": _bar_color(name, i), "label": name, "error_kw": {"lw": 0.7}}
-            ax.bar(left, rows["value"], width * 0.92, yerr=shown, **look)
-            for at, value, top in zip(left, rows["value"], rows["value"] + error.fillna(0), strict=True):
-                above = {"xytext": (0, 1.5), "textcoords": "offset points", "ha": "center", "fontsize": 6}
-                ax.annotate(f"{value:.{digits}f}", (at, top), **above)
-        printed = df[(df[hue] == name) & paper]
-        ax.plot(printed[x].map(place), printed["value"], label="_", **hollow)
-    if paper.any():
-        ax.errorbar([], [], label="Published", **hollow)  # an errorbar, so that legends name it after the bars
+        rows = df[df[hue] == name]
+        left = rows[x].map(groups.index) + (i - (len(hues) - 1) / 2) * width
+        look = {"color": _bar_color(name, i), "label": name, "error_kw": {"lw": 0.7}}
+        ax.bar(left, rows["value"], 0.92 * width, yerr=rows.get("stderr"), **look)
+        tops = rows["value"] + rows.reindex(columns=["stderr"])["stderr"].fillna(0)
+        for place, value, top in zip(left, rows["value"], tops, strict=True):
+            ax.annotate(f"{value:.{decimals}f}", (place, top), **above)
     ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
     if legend:
@@ -401,9 +336,8 @@ def plot_schematic(
 ) -> None:
     """Figures 1 and 4: the model's modules along the residual stream, drawn from a plan; its dropped ones are ghosts.
 
-    `plan` has `.attn` and `.mlp`, 0-based indices below `n_layers`. A branch leaves the stream, passes its norm (dark
-    foot) and its module, and returns; a dropped branch is gone with its norm, and the stream runs straight on. Deep
-    models take several rows of `per_row` layers: allow 0.7 inches of height for each.
+    plan: has .attn and .mlp, indices below n_layers. A dropped branch is gone with its norm (the dark foot), and the
+    stream runs straight on. Deep models take several rows of per_row layers: allow 0.7 inches of height for each.
     """
     for kind in ("attn", "mlp"):
         beyond = [i for i in getattr(plan, kind) if not 0 <= i < n_layers]
@@ -431,8 +365,7 @@ def plot_schematic(
         handles = [Patch(color=style.method(kind)["color"], label=style.KINDS[kind]) for kind in ("attn", "mlp")]
         handles += [Patch(color="#555555", label="Norm"), Patch(label="Dropped", **_GHOST)]
         handles += [Line2D([], [], color="black", lw=1, label="Residual stream")]
-        ncols = 5 if ax.figure.get_figwidth() > 5 else 3
-        ax.legend(handles=handles, ncols=ncols, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
+        _legend_above(ax, 5 if ax.figure.get_figwidth() > 5 else 3, handles=handles, handlelength=1.2)
 
 
 def _branch(ax: Axes, left: float, floor: float, color: str, is_dropped: bool) -> None:
@@ -459,29 +392,24 @@ def legend_above(fig: Figure, ncols: int = 6) -> None:
 def save_figure(
     fig: Figure, name: str, caption: str, df: pd.DataFrame, out_dir: str | os.PathLike, provenance: Mapping
 ) -> None:
-    """Write `<out_dir>/<name>` as .pdf, .png (300 dpi), .txt (caption), .csv (the numbers drawn), .json (provenance).
+    """Write `<out_dir>/<name>` as .pdf, .png (300 dpi), .csv (the numbers drawn), and as `write_output` says.
 
-    The same figure gives the same bytes: no date is written. All five appear, or on an error none changes. Line breaks
-    in the caption become spaces.
+    The same figure gives the same bytes: no date is written.
     """
-    contents = {
-        "csv": df.to_csv(index=False, lineterminator="\n"),
-        "txt": " ".join(caption.split()) + "\n",
-        "json": provenance_json(name, provenance),
-    }
+    contents = {"csv": df.to_csv(index=False, lineterminator="\n")}
     with style.use():
         for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
             fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
             contents[kind] = buffer.getvalue()
-    write_atomic({f"{out_dir}/{name}.{kind}": content for kind, content in contents.items()})
+    write_output(out_dir, name, caption, provenance, contents)
 
 
 def plain_log_ticks(axis: Axis) -> None:
     """Log axes labeled 0.02, 0.05 and 100, not 2 x 10^-2: these scales span one or two decades."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(lambda value, position: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _need(df: pd.DataFrame, what: str, *columns: str) -> None:
@@ -491,23 +419,29 @@ def _need(df: pd.DataFrame, what: str, *columns: str) -> None:
         raise ValueError(f"{what}: the frame {problem}; needed: {', '.join(columns)}; it has: {', '.join(df.columns)}")
 
 
-def _kinds(df: pd.DataFrame) -> list[str]:
-    return [kind for kind in KINDS if kind in set(df["kind"])]
+def _by_kind(df: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {kind: df[df["kind"] == kind] for kind in KINDS if kind in set(df["kind"])}
 
 
-def _is_paper(df: pd.DataFrame) -> pd.Series:
-    return df.get("source", pd.Series("", index=df.index)) == "paper"
+def _log_norm(scores: pd.Series, low: float, high: float) -> LogNorm:
+    """A log scale of colors between two quantiles of the scores above 0."""
+    least, most = scores[scores > 0].quantile([low, high])
+    return LogNorm(least, max(most, least * 1.01), clip=True)
 
 
-def _heat_map(grid: pd.DataFrame, ax: Axes, **look) -> QuadMesh:
-    """Seaborn's heat map of a frame: a row of cells each, white lines between, cell k from k to k + 1, no ticks yet."""
-    sns.heatmap(
-        grid, ax=ax, cbar=False, xticklabels=False, yticklabels=False, linewidths=0.3, linecolor="white", **look
-    )
+def _heat_map(grid: pd.DataFrame, ax: Axes, norm: Normalize, cmap: str = "YlGnBu") -> QuadMesh:
+    """Seaborn's heat map of a frame: white lines between cells, cell k from k to k + 1, NaN white, no ticks yet."""
+    look = {"cbar": False, "xticklabels": False, "yticklabels": False, "linewidths": 0.3, "linecolor": "white"}
+    sns.heatmap(grid.clip(lower=norm.vmin), ax=ax, norm=norm, cmap=cmap, **look)
     ax.set(xlabel="", ylabel="")
     ax.grid(False)
     ax.tick_params(length=0)
     return ax.collections[0]
+
+
+def _log_colorbar(mesh: QuadMesh, axes: np.ndarray, label: str, **look) -> None:
+    bar = axes[0].figure.colorbar(mesh, ax=axes, label=label, pad=0.02, **look)
+    plain_log_ticks(bar.ax.yaxis)
 
 
 def _whole_ticks(layers: pd.Index) -> tuple[np.ndarray, list[int]]:
@@ -517,14 +451,25 @@ def _whole_ticks(layers: pd.Index) -> tuple[np.ndarray, list[int]]:
     return np.array(labels) - layers[0] + 0.5, labels
 
 
-def _band(ax: Axes, x: pd.Series, y: pd.Series, stderr: pd.Series | None, color: str, log: bool = False) -> None:
-    if stderr is None:
-        return
-    if log:  # as wide below as above, so that it never reaches zero
+def _band(ax: Axes, x: pd.Series, y: pd.Series, stderr: pd.Series, color: str, log: bool = False) -> None:
+    """One standard error to each side; on a log axis as wide below as above, so that it never reaches zero."""
+    if stderr.notna().any():
         factor = np.exp(stderr / y)
-        ax.fill_between(x, y / factor, y * factor, color=color, alpha=0.16, linewidth=0)
-    else:
-        ax.fill_between(x, y - stderr, y + stderr, color=color, alpha=0.16, linewidth=0)
+        low, high = (y / factor, y * factor) if log else (y - stderr, y + stderr)
+        ax.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
+
+
+def _training_axis(ax: Axes, tokens: pd.Series) -> None:
+    """Make x a log axis of training tokens on which step 0 has a place."""
+    first = tokens[tokens > 0].min()
+    most = tokens.max()
+    decades = [10.0**power for power in range(1, 15) if first <= 10.0**power <= most]
+    ax.set_xscale("symlog", linthresh=first, linscale=0.5)
+    ax.set_xticks([0, *decades], minor=False)
+    ax.xaxis.set_major_formatter(lambda value, position: _tokens(value))
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    left = -0.2 * first if tokens.min() == 0 else first / 1.3
+    ax.set(xlabel="Training tokens", xlim=(left, 1.3 * most))
 
 
 def _tokens(n: float) -> str:
@@ -534,9 +479,9 @@ def _tokens(n: float) -> str:
     return f"{n:g}"
 
 
-def _whole() -> MaxNLocator:
-    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+def _whole() -> ticker.MaxNLocator:
+    return ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
-def _legend_above(ax: Axes, ncols: int) -> None:
-    ax.legend(ncols=ncols, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+def _legend_above(ax: Axes, ncols: int, **look) -> None:
+    ax.legend(ncols=ncols, loc="lower center", bbox_to_anchor=(0.5, 1.0), **look)

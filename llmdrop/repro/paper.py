@@ -1,17 +1,14 @@
 """The published numbers of the paper we check, its errata, and our verdict on each of its claims.
 
 Every number lives in `published/*.csv` as printed in arXiv 2406.15786v6; no notebook types one by hand. `claims.csv`
-there lists what the paper says that can be checked: what to measure, and which value counts as "holds"; `errata.csv`
-what it prints that cannot be right.
+there lists what the paper says that can be checked, `errata.csv` what it prints that cannot be right.
 """
 
 import json
 import math
-import numbers
 import operator
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -21,10 +18,8 @@ from ..files import write_atomic
 PAPER = "He, Sun, Shen, Li: What Matters in Transformers? Not All Attention is Needed. arXiv 2406.15786v6"
 DATA = Path(__file__).with_name("published")
 ERRATA = pd.read_csv(DATA / "errata.csv", dtype=str).to_dict("records")  # where, printed, correct, why
-
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _VERDICT = {True: "holds", False: "differs", None: "not run"}
-_RESULT = ["measured", "error", "verdict", "detail"]  # what a claim's file adds to the claim
 
 
 def table(name: str) -> pd.DataFrame:
@@ -32,16 +27,13 @@ def table(name: str) -> pd.DataFrame:
 
     Raises ValueError, with the names there are, for any other.
     """
-    stems = sorted(file.stem for file in [*DATA.glob("table*.csv"), *DATA.glob("figure*.csv")])
-    prefix = None
-    short = re.fullmatch(r"(tab|fig)\D*0*(\d+)", str(name).strip().lower())
-    if short:
-        kind = {"tab": "table", "fig": "figure"}[short[1]]
-        prefix = f"{kind}{int(short[2]):02d}_"
-    for stem in stems:
-        if stem == name or (prefix and stem.startswith(prefix)):
-            return pd.read_csv(DATA / f"{stem}.csv")
-    raise ValueError(f"no published table {name!r}; there are {', '.join(stem.split('_')[0] for stem in stems)}")
+    files = {file.stem.split("_")[0]: file for file in sorted(DATA.glob("*[0-9]_*.csv"))}
+    match = re.match(r"\s*(tab|fig)\D*(\d+)", name.lower())
+    kinds = {"tab": "table", "fig": "figure"}
+    key = f"{kinds[match[1]]}{int(match[2]):02d}" if match else None
+    if key not in files:
+        raise ValueError(f"no published table {name!r}; there are {', '.join(files)}")
+    return pd.read_csv(files[key])
 
 
 def drop_lists() -> dict[str, dict[str, dict[str, list[int]]]]:
@@ -61,60 +53,42 @@ def gamma(avg_baseline: float, avg: float, speedup: float) -> float:
 def claims() -> pd.DataFrame:
     """Every checkable claim: id, statement, where, published, tolerance, notebook, measure.
 
-    `measure` says which one number to record; `tolerance` begins with >=, <=, > or < and a number: the claim holds
-    where the recorded number satisfies it. `measure` is written for models of any depth, L layers.
+    `measure` says which one number to record, for models of any depth L; `tolerance` is >=, <=, > or < and a number:
+    the claim holds where the recorded number satisfies it.
     """
     return pd.read_csv(DATA / "claims.csv", dtype=str, keep_default_na=False)
 
 
 def claim_holds(id: str, measured: float) -> bool:
-    """Whether this measured number satisfies the claim's tolerance."""
-    symbol, limit = re.match(r"(>=|<=|>|<)\s*(-?[\d.]+)", _claim(id)["tolerance"]).groups()
-    return bool(_COMPARE[symbol](float(measured), float(limit)))
+    """Whether this measured number satisfies the claim's tolerance; ValueError for an unknown claim."""
+    tolerances = claims().set_index("id")["tolerance"]
+    if id not in tolerances:
+        topic = str(id).split("-")[0]
+        near = [name for name in tolerances.index if name.split("-")[0] == topic] or tolerances.index
+        raise ValueError(f"no claim {id!r} in {DATA.name}/claims.csv; near it: {', '.join(near)}")
+    symbol, limit = re.match(r"(>=|<=|>|<)\s*(-?[\d.]+)", tolerances[id]).groups()
+    return bool(_COMPARE[symbol](measured, float(limit)))
 
 
 def record_claim(
-    out_dir: str | os.PathLike,
-    id: str,
-    measured: float | str | None,
-    error: float | None = None,
-    holds: bool | None = None,
-    detail: str = "",
+    out_dir: str | os.PathLike, id: str, measured: float | None, error: float | None = None, detail: str = ""
 ) -> Path:
-    """Write the verdict on one claim to `<out_dir>/claims/<id>.json`; returns that file.
+    """Write the verdict on one claim, by its tolerance, to `<out_dir>/claims/<id>.json`; returns that file.
 
-    With a number as `measured`, `holds` may be left out: the claim's tolerance decides. `measured=None` records
-    "not run", and `detail` should say why. Raises ValueError for an unknown claim, and for a `holds` that contradicts
-    the tolerance: the verdict always follows from the number and the limit shown beside it.
+    `measured=None` (or NaN) records "not run", and `detail` should say why. Raises ValueError for an unknown claim.
     """
-    tolerance = _claim(id)["tolerance"]
-    measured = _plain(measured)
-    holds = None if holds is None else bool(holds)
-    if measured is None and holds is not None:
-        raise ValueError(f"claim {id!r}: holds={holds} without a measured value; pass measured, or leave holds out")
-    if isinstance(measured, str) and holds is None:
-        raise ValueError(
-            f"claim {id!r}: measured {measured!r} is no number to compare; pass a number, or holds as well"
-        )
-    if isinstance(measured, float):
-        by_tolerance = claim_holds(id, measured)
-        if holds not in (None, by_tolerance):
-            raise ValueError(
-                f"claim {id!r}: holds={holds}, but measured {measured:g} against tolerance {tolerance!r} says "
-                f"{by_tolerance}; check the unit, or leave holds out"
-            )
-        holds = by_tolerance
-    record = {
-        "id": id,
-        "measured": measured,
-        "error": _plain(error),
-        "holds": holds,
-        "verdict": _VERDICT[holds],
-        "detail": str(detail),
-    }
+    holds = claim_holds(id, math.nan if measured is None else float(measured))
+    measured = _finite(measured)
+    record = {"id": id, "measured": measured, "error": _finite(error), "holds": None if measured is None else holds}
+    record |= {"verdict": _VERDICT[record["holds"]], "detail": str(detail)}
     path = Path(out_dir) / "claims" / f"{id}.json"
     write_atomic({path: json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"})
     return path
+
+
+def _finite(value: float | None) -> float | None:
+    """A number that JSON can hold."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def joined_claims(out_dir: str | os.PathLike) -> pd.DataFrame:
@@ -122,7 +96,17 @@ def joined_claims(out_dir: str | os.PathLike) -> pd.DataFrame:
 
     Raises ValueError for a damaged file.
     """
-    rows = [claim | _recorded(Path(out_dir), claim) for claim in claims().to_dict("records")]
+    rows = []
+    for claim in claims().to_dict("records"):
+        path = Path(out_dir) / "claims" / f"{claim['id']}.json"
+        result = {"measured": None, "error": None, "verdict": "not run", "detail": ""}
+        if path.exists():
+            try:
+                record = json.loads(path.read_text())
+                result = {name: record[name] for name in result}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error}); delete it and run {claim['notebook']} again") from error
+        rows.append(claim | result)
     first = ["id", "statement", "where", "published", "measured", "error", "tolerance", "verdict", "notebook"]
     return pd.DataFrame(rows)[[*first, "detail", "measure"]]
 
@@ -136,34 +120,3 @@ def verdicts(out_dir: str | os.PathLike, notebook: str) -> pd.DataFrame:
     if notebook not in set(joined["notebook"]):
         raise ValueError(f"no claims of {notebook!r}; there are some of {', '.join(dict.fromkeys(joined['notebook']))}")
     return joined[joined["notebook"] == notebook].drop(columns=["where", "notebook", "measure"])
-
-
-def _recorded(out_dir: Path, claim: Mapping[str, str]) -> dict:
-    """What was measured of a claim, or that nothing was."""
-    path = out_dir / "claims" / f"{claim['id']}.json"
-    if not path.exists():
-        return {"measured": None, "error": None, "verdict": "not run", "detail": ""}
-    try:
-        record = json.loads(path.read_text())
-        return {name: record[name] for name in _RESULT}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run {claim['notebook']} again") from error
-
-
-def _claim(id: str) -> dict:
-    known = claims().set_index("id", drop=False)
-    if id in known.index:
-        return known.loc[id].to_dict()
-    topic = str(id).split("-")[0]
-    near = [name for name in known.index if name.split("-")[0] == topic] or list(known.index)
-    raise ValueError(f"no claim {id!r} in {DATA.name}/claims.csv; near it: {', '.join(near)}")
-
-
-def _plain(value) -> float | str | None:
-    """A value JSON can hold: numbers become floats, NaN and infinity None, the rest text."""
-    if value is None:
-        return None
-    if isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0:  # also numpy and torch scalars
-        number = float(value)
-        return number if math.isfinite(number) else None
-    return str(value)

@@ -1,9 +1,9 @@
-"""Estimates with intervals from what `quality` measured, item by item; resampling is scipy's.
+"""Estimates with 95 % intervals from what `quality` measured, item by item; resampling is scipy's.
 
-Intervals are 95 %. Differences are paired: every variant read the same samples and answered the same questions.
+Differences are paired: every variant read the same samples and answered the same questions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,68 +57,62 @@ def items(rows: pd.DataFrame, variant: str, where: str) -> pd.DataFrame:
     """
     part = headline(rows[(rows["variant"] == variant) & (rows["where"] == where)])
     if part.empty:
-        raise ValueError(
-            f"{variant!r} was not measured on {where!r}; measured: {', '.join(dict.fromkeys(rows['variant']))}"
-        )
+        measured = ", ".join(dict.fromkeys(rows["variant"]))
+        raise ValueError(f"{variant!r} was not measured on {where!r}; measured: {measured}")
     return part.sort_values("item").set_index("item")[["value", "n"]]
 
 
 def difference(rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequence[str]) -> Estimate:
     """Mean of a variant's values less the baseline's, paired item by item.
 
-    where: a text, task or set of questions, or several: then the mean of their means, the items of each drawn on their
-    own.
+    where: a text, task or set of questions, or several: then the mean of their means.
     """
-    names = [where] if isinstance(where, str) else list(where)
-    statistics = []
-    for name in names:
+    differences = []
+    for name in [where] if isinstance(where, str) else where:
         values = items(rows, variant, name)["value"] - items(rows, baseline, name)["value"]
-        values = values.to_numpy(float)
-        statistics.append((len(values), lambda draw, values=values: values[draw].mean(-1)))
-    return _bootstrap(statistics)
+        differences.append(values.to_numpy(float))
+    return _bootstrap([(values, np.ones_like(values)) for values in differences])
 
 
 def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, where: Sequence[str]) -> Estimate:
     """The share of the paper's loss that a variant leaves: (loss - whole's) / (paper's - whole's).
 
-    The mean over the texts named by `where`; samples of every text are drawn with replacement, the same for all three
-    models. 1: nothing gained; 0: as good as the whole model.
+    The mean over the texts named by `where`. 1: nothing gained; 0: as good as the whole model.
     """
-    statistics = []
+    ratios = []
     for name in where:
         base = items(rows, whole, name)
-        lost = (items(rows, variant, name)["value"] - base["value"]).to_numpy(float) * base["n"].to_numpy(float)
-        most = (items(rows, paper, name)["value"] - base["value"]).to_numpy(float) * base["n"].to_numpy(float)
-
-        def share(draw: np.ndarray, lost=lost, most=most) -> np.ndarray:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return lost[draw].sum(-1) / most[draw].sum(-1)
-
-        statistics.append((len(base), share))
-    return _bootstrap(statistics)
+        lost = (items(rows, variant, name)["value"] - base["value"]) * base["n"]
+        most = (items(rows, paper, name)["value"] - base["value"]) * base["n"]
+        ratios.append((lost.to_numpy(float), most.to_numpy(float)))
+    return _bootstrap(ratios)
 
 
-def _bootstrap(statistics: Sequence[tuple[int, Callable[[np.ndarray], np.ndarray]]]) -> Estimate:
-    """The mean of several statistics, each of n items given by their numbers, and its percentile interval.
+def _bootstrap(ratios: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
+    """The mean of several ratios of sums, and its percentile interval.
 
-    statistics: (n, function of item numbers [..., n] -> [...]). The items of each are drawn on their own.
+    ratios: (numerators, denominators) of n items. The items of each ratio are drawn on their own.
     """
-    value = float(np.mean([function(np.arange(n)) for n, function in statistics]))
-    if min(n for n, _ in statistics) < 2:
+    value = float(np.mean([_ratio(*ratio) for ratio in ratios]))
+    if min(len(numerators) for numerators, _ in ratios) < 2:
         return Estimate(value, np.nan, np.nan)
     distributions = []
-    for seed, (n, function) in enumerate(statistics):
-        result = stats.bootstrap(
-            (np.arange(n),),
-            lambda draw, axis, function=function: function(np.moveaxis(draw, axis, -1).astype(int)),
-            n_resamples=RESAMPLES,
-            batch=max(1, DRAWS_AT_A_TIME // n),
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
+    for seed, ratio in enumerate(ratios):
+        batch = max(1, DRAWS_AT_A_TIME // len(ratio[0]))
+        options = {"paired": True, "n_resamples": RESAMPLES, "batch": batch, "method": "percentile"}
+        result = stats.bootstrap(ratio, _ratio, **options, rng=np.random.default_rng(seed))
         distributions.append(result.bootstrap_distribution)
     low, high = np.nanquantile(np.mean(distributions, axis=0), [0.025, 0.975])
     return Estimate(value, min(float(low), value), max(float(high), value))  # equal ones differ by rounding
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray, axis: int = -1) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return numerators.sum(axis) / denominators.sum(axis)
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    return _bootstrap([(values, np.ones_like(values))])
 
 
 def wilson(n_right: int, n: int) -> Estimate:
@@ -153,13 +147,12 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
     tokens = labels.groupby("shots")["tokens"].first()
     table = 100 * labels.groupby(["variant", "shots"], sort=False)["right"].mean().unstack()
     table.columns = [f"{shots:.0f}: {n / 1000:.1f}k" for shots, n in tokens.items()]
-    by_query = 100 * labels.groupby(["variant", "item"], sort=False)["right"].mean().unstack("variant")
     guessing = dict.fromkeys([*table, "avg"], chance[labels["task"].iloc[0]]) | {"found": chance["retrieval"]}
+    by_query = 100 * labels.groupby(["variant", "item"], sort=False)["right"].mean().unstack("variant")
     table["avg"] = by_query.mean()
     table["avg_stderr"] = by_query.sem()
-    asked_of = facts.groupby("tokens")["variant"].nunique()
-    asked_of_all = asked_of.index[asked_of == len(table)]
-    found = shares(facts[facts["tokens"].isin(asked_of_all)], "variant").set_index("variant")
+    asked_of_all = facts.groupby("tokens")["variant"].transform("nunique") == len(table)
+    found = shares(facts[asked_of_all], "variant").set_index("variant")
     table["found"] = found["value"]
     table["found_stderr"] = (found["high"] - found["low"]) / 3.92  # from Wilson's interval: never 0 ± 0
     return pd.concat([table, pd.DataFrame(guessing, index=["Guessing"])]).rename_axis("method").reset_index()
@@ -168,45 +161,31 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
 def against(rows: pd.DataFrame, base: str = "Baseline") -> pd.DataFrame:
     """Mean of `value` per model and measure, and its difference to the base model's, paired by item.
 
-    rows: model, measure, item, value. Returns model, measure, n, value, low, high, lost, lost_low, lost_high (95 %
-    intervals of a bootstrap over items; low and high are Wilson's where every value is 0 or 1) and p: how often, were
-    the two alike, a mean difference as large would come about by chance (signs of the differences drawn anew,
-    two-sided; NaN for the base model).
+    rows: model, measure, item, value. Returns model, measure, n, value, low, high (Wilson's where every value is 0 or
+    1), lost, lost_low, lost_high and p: how often, were the two alike, a mean difference as large would come about by
+    chance (signs of the differences drawn anew, two-sided; NaN for the base model and for a single item).
     """
     table = []
     for (measure, model), group in rows.groupby(["measure", "model"], sort=False):
         values = group.set_index("item")["value"].astype(float)
         base_values = rows[(rows["measure"] == measure) & (rows["model"] == base)].set_index("item")["value"]
         differences = (base_values - values).to_numpy(float)
-        if values.isin([0, 1]).all():
-            mean = wilson(values.sum(), len(values))  # none right of 48 is not none for sure
-        else:
-            mean = _mean(values.to_numpy())
+        is_right_or_wrong = values.isin([0, 1]).all()
+        mean = wilson(values.sum(), len(values)) if is_right_or_wrong else _mean(values.to_numpy())
         lost = _mean(differences)
         row = {"model": model, "measure": measure, "n": len(values)}
         row |= {"value": mean.value, "low": mean.low, "high": mean.high}
         row |= {"lost": lost.value, "lost_low": lost.low, "lost_high": lost.high}
-        row["p"] = np.nan if model == base else _p_of_signs(differences)
+        row["p"] = np.nan if model == base or len(differences) < 2 else _p_of_signs(differences)
         table.append(row)
     return pd.DataFrame(table)
 
 
-def _mean(values: np.ndarray) -> Estimate:
-    return _bootstrap([(len(values), lambda draw: values[draw].mean(-1))])
-
-
 def _p_of_signs(differences: np.ndarray) -> float:
-    """Two-sided p of the mean difference, were every item's sign a coin's; NaN for a single item."""
-    if len(differences) < 2:
-        return np.nan
-    test = stats.permutation_test(
-        (differences,),
-        lambda values, axis: values.mean(axis=axis),
-        permutation_type="samples",
-        n_resamples=RESAMPLES,
-        batch=max(1, DRAWS_AT_A_TIME // len(differences)),
-        rng=np.random.default_rng(0),
-    )
+    """Two-sided p of the mean difference, were every item's sign a coin's."""
+    batch = max(1, DRAWS_AT_A_TIME // len(differences))
+    options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": batch}
+    test = stats.permutation_test((differences,), np.mean, **options, rng=np.random.default_rng(0))
     return float(test.pvalue)
 
 

@@ -13,11 +13,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 COLUMN = 3.25  # inches, one column of a two-column page
-
-
 PAGE = 6.75  # inches, both columns
-
-
 METHODS = {
     "Attention": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "MLP": {"color": "#D55E00", "marker": "^", "linestyle": "--"},
@@ -27,11 +23,7 @@ METHODS = {
     "Baseline": {"color": "#000000", "marker": "P", "linestyle": (0, (4, 2))},
     "Random": {"color": "#7F7F7F", "marker": "x", "linestyle": ":"},
 }
-
-
 KINDS = {"attn": "Attention", "mlp": "MLP", "block": "Block", "joint": "Joint", "consecutive": "Consecutive Block"}
-
-
 RETAINED, DROPPED = "#FFF3B0", "#9E1B32"  # light yellow and dark red: apart in lightness too
 
 

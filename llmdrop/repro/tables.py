@@ -68,45 +68,39 @@ def published_drops() -> pd.DataFrame:
 def by_variant(rows: pd.DataFrame, speed: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a variant, the first being the baseline; each column `x` with its standard error `x_stderr`.
 
-    rows: from `quality`. Benchmarks and sets of questions give a column each, in percent right by their headline metric
-    (`statistics.headline`), their mean `avg`, and `percent`: avg in percent of the baseline's. Its error takes the two
-    as independent, which overstates it: all variants answer the same questions. Texts give `perplexity` and
-    `ppl_ratio`, relative to the baseline's, with the error of the differences sample by sample. speed: from
-    `timing.speedups`. Gives `speedup`, its error half its range, and the paper's `gamma` (NaN without a speedup).
+    rows: from `quality`. Benchmarks and sets of questions give a column each, in percent right by their headline metric,
+    their mean `avg`, and `percent`: avg in percent of the baseline's (its error takes the two as independent, which
+    overstates it). Texts give `perplexity` and `ppl_ratio`, relative to the baseline's, with the error of the
+    differences sample by sample. speed: from `timing.speedups`; gives `speedup`, its error half its range, and `gamma`.
 
-    Raises ValueError without rows, for a task that has no headline metric (perplexities of wikitext are no percentages,
-    and belong into no average), and for variants that were not timed.
+    Raises ValueError without rows, for a task that has no headline metric, and for variants that were not timed.
     """
     if rows.empty:
         raise ValueError("by_variant: no rows; measure at least one variant with `quality` on a text or a task")
-    variants = list(dict.fromkeys(rows["variant"]))
     shown = headline(rows)
     is_text = shown["metric"] == "nats"
-    columns = {}
-    errors = {}
+    table = pd.DataFrame(index=rows["variant"].unique())
+    error = pd.DataFrame(index=table.index)
     for task, answers in shown[~is_text].groupby("where", sort=False):
-        right = 100 * answers.pivot(index="item", columns="variant", values="value").reindex(columns=variants)
-        columns[task] = right.mean()
-        errors[task] = right.sem()
-    table = pd.DataFrame(columns, index=variants)
-    error = pd.DataFrame(errors, index=variants)
-    if columns:
+        right = 100 * answers.pivot(index="item", columns="variant", values="value")
+        table[task] = right.mean()
+        error[task] = right.sem()
+    if len(table.columns):
         _add_average(table, error)
     if is_text.any():
-        losses = shown[is_text].pivot(index="variant", columns=["where", "item"], values="value").reindex(variants)
+        losses = shown[is_text].pivot(index="variant", columns=["where", "item"], values="value").reindex(table.index)
         for column, nats in (("perplexity", losses), ("ppl_ratio", losses - losses.iloc[0])):
             table[column] = np.exp(nats.mean(axis=1, skipna=False))
             error[column] = table[column] * nats.sem(axis=1, skipna=False)
     if speed is not None:
         _add_speed(table, error, speed)
-    return table.join(error.add_suffix("_stderr")).rename_axis(columns=None)
+    return table.join(error.add_suffix("_stderr"))
 
 
 def _add_average(table: pd.DataFrame, error: pd.DataFrame) -> None:
     """Add avg and percent over the columns so far, and their errors."""
-    n_tasks = len(table.columns)
     average = table.mean(axis=1, skipna=False)  # never over fewer tasks than the baseline's
-    average_error = np.sqrt((error**2).sum(axis=1, skipna=False)) / n_tasks
+    average_error = np.sqrt((error**2).sum(axis=1, skipna=False)) / len(table.columns)
     relative_error = average_error / average
     table["avg"] = average
     error["avg"] = average_error
@@ -120,9 +114,8 @@ def _add_speed(table: pd.DataFrame, error: pd.DataFrame, speed: pd.DataFrame) ->
     not_timed = [variant for variant in table.index if variant not in speed.index]
     if not_timed:
         raise ValueError(f"by_variant: {', '.join(not_timed)} not timed; timed: {', '.join(map(str, speed.index))}")
-    timed = speed.loc[table.index]
-    table["speedup"] = timed["speedup"]
-    error["speedup"] = (timed["speedup_high"] - timed["speedup_low"]) / 2
+    table["speedup"] = speed["speedup"]
+    error["speedup"] = (speed["speedup_high"] - speed["speedup_low"]) / 2
     if "avg" in table:
         baseline = table["avg"].iloc[0]
         table["gamma"] = [gamma(baseline, row.avg, row.speedup) for row in table.itertuples()]
@@ -142,10 +135,9 @@ def compare(table: pd.DataFrame, column: str, row: str, other: str | None = None
 
 
 def random_guess(table: pd.DataFrame, tasks: Iterable[str], vocabulary: int) -> dict[str, float]:
-    """What guessing would give in the columns of a table from `by_variant`, with its first row as the baseline.
+    """What guessing would give in the columns of a table from `by_variant`, whose first row is the baseline.
 
-    In percent right of each task, on average (avg), in percent of the baseline's (percent); and as a multiple of the
-    baseline's perplexity (ppl_ratio), where all tokens of the vocabulary are alike.
+    Percent right of each task, avg of these tasks, percent of the baseline's; ppl_ratio: where all tokens are alike.
     """
     baseline = table.iloc[0]
     average = pd.Series(CHANCE).reindex(list(tasks)).mean()
@@ -154,10 +146,7 @@ def random_guess(table: pd.DataFrame, tasks: Iterable[str], vocabulary: int) -> 
 
 
 def near_guessing(table: pd.DataFrame) -> list[str]:
-    """Benchmarks on which even the baseline, the first row from `by_variant`, is not two errors above CHANCE.
-
-    What dropping does to these says nothing.
-    """
+    """Benchmarks on which even the baseline, the first row from `by_variant`, is not two errors above CHANCE."""
     baseline = table.iloc[0]
     tasks = [column for column in table if column in CHANCE]
     return [task for task in tasks if baseline[task] - 2 * baseline[f"{task}_stderr"] < CHANCE[task]]
@@ -181,11 +170,9 @@ def format_table(
     *,
     missing: str = "not run",
     missing_in: Mapping[str, str] | None = None,
-    reasons: str | None = None,
     digits: Mapping[str, int] | None = None,
     names: Mapping[str, str] | None = None,
     keep: float = 0.95,
-    below: Literal["gray", "bold"] = "gray",
     note: str = "",
 ) -> str:
     """`df` as text: "markdown", "latex" (booktabs; needs the packages booktabs and colortbl) or "csv" (all digits).
@@ -193,40 +180,31 @@ def format_table(
     - A column `x_stderr` is folded into its `x`: "68.2 ± 0.5".
     - Rows with `source == "paper"` are published values: in italics.
     - Rows whose `avg` is below `keep` times that of the `method == "Baseline"` row of the same model and source are
-      marked: `below="gray"` shades them (Markdown has no shade: ▽ at the average), `below="bold"` makes them bold.
-    - No cell is blank. A missing number reads "not in the paper" in published rows. In measured ones it reads
-      `missing`, or what `missing_in` has for its column ({"speedup": "needs a GPU"}), or what stands in the column
-      named by `reasons`, which is not shown itself. γ is "–" for a Baseline, which compares nothing, and where there is
-      no speedup. `note` is a line below the table: say there how to run what is not.
+      shaded in gray (Markdown has no shade: ▽ at the average).
+    - No cell is blank. A missing number reads "not in the paper" in published rows, in others `missing` or what
+      `missing_in` has for its column. γ is "–" for a Baseline, which compares nothing, and where there is no speedup.
 
-    digits: after the point, by column. names: of columns, for the head (else NAMES). Raises ValueError for a frame
-    without rows or columns, for an unknown fmt or below, and for two columns of one name.
+    digits: after the point, by column. names: of columns, for the head (else NAMES). note: a line below. Raises
+    ValueError for a frame without rows or columns, for an unknown fmt, and for two columns of one name.
     """
     if fmt not in ("markdown", "latex", "csv"):
         raise ValueError(f"format_table: format {fmt!r}; there are markdown, latex, csv")
-    if below not in ("gray", "bold"):
-        raise ValueError(f"format_table: below={below!r}; there are gray, bold")
     if df.empty:
         raise ValueError(f"format_table: {len(df)} rows and {len(df.columns)} columns; a table needs one of each")
     df = df.reset_index(drop=True)
-    published = df["source"].eq("paper") if "source" in df else pd.Series(False, index=df.index)
-    baseline = df["method"].eq("Baseline") if "method" in df else pd.Series(False, index=df.index)
-    texts = pd.DataFrame(missing, index=df.index, columns=df.columns, dtype=object)  # what stands where nothing is
-    for column, text in (missing_in or {}).items():
-        texts[column] = text
-    if reasons is not None:
-        for column in texts:
-            texts[column] = df[reasons].astype(str)
-    texts.loc[published] = "not in the paper"
+    blank = pd.Series("", index=df.index)
+    model = df.get("model", blank)
+    source = df.get("source", blank)
+    is_published = source == "paper"
+    is_baseline = df.get("method", blank) == "Baseline"
+
+    reasons = pd.DataFrame(missing, index=df.index, columns=df.columns, dtype=object).assign(**(missing_in or {}))
+    reasons.loc[is_published] = "not in the paper"
     if "gamma" in df:
-        texts.loc[baseline, "gamma"] = "–"
-        if "speedup" in df:
-            texts.loc[pd.to_numeric(df["speedup"], errors="coerce") <= 1, "gamma"] = "–"
-    if reasons is not None:
-        df = df.drop(columns=reasons)
-        texts = texts.drop(columns=reasons)
+        has_no_speedup = pd.to_numeric(df.get("speedup", blank), errors="coerce") <= 1
+        reasons.loc[is_baseline | has_no_speedup, "gamma"] = "–"
     if fmt == "csv":
-        return df.astype(object).where(df.notna(), texts[df.columns]).to_csv(index=False, lineterminator="\n")
+        return df.astype(object).where(df.notna(), reasons).to_csv(index=False, lineterminator="\n")
 
     columns = [c for c in df if not (c.endswith("_stderr") and c.removesuffix("_stderr") in df)]
     digits = DIGITS | dict(digits or {})
@@ -235,53 +213,52 @@ def format_table(
     for column in columns:
         errors = df.get(f"{column}_stderr", pd.Series(np.nan, index=df.index))
         cells[column] = [
-            text if pd.isna(value) else _cell(value, error, digits.get(column, 1))
-            for value, error, text in zip(df[column], errors, texts[column], strict=True)
+            reason if pd.isna(value) else _cell(value, error, digits.get(column, 1))
+            for value, error, reason in zip(df[column], errors, reasons[column], strict=True)
         ]
-    cells.columns = [str(names.get(column, column)) for column in columns]
+    cells.columns = [names.get(column, column) for column in columns]
     if not cells.columns.is_unique:
         twice = ", ".join(cells.columns[cells.columns.duplicated()])
         raise ValueError(f"format_table: more than one column is called {twice}; give each its own in `names`")
-    is_number = [pd.api.types.is_numeric_dtype(df[column]) for column in columns]
-    marked = _below_baseline(df, baseline, keep)
+    align = "".join("r" if pd.api.types.is_numeric_dtype(df[column]) else "l" for column in columns)
+
+    average = pd.to_numeric(df.get("avg", blank), errors="coerce")
+    of_baseline = average.where(is_baseline).groupby([model, source], dropna=False).transform("first")
+    is_weak = average < keep * of_baseline
     notes = [note] if note else []
-    if marked.any():
-        mark = "Bold" if below == "bold" else "▽" if fmt == "markdown" else "Gray"
-        notes.append(f"{mark}: average below {100 * keep:g} % of the baseline’s.")
-    if published.any():
+    if is_weak.any():
+        notes.append(f"{'▽' if fmt == 'markdown' else 'Gray'}: average below {100 * keep:g} % of the baseline’s.")
+    if is_published.any():
         notes.append("Italics: as printed in the paper.")
-    shaded = marked & (below == "gray")
-    bold = marked & (below == "bold")
     if fmt == "markdown":
-        return _markdown(cells, is_number, shaded, bold, published, names["avg"], " ".join(notes))
-    new_model = df["model"].ne(df["model"].shift()) if "model" in df else pd.Series(False, index=df.index)
-    new_model[0] = False
-    return _latex(cells, is_number, shaded, bold, published, new_model, " ".join(notes))
+        return _markdown(cells, align, is_published, is_weak, names["avg"], " ".join(notes))
+    is_new_model = model.ne(model.shift()) & (df.index > 0)
+    return _latex(cells, align, is_published, is_weak, is_new_model, " ".join(notes))
 
 
 def save_table(
     df: pd.DataFrame, name: str, caption: str, out_dir: str | os.PathLike, provenance: Mapping, **options
 ) -> str:
-    """Write `<out_dir>/<name>` as .md, .tex, .csv, .txt (caption), .json (provenance); options as in format_table.
+    """Write `<out_dir>/<name>` as .md, .tex, .csv, and as `write_output` says; options as in format_table.
 
-    Line breaks in the caption become spaces. Returns what stands in the .md: caption and table.
+    Returns what stands in the .md: caption and table.
     """
-    caption = " ".join(caption.split())
-    markdown = f"{caption}\n\n{format_table(df, 'markdown', **options)}"
-    contents = {
-        "md": markdown,
-        "tex": format_table(df, "latex", **options),
-        "csv": format_table(df, "csv", **options),
-        "txt": caption + "\n",
-        "json": provenance_json(name, provenance),
-    }
-    write_atomic({f"{out_dir}/{name}.{kind}": content for kind, content in contents.items()})
+    markdown = f"{' '.join(caption.split())}\n\n{format_table(df, 'markdown', **options)}"
+    contents = {"md": markdown, "tex": format_table(df, "latex", **options), "csv": format_table(df, "csv", **options)}
+    write_output(out_dir, name, caption, provenance, contents)
     return markdown
 
 
-def provenance_json(name: str, provenance: Mapping) -> str:
-    """The provenance record written beside every figure and table."""
-    return json.dumps({"name": name} | dict(provenance), indent=1, sort_keys=True, default=str) + "\n"
+def write_output(
+    out_dir: str | os.PathLike, name: str, caption: str, provenance: Mapping, contents: Mapping[str, str | bytes]
+) -> None:
+    """Write `<out_dir>/<name>.<ending>` for {ending: content}, with .txt (caption in one line) and .json (provenance).
+
+    All appear, or on an error none changes.
+    """
+    record = json.dumps({"name": name} | dict(provenance), indent=1, sort_keys=True, default=str)
+    contents = contents | {"txt": " ".join(caption.split()) + "\n", "json": record + "\n"}
+    write_atomic({f"{out_dir}/{name}.{ending}": content for ending, content in contents.items()})
 
 
 def provenance_line(provenance: Mapping) -> str:
@@ -300,61 +277,33 @@ def _cell(value, error: float, places: int) -> str:
 
 
 def _number(value: float, places: int) -> str:
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{round(value, places) + 0.0:.{places}f}".replace("-", "−")  # + 0.0: never "−0.0"
-
-
-def _below_baseline(df: pd.DataFrame, baseline: pd.Series, keep: float) -> pd.Series:
-    """Rows whose average is below `keep` of that of their own model's and source's Baseline row."""
-    if "avg" not in df or not baseline.any():
-        return pd.Series(False, index=df.index)
-    average = pd.to_numeric(df["avg"], errors="coerce")
-    group = pd.Series("", index=df.index)
-    for column in ("model", "source"):
-        if column in df:
-            group = group + "|" + df[column].astype(str)
-    return average < keep * group.map(average[baseline].groupby(group[baseline]).first())
+    text = f"{round(value, places) + 0.0:.{places}f}"  # + 0.0: never "−0.0"
+    return text.replace("-", "−").replace("inf", "∞")
 
 
 def _markdown(
-    cells: pd.DataFrame,
-    is_number: list[bool],
-    shaded: pd.Series,
-    bold: pd.Series,
-    italic: pd.Series,
-    average: str,
-    note: str,
+    cells: pd.DataFrame, align: str, is_published: pd.Series, is_weak: pd.Series, average: str, note: str
 ) -> str:
-    lines = [list(cells.columns), ["---:" if right else "---" for right in is_number]]
-    for row in cells.index:
-        texts = cells.loc[row].str.replace("|", r"\|")
-        if shaded[row] and average in texts:
-            texts[average] += " ▽"
-        around = "*" * (int(italic[row]) + 2 * int(bold[row]))
-        lines.append([around + text + around for text in texts])
+    cells = cells.replace(r"\|", r"\\|", regex=True)
+    if is_weak.any():
+        cells.loc[is_weak, average] += " ▽"
+    cells.loc[is_published] = "*" + cells.loc[is_published] + "*"
+    lines = [cells.columns, ["---:" if side == "r" else "---" for side in align], *cells.to_numpy()]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return table + (f"\n{note}\n" if note else "")
 
 
 def _latex(
-    cells: pd.DataFrame,
-    is_number: list[bool],
-    shaded: pd.Series,
-    bold: pd.Series,
-    italic: pd.Series,
-    rule_above: pd.Series,
-    note: str,
+    cells: pd.DataFrame, align: str, is_published: pd.Series, is_weak: pd.Series, is_new_model: pd.Series, note: str
 ) -> str:
     """The cells by pandas' Styler, whose styles are LaTeX commands here: those of a row stand in its first cell."""
     styles = pd.DataFrame("", index=cells.index, columns=cells.columns)
-    styles.loc[rule_above, cells.columns[0]] += r"midrule:;"
-    styles.loc[shaded, cells.columns[0]] += "rowcolor:[gray]{0.88};"
-    styles.loc[bold] += "textbf:--rwrap;"
-    styles.loc[italic] += "textit:--rwrap;"
+    styles.loc[is_new_model, cells.columns[0]] += r"midrule:;"
+    styles.loc[is_weak, cells.columns[0]] += "rowcolor:[gray]{0.88};"
+    styles.loc[is_published] += "textit:--rwrap;"
     styler = cells.style.hide(axis="index").apply(lambda _: styles, axis=None)
     styler = styler.format(escape="latex").format_index(escape="latex", axis="columns")
-    text = styler.to_latex(hrules=True, column_format="".join("r" if right else "l" for right in is_number))
+    text = styler.to_latex(hrules=True, column_format=align)
     if note:
         paragraph = pd.DataFrame([[note]]).style.hide(axis="index").hide(axis="columns").format(escape="latex")
         width = r"@{}p{\linewidth}@{}"

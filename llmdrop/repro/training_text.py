@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from scipy import sparse
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ..calibration import Calibration
-from ..data.texts import SOURCES
+from ..calibration import SOURCES, Calibration
 
 END = "</s>"  # stands after every document
 SMALLEST_VOCABULARY = 257  # 256 bytes and END
@@ -60,56 +60,34 @@ def load_training_text(
     unknown = [name for name in sources if name not in SOURCES]
     if unknown or not sources:
         raise ValueError(f"unknown text {', '.join(unknown) or '(none given)'}; these are known: {', '.join(SOURCES)}")
-    too_small = seq_len < 2 or n_valid < 2 or (n_train is not None and n_train < 1)
-    if vocabulary < SMALLEST_VOCABULARY or too_small:
-        raise ValueError(
-            f"{vocabulary=}, {seq_len=}, {n_train=}, {n_valid=}: need at least {SMALLEST_VOCABULARY} (256 bytes and "
-            f"{END}), 2, 1 and 2"
-        )
-    documents = _shuffled_documents(sources, data_dir)
-    train_documents = [document for document in documents if not _is_held_out(document)]
-    valid_documents = [document for document in documents if _is_held_out(document)]
+    if vocabulary < SMALLEST_VOCABULARY or seq_len < 2 or n_valid < 2:
+        raise ValueError(f"{vocabulary=}, {seq_len=}, {n_valid=}: need at least {SMALLEST_VOCABULARY}, 2 and 2")
+    documents: dict[str, None] = {}  # one that occurs twice stands there once
+    for name in sources:
+        documents |= dict.fromkeys(SOURCES[name].documents(data_dir))
+    train_documents = []
+    valid_documents = []
+    for document in np.random.default_rng(0).permutation(np.array(list(documents), dtype=object)):
+        opening = document[:24].encode()
+        is_held_out = hashlib.sha256(opening).digest()[0] < 13  # of 256
+        (valid_documents if is_held_out else train_documents).append(document)
     tokenizer = _train_tokenizer(train_documents[:TOKENIZER_DOCUMENTS], vocabulary)
     train = _pack(train_documents, tokenizer, seq_len, n_train)
     valid = _pack(valid_documents, tokenizer, seq_len, n_valid)
     if not len(train) or len(valid) < n_valid:
         raise ValueError(
             f"{', '.join(sources)}: {len(documents)} documents give {len(train)} windows of {seq_len} tokens to train "
-            f"on and {len(valid)} held out; need 1 and {n_valid}. Add sources, or make windows shorter or n_valid "
-            "smaller"
+            f"on and {len(valid)} held out; need 1 and {n_valid}. Add sources, or shorten windows or n_valid"
         )
     held_out = Calibration(torch.tensor(valid, dtype=torch.long), source=f"{'+'.join(sources)}, held out")
     return TrainingText(tokenizer, train, held_out, count_baselines(train, valid, len(tokenizer)))
 
 
-def _shuffled_documents(sources: Sequence[str], data_dir: str | os.PathLike | None) -> list[str]:
-    """All documents in an order that is always the same; one that occurs twice stands there once."""
-    documents: dict[str, None] = {}
-    for name in sources:
-        documents |= dict.fromkeys(SOURCES[name].documents(data_dir))
-    in_order = list(documents)
-    return [in_order[i] for i in np.random.default_rng(0).permutation(len(in_order))]
-
-
-def _is_held_out(document: str) -> bool:
-    """About one in twenty, by the opening words."""
-    opening = document[:24].encode()
-    return hashlib.sha256(opening).digest()[0] < 13
-
-
 def _train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with END as its only special token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents, vocabulary, min_frequency=0, show_progress=False, special_tokens=[END])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token=END)
 
 
 def _pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, seq_len: int, n: int | None) -> np.ndarray:
@@ -121,9 +99,7 @@ def _pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, seq_len:
         if n is not None and len(stream) >= n * seq_len:
             break
     n_windows = len(stream) // seq_len
-    if n is not None:
-        n_windows = min(n_windows, n)
-    return np.array(stream[: n_windows * seq_len], dtype=np.int32).reshape(n_windows, seq_len)
+    return np.array(stream[: n_windows * seq_len], dtype=np.int32).reshape(n_windows, seq_len)[:n]
 
 
 def count_baselines(train: np.ndarray, valid: np.ndarray, vocabulary: int) -> dict[str, float]:
@@ -133,21 +109,19 @@ def count_baselines(train: np.ndarray, valid: np.ndarray, vocabulary: int) -> di
     """
     counts = np.bincount(train.ravel(), minlength=vocabulary) + 1.0
     unigram = counts / counts.sum()
-    train_pairs = train[:, :-1].astype(np.int64) * vocabulary + train[:, 1:]
-    known_pairs, times_seen = np.unique(train_pairs, return_counts=True)
-    times_first = np.bincount(train[:, :-1].ravel(), minlength=vocabulary)
-
-    before = valid[:, :-1].ravel().astype(np.int64)
+    first = train[:, :-1].ravel()
+    second = train[:, 1:].ravel()
+    pairs = sparse.coo_array((np.ones(len(first)), (first, second)), shape=(vocabulary, vocabulary)).tocsr()
+    before = valid[:, :-1].ravel()
     after = valid[:, 1:].ravel()
-    pairs = before * vocabulary + after
-    position = np.searchsorted(known_pairs, pairs).clip(max=len(known_pairs) - 1)
-    joint = np.where(known_pairs[position] == pairs, times_seen[position], 0)
-    bigram_losses = []
+    times_together = pairs[before, after]
+    times_before = pairs.sum(axis=1)[before]
+    losses = []  # by strength
     for strength in 2.0 ** np.arange(-2, 12):
-        probability = (joint + strength * unigram[after]) / (times_first[before] + strength)
-        bigram_losses.append(-np.log(probability).mean())
+        probability = (times_together + strength * unigram[after]) / (times_before + strength)
+        losses.append(-np.log(probability).mean())
     return {
         "uniform": math.log(vocabulary),
         "unigram": float(-np.log(unigram[after]).mean()),
-        "bigram": float(min(bigram_losses)),
+        "bigram": float(min(losses)),
     }

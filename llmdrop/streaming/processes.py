@@ -7,8 +7,8 @@ from torch import nn
 
 from ..anatomy import find_anatomy
 from ..calibration import Calibration
+from ..checkpoints.extras import import_extra
 from ..scoring import ImportanceScores, sample_sums, scores_from_sums
-from .extra import import_extra
 
 Sums = tuple[torch.Tensor, torch.Tensor | None]  # as from `scoring.sample_sums`
 
@@ -44,7 +44,7 @@ def over_processes(
 
     Every process must call it. The process group is made if there is none (NCCL between GPUs, gloo between CPUs).
     """
-    accelerate = import_extra("accelerate")
+    accelerate = import_extra("accelerate", "streaming")
     state = accelerate.PartialState()
     sums = torch.zeros(n_layers, 6, calibration.n_samples, dtype=torch.float64)
     gaps = torch.zeros(n_layers, n_layers, dtype=torch.float64) if gap else None

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from ..checkpoints.extras import import_extra
 from ..checkpoints.load import locate, saved_record, stock_class
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
-from .extra import import_extra
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SINGLE = "model.safetensors"
@@ -92,7 +92,7 @@ def open_checkpoint(
     weights that do not fit the config, quantized weights and unknown architectures; ImportError without the package
     accelerate.
     """
-    init_empty_weights = import_extra("accelerate").init_empty_weights
+    init_empty_weights = import_extra("accelerate", "streaming").init_empty_weights
     folder = _local(str(name))
     config, record, llm_drop = _config(folder)
     shards = _read_headers(folder)

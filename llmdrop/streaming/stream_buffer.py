@@ -9,8 +9,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from ..checkpoints.extras import import_extra
 from ..files import write_atomic
-from .extra import import_extra
 
 PLACES = ("auto", "device", "host", "file")
 
@@ -52,7 +52,7 @@ class StreamBuffer:
     def _roomy_place(self) -> str:
         if self.device.type == "cuda" and self.n_bytes <= torch.cuda.mem_get_info(self.device)[0] / 4:
             return "device"
-        return "host" if self.n_bytes <= import_extra("psutil").virtual_memory().available / 4 else "file"
+        return "host" if self.n_bytes <= import_extra("psutil", "streaming").virtual_memory().available / 4 else "file"
 
     def get(self, rows: slice) -> torch.Tensor:
         """Samples of the stream before the layer, on the device."""

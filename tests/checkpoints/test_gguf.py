@@ -164,9 +164,9 @@ def test_without_the_extra_all_but_a_gguf_is_read_and_written(monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setenv("LLMDROP_BUILD", str(tmp_path / "build"))
     for source in (path, "smollm2-135m"):
-        with pytest.raises(ImportError, match=r"need the package gguf .*: `pip install llmdrop\[gguf\]`"):
+        with pytest.raises(ImportError, match=r"this needs gguf .*: pip install 'llmdrop\[gguf\]'"):
             load_model(source, device="cpu")
-    with pytest.raises(ImportError, match=r"need the package gguf .*: `pip install llmdrop\[gguf\]`"):
+    with pytest.raises(ImportError, match=r"this needs gguf .*: pip install 'llmdrop\[gguf\]'"):
         save_model(model, TOKENIZER, tmp_path / "other.gguf", format="gguf")
     loaded, _ = load_model(save_model(model, TOKENIZER, tmp_path / "m"), device="cpu")
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)

@@ -1,1 +1,1 @@
-"""The paper: its numbers and claims, the results store, quality and timing of variants, statistics, tables and figures."""
+"""The paper: its numbers and claims, the store, quality and timing of variants, statistics, tables and figures."""

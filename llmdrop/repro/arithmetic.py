@@ -21,11 +21,10 @@ def solve(
     batch_size: int = 16,
     store: Store | None = None,
 ) -> pd.DataFrame:
-    """Every variant's written answer to every problem, stored, and what it is worth.
+    """Every variant's written answer to every problem (question, answer), stored, and what it is worth.
 
-    problems: (question, answer). prompt: "shots" or "metamath", as in `questions.arithmetic_prompt`; after worked
-    examples an answer is one line. Returns variant, item, question, expected, answer, and, each 0 or 1: right, format
-    (the asked one), unparsable (no number in it: then it is wrong). Raises what `quality.answers` raises.
+    prompt: as in `questions.arithmetic_prompt`; after worked examples ("shots") an answer is one line. Returns variant,
+    item, question, expected, answer, and, each 0 or 1: right, format (the asked one), unparsable (no number in it).
     """
     prompts = [arithmetic_prompt(question, prompt) for question, _ in problems]
     stop = ["\n"] if prompt == "shots" else []

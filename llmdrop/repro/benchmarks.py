@@ -11,7 +11,7 @@ from .statistics import headline
 def limit_per_part(task: str, limit: int | None, data_dir: Data = None) -> int | None:
     """The limit of each part of a task with which about `limit` questions are asked in all, at least 2 of each part.
 
-    MMLU is 57 subjects where a mirror or the hub has them; lm-eval, and `llmdrop.evaluate`, limit each of them.
+    MMLU is 57 subjects where a mirror or the hub has them, and lm-eval limits each of them.
     """
     if limit is None or task != "mmlu":
         return limit

@@ -39,7 +39,7 @@ def plot_importance(df: pd.DataFrame, axes: Sequence[Axes], rows: str = "calibra
     kinds = _by_kind(df)
     axes = np.atleast_1d(axes).ravel()
     if len(axes) != len(kinds):
-        raise ValueError(f"plot_importance: {len(axes)} Axes for {len(kinds)} kinds ({', '.join(kinds)}); give one each")
+        raise ValueError(f"plot_importance: {len(axes)} Axes for {len(kinds)} kinds ({', '.join(kinds)}); one each")
     norm = _log_norm(df["score"], 0, 0.94)
     for axis, (kind, part) in zip(axes, kinds.items(), strict=True):
         grid = part.pivot_table("score", rows, "layer", sort=False)
@@ -163,12 +163,7 @@ def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
 
 
 def plot_drop_curves(
-    df: pd.DataFrame,
-    ax: Axes,
-    ylabel: str = "Accuracy",
-    chance: float | None = None,
-    log: bool = False,
-    legend: bool = True,
+    df: pd.DataFrame, ax: Axes, ylabel: str, chance: float | None = None, log: bool = False, legend: bool = True
 ) -> None:
     """Figures 5 and 8: a measurement against the number of dropped modules, one curve a method.
 

@@ -17,7 +17,7 @@ def plot_speedups(df: pd.DataFrame, ax: Axes) -> None:
     """
     measured = df[(df["source"] == "measured") & (df["n_dropped"] > 0)].dropna(subset="value")
     others = df[(df["source"] == "limit") | ((df["source"] == "paper") & (df["n_dropped"] > 0))]
-    plot_drop_curves(others.assign(method=others["method"].map(style.name)), ax, "Speedup", legend=False)
+    plot_drop_curves(others, ax, "Speedup", legend=False)
     for line in ax.lines:
         if line.get_linestyle() != "None":
             line.set_marker("")

@@ -25,8 +25,6 @@ METHODS = {
 }
 KINDS = {"attn": "Attention", "mlp": "MLP", "block": "Block", "joint": "Joint", "consecutive": "Consecutive Block"}
 RETAINED, DROPPED = "#FFF3B0", "#9E1B32"  # light yellow and dark red: apart in lightness too
-
-
 PAPER_EDGE = "#222222"  # hollow markers of published values where no method color applies
 
 

@@ -68,7 +68,7 @@ def published_drops() -> pd.DataFrame:
 def by_variant(rows: pd.DataFrame, speed: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a variant, the first being the baseline; each column `x` with its standard error `x_stderr`.
 
-    rows: from `quality`. Benchmarks and sets of questions give a column each, in percent right by their headline metric,
+    rows: from `quality`. Benchmarks and sets of questions give a column each, percent right by their headline metric,
     their mean `avg`, and `percent`: avg in percent of the baseline's (its error takes the two as independent, which
     overstates it). Texts give `perplexity` and `ppl_ratio`, relative to the baseline's, with the error of the
     differences sample by sample. speed: from `timing.speedups`; gives `speedup`, its error half its range, and `gamma`.

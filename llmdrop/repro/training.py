@@ -102,25 +102,27 @@ def pretrain(
         raise ValueError(f"{seeds=}: need at least one seed, all different and none negative")
     device = check_device(device)
     entries = []
+    folders = []
+    jobs = []
     for seed in seeds:
         model = new_model(text, recipe, seed).to(device)
         key = model_key(model) | asdict(recipe)
         key |= {"version": [VERSION, scoring.VERSION], "text": text.digest, "seed": seed}
-        entries.append(Entry(key, f"{recipe.n_layers}x{recipe.width}-{recipe.steps}-seed{seed}"))
-    folders = [build_dir() / "pretrain" / entry.digest for entry in entries]
+        entry = Entry(key, f"{recipe.n_layers}x{recipe.width}-{recipe.steps}-seed{seed}")
+        folder = build_dir() / "pretrain" / entry.digest
+        entries.append(entry)
+        folders.append(folder)
+        jobs.append(partial(train_run, text, recipe, seed, device, folder, save_every))
 
     def compute(missing: list[int]) -> Iterator[list[dict]]:
-        train = partial(train_run, text, recipe, device, save_every)
-        missing_seeds = [seeds[i] for i in missing]
-        missing_folders = [folders[i] for i in missing]
         workers = min(len(missing), torch.get_num_threads()) if device == "cpu" else 1
         if workers == 1:
-            yield from map(train, missing_seeds, missing_folders)
+            yield from (jobs[i]() for i in missing)
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, die_with_parent) as pool:
-            runs = pool.map(train, missing_seeds, missing_folders)
-            yield from tqdm(runs, "pretrain", len(missing), unit="run")
+            runs = [pool.submit(jobs[i]) for i in missing]
+            yield from (run.result() for run in tqdm(runs, "pretrain", unit="run"))
 
     facts = partial(provenance, model, text.valid, **asdict(recipe))
     runs = (store or Store()).get_many("pretrain", entries, compute, facts)
@@ -168,32 +170,38 @@ def new_model(text: TrainingText, recipe: Recipe, seed: int) -> LlamaForCausalLM
 
 
 def train_run(
-    text: TrainingText, recipe: Recipe, device: str, save_every: float, seed: int, folder: Path
+    text: TrainingText, recipe: Recipe, seed: int, device: str, folder: Path, save_every: float
 ) -> list[dict]:
     """One run, from its last state saved in `folder` if there is one: a row per checkpoint."""
     model = new_model(text, recipe, seed).to(device)
-    optimizer = _new_optimizer(model, device)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1]},
+            {"params": [parameter for parameter in model.parameters() if parameter.ndim <= 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=True if device == "cpu" else None,  # a tenth of the step there
+    )
     file = folder / "state.pt"
-    first = 0
-    losses: list[float] = []  # since the last checkpoint
-    rows: list[dict] = []
+    state = {"step": 0, "losses": [], "rows": []}  # losses: since the last row
     if file.exists():
         state = read_state(file)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        losses = state["losses"]
-        rows = state["rows"]
+    losses = state["losses"]
+    rows = state["rows"]
     marks = checkpoint_steps(recipe.steps, recipe.n_checkpoints)
-    steps = range(first, recipe.steps + 1)
     is_worker = multiprocessing.parent_process() is not None
     with _same_numbers_every_time(device):
         saved_at = time.monotonic()
-        for step in tqdm(steps, f"seed {seed}", recipe.steps + 1, initial=first, disable=is_worker):
+        for step in tqdm(range(state["step"], recipe.steps + 1), f"seed {seed}", disable=is_worker):
             if time.monotonic() - saved_at >= save_every:
                 state = {"step": step, "losses": losses, "rows": rows}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                _save_state(file, state)
+                content = io.BytesIO()
+                torch.save(state, content)
+                write_atomic({file: content.getvalue()})
                 saved_at = time.monotonic()
             if step in marks:
                 row = {"step": step, "tokens": step * recipe.batch_size * text.seq_len}
@@ -201,24 +209,14 @@ def train_run(
                 try:
                     row |= _measure(model, text.valid, recipe.batch_size)
                 except ValueError as error:
-                    raise FloatingPointError(
-                        f"seed {seed} diverged before step {step}; use a smaller lr than {recipe.lr}"
-                    ) from error
+                    message = f"seed {seed} diverged before step {step}; use a smaller lr than {recipe.lr}"
+                    raise FloatingPointError(message) from error
                 rows.append(row)
-                losses = []
+                losses.clear()
             if step < recipe.steps:
-                windows = training_batch(text.train, step, recipe.batch_size, seed)
-                ids = torch.from_numpy(windows).to(device)
+                ids = torch.from_numpy(training_batch(text.train, step, recipe.batch_size, seed)).to(device)
                 losses.append(_train_step(model, optimizer, ids, recipe.learning_rate(step)))
     return rows
-
-
-def _new_optimizer(model: LlamaForCausalLM, device: str) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    fused = True if device == "cpu" else None  # a tenth of the step there
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
 
 
 @contextmanager
@@ -273,9 +271,10 @@ def _measure(model: LlamaForCausalLM, valid: Calibration, batch_size: int) -> di
     losses: list[float] = []  # per window
     for _, inputs in batches(valid, batch_size, model.device):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1]).transpose(1, 2)
-        loss = torch.nn.functional.cross_entropy(logits, inputs["input_ids"][:, 1:], reduction="none")  # [B, T - 1]
-        losses += loss.mean(1).tolist()
+        logits = model.lm_head(hidden[:, :-1]).flatten(0, 1)  # [B * (T - 1), V]
+        targets = inputs["input_ids"][:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        losses += loss.view(len(hidden), -1).mean(1).tolist()
     if not np.isfinite(losses).all():
         raise ValueError("the loss is not finite")
     return {
@@ -283,14 +282,6 @@ def _measure(model: LlamaForCausalLM, valid: Calibration, batch_size: int) -> di
         "valid_stderr": float(np.std(losses, ddof=1) / math.sqrt(len(losses))),
         "scores": json.loads(score(model, valid, batch_size, progress=False).to_json()),
     }
-
-
-def _save_state(file: Path, state: dict) -> None:
-    for leftover in file.parent.glob(f".{file.name}.*"):  # of a process killed while it was writing
-        leftover.unlink()
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_atomic({file: content.getvalue()})
 
 
 def read_state(file: Path) -> dict:

@@ -75,13 +75,15 @@ def slopes(scores: pd.DataFrame, since: float) -> pd.DataFrame:
     n_late = late["tokens"].nunique()
     if n_late < 2:
         raise ValueError(f"{n_late} checkpoints from {since:g} tokens on; a slope needs two")
-    table = _but_layer_0(late).pivot(index="tokens", columns=["kind", "run", "layer"], values="score")
-    x = table.index.to_series().map(math.log10)
-    centered = x - x.mean()
-    of_layers = table.mul(centered, axis=0).sum() / (centered**2).sum()
-    by_kind = of_layers.groupby("kind", sort=False)
-    halfwidth = stats.t.ppf(0.975, by_kind.count() - 1) * by_kind.sem()
-    return pd.DataFrame({"slope": by_kind.mean(), "halfwidth": halfwidth})
+    rows = {}
+    for kind, part in _but_layer_0(late).groupby("kind", sort=False):
+        by_tokens = part.pivot(index="tokens", columns=["run", "layer"], values="score")
+        x = by_tokens.index.to_series().map(math.log10)
+        centered = x - x.mean()
+        of_layers = by_tokens.mul(centered, axis=0).sum() / (centered**2).sum()
+        halfwidth = stats.t.ppf(0.975, len(of_layers) - 1) * of_layers.sem()
+        rows[kind] = {"slope": of_layers.mean(), "halfwidth": halfwidth}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
 
 
 def _but_layer_0(scores: pd.DataFrame) -> pd.DataFrame:

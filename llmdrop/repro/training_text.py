@@ -62,15 +62,10 @@ def load_training_text(
         raise ValueError(f"unknown text {', '.join(unknown) or '(none given)'}; these are known: {', '.join(SOURCES)}")
     if vocabulary < SMALLEST_VOCABULARY or seq_len < 2 or n_valid < 2:
         raise ValueError(f"{vocabulary=}, {seq_len=}, {n_valid=}: need at least {SMALLEST_VOCABULARY}, 2 and 2")
-    documents: dict[str, None] = {}  # one that occurs twice stands there once
-    for name in sources:
-        documents |= dict.fromkeys(SOURCES[name].documents(data_dir))
-    train_documents = []
-    valid_documents = []
-    for document in np.random.default_rng(0).permutation(np.array(list(documents), dtype=object)):
-        opening = document[:24].encode()
-        is_held_out = hashlib.sha256(opening).digest()[0] < 13  # of 256
-        (valid_documents if is_held_out else train_documents).append(document)
+    documents = list(dict.fromkeys(document for name in sources for document in SOURCES[name].documents(data_dir)))
+    shuffled = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
+    train_documents = [document for document in shuffled if not _is_held_out(document)]
+    valid_documents = [document for document in shuffled if _is_held_out(document)]
     tokenizer = _train_tokenizer(train_documents[:TOKENIZER_DOCUMENTS], vocabulary)
     train = _pack(train_documents, tokenizer, seq_len, n_train)
     valid = _pack(valid_documents, tokenizer, seq_len, n_valid)
@@ -81,6 +76,11 @@ def load_training_text(
         )
     held_out = Calibration(torch.tensor(valid, dtype=torch.long), source=f"{'+'.join(sources)}, held out")
     return TrainingText(tokenizer, train, held_out, count_baselines(train, valid, len(tokenizer)))
+
+
+def _is_held_out(document: str) -> bool:
+    opening = document[:24].encode()
+    return hashlib.sha256(opening).digest()[0] < 13  # of 256
 
 
 def _train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -64,7 +64,7 @@ def test_one_requirement_is_the_same_in_every_extra():
 
 
 def test_no_module_hides_one_of_pythons():
-    """serving/llama_cpp.py runs as a script, its folder first on its path: a selectors.py there once broke subprocess."""
+    """serving/llama_cpp.py runs as a script, its folder first on its path; a selectors.py once broke subprocess."""
     assert not {path.stem for path in (ROOT / "llmdrop/serving").glob("*.py")} & sys.stdlib_module_names
 
 

@@ -73,9 +73,7 @@ def order():
 
 def bars():
     frame = paper.table("fig09").drop(columns="model").melt(["method", "strategy"], var_name="task")
-    return pd.concat(
-        [frame.assign(source="measured", value=frame["value"] - 20, stderr=1.1), frame.assign(source="paper")]
-    )
+    return frame.assign(value=frame["value"] - 20, stderr=1.1)
 
 
 def training():
@@ -127,7 +125,7 @@ def draw(name):
     elif name == "sample_size":
         figures.plot_sample_size(df := pd.concat(scores(n_samples=n) for n in (4, 16, 64, 256, 1024)), ax)
     elif name == "drop_curves":
-        figures.plot_drop_curves(df := curves(), ax, chance=50)
+        figures.plot_drop_curves(df := curves(), ax, "Accuracy", chance=50)
     elif name == "perplexity":
         df = curves().query("source != 'paper'").assign(value=lambda d: 2.0 ** (75 - d["value"]), stderr=1.0)
         figures.plot_drop_curves(df, ax, ylabel="Perplexity", log=True)
@@ -238,7 +236,8 @@ NEEDING = ["importance", "scores", "sample_size", "drop_curves", "bars", "checkp
 def test_a_missing_column_is_named(name):
     fig, ax = plt.subplots()
     with pytest.raises(ValueError, match=rf"plot_{name}: the frame has no column .*needed: .*it has: other"):
-        getattr(figures, f"plot_{name}")(pd.DataFrame({"other": [1]}), ax)
+        more = ["Accuracy"] if name == "drop_curves" else []
+        getattr(figures, f"plot_{name}")(pd.DataFrame({"other": [1]}), ax, *more)
     with pytest.raises(ValueError, match="no rows"):
         figures.plot_dropping_order(pd.DataFrame({"layer": [], "step": []}), ax, 4)
 
@@ -252,7 +251,7 @@ def test_other_errors_are_clear():
     with pytest.raises(ValueError, match="no layer has a step"):
         figures.plot_dropping_order(pd.DataFrame({"layer": [0], "step": [np.nan]}), ax, 4)
     with pytest.raises(ValueError, match="no color for method 'Magic'; known: Attention"):
-        figures.plot_drop_curves(pd.DataFrame({"method": ["Magic"], "n_dropped": [1], "value": [1.0]}), ax)
+        figures.plot_drop_curves(pd.DataFrame({"method": ["Magic"], "n_dropped": [1], "value": [1.0]}), ax, "")
 
 
 def test_schematic_ghosts_are_the_dropped_modules():
@@ -290,7 +289,7 @@ def test_curves_show_ours_solid_and_the_paper_hollow():
 def test_bars_have_the_values_and_errors():
     fig, df = draw("bars")
     heights = sorted(p.get_height() for p in fig.axes[0].patches)
-    assert heights == pytest.approx(sorted(df.query("source == 'measured'")["value"]))
+    assert heights == pytest.approx(sorted(df["value"]))
     assert fig.axes[0].get_ylim()[0] == 0  # a bar's length is its value
     assert len([c for c in fig.axes[0].collections if hasattr(c, "get_segments") and len(c.get_segments())]) == 2
 

@@ -158,12 +158,6 @@ def test_no_cell_is_blank(fmt):
     assert ("Run it: make reproduce." in text) == (fmt != "csv")
 
 
-def test_missing_text_from_a_column():
-    df = beside().assign(why=lambda d: "out of memory on " + d["method"])
-    text = tables.format_table(df, reasons="why")
-    assert "out of memory on Attn-8" in text and "| why |" not in text
-
-
 def test_grey_rows_are_those_below_95_percent():
     df = paper.table("tab01").assign(source="paper")
     expected = []
@@ -175,8 +169,6 @@ def test_grey_rows_are_those_below_95_percent():
         f"{m} {a}" for m, a in (re.findall(r"\*(\S+?-\d+)\*.*\*([\d.]+) ▽", line)[0] for line in marked)
     ] == expected
     assert tables.format_table(df, "latex").count(r"\rowcolor") == len(expected) == 4
-    bold = tables.format_table(df.drop(columns="source"), below="bold")
-    assert bold.count("**Block-8**") == 2 and "**Attn-8**" not in bold
 
 
 def test_cells():
@@ -243,8 +235,6 @@ def test_latex():
     assert [line.startswith(r"\rowcolor") for line in shaded] == [True] * len(shaded) and len(shaded) == 4
     assert text.count(r"\textit{") == len(beside()) // 2 * (len(beside().columns) - 1)
     assert r"Run 100 \% of it. Gray: average below 95 \%" in text and "\\end{tabular}" in lines
-    bold = tables.format_table(beside(), "latex", below="bold")
-    assert r"\textbf{Block-8}" in bold and r"\rowcolor" not in bold
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")

@@ -176,8 +176,8 @@ def test_sigkill_at_any_point_costs_nothing(small, undisturbed, build):
         pretrain(small, RECIPE, [0], "cpu", store, save_every=0)
 
     def steps_done() -> int:
-        file = next((build / "pretrain").glob("*/state.safetensors"), None)
-        return -1 if file is None else training.read_state(file)[0].step
+        file = next((build / "pretrain").glob("*/state.pt"), None)
+        return -1 if file is None else training.read_state(file)["step"]
 
     for _ in range(4):
         child = multiprocessing.get_context("fork").Process(target=train)
@@ -224,9 +224,12 @@ def test_a_damaged_state_is_named(small, build, monkeypatch):
         patch.setattr(training, "training_batch", never)  # dies in its first step
         with pytest.raises(AssertionError):
             pretrain(small, RECIPE, [0], "cpu", save_every=0)
-    (file,) = (build / "pretrain").glob("*/state.safetensors")
+    (file,) = (build / "pretrain").glob("*/state.pt")
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"state.safetensors is damaged.*delete it"):
+    with pytest.raises(ValueError, match=r"state.pt is damaged.*delete it"):
+        pretrain(small, RECIPE, [0], "cpu")
+    torch.save({"step": Recipe()}, file)  # anything but plain values and tensors is not unpickled
+    with pytest.raises(ValueError, match=r"state.pt is damaged.*delete it"):
         pretrain(small, RECIPE, [0], "cpu")
 
 

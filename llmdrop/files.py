@@ -97,4 +97,3 @@ def write_atomic(files: Mapping[str | Path, str | bytes]) -> None:
     finally:
         for temporary in ready:
             Path(temporary).unlink(missing_ok=True)
-held_alone = None  # TEMPORARY, until every room is ported

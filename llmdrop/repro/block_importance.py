@@ -23,8 +23,7 @@ def by_perplexity(model: nn.Module, calibration: Calibration, store: Store | Non
     """
     variants = {str(i): Variant(DropPlan([i], [i])) for i in range(find_anatomy(model).n_layers)}
     rows = quality(model, None, variants, {"blocks": calibration}, store=store)
-    rows["nats"] = rows["value"] * rows["n"]
-    sums = rows.groupby("variant", sort=False)[["nats", "n"]].sum()
+    sums = rows.assign(nats=rows["value"] * rows["n"]).groupby("variant", sort=False)[["nats", "n"]].sum()
     return (sums["nats"] / sums["n"]).to_numpy()
 
 
@@ -41,18 +40,12 @@ def by_taylor(model: nn.Module, calibration: Calibration, store: Store | None = 
 
 
 def joint_as_small(model: nn.Module, scores: ImportanceScores, blocks: DropPlan) -> DropPlan:
-    """The shortest Joint Layer Drop that removes at least as many parameters of `model` as this plan of blocks.
-
-    Raises ValueError where there is none.
-    """
+    """The shortest Joint Layer Drop that removes at least as many parameters of `model` as this plan of blocks."""
     budget = removed(model, blocks)
     return joint_plan(scores, lambda plan: removed(model, plan) >= budget)
 
 
 def joint_as_fast(model: nn.Module, scores: ImportanceScores, blocks: DropPlan, **settings) -> DropPlan:
-    """The shortest Joint Layer Drop that is as fast as this plan of blocks, by `predict_speed` with these settings.
-
-    Raises ValueError where there is none.
-    """
+    """The shortest Joint Layer Drop that is as fast as this plan of blocks, by `predict_speed` with these settings."""
     limit = predict_speed(model, blocks, **settings).seconds
     return joint_plan(scores, lambda plan: predict_speed(model, plan, **settings).seconds <= limit)

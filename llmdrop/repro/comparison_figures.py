@@ -1,16 +1,15 @@
 """Figures of the tables in `comparisons`: plot_*(table, axes) draw on axes that the caller made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from torch import nn
 
-from ..compress.variant import Variant
 from .comparisons import BASELINE, percent
 from .figures import plain_log_ticks, plot_percent
-from .selectors import Contender, selector
+from .selectors import Contender
 
 MARKERS = "osv^DPX*<>"
 AT_A_TIME = (1, 2, 4, 8, 16, 32, 64)  # sequences
@@ -18,15 +17,11 @@ AT_A_TIME = (1, 2, 4, 8, 16, 32, 64)  # sequences
 
 def looks(table: pd.DataFrame) -> dict[tuple[str, str], dict]:
     """{(choice, setting): label, color, marker} of every method of `losses`, in its order."""
-    methods = table[["choice", "setting"]].drop_duplicates().itertuples(index=False)
-    return {
-        (choice, setting): {
-            "label": f"{choice}: {setting}",
-            "color": f"C{k}",
-            "marker": MARKERS[k % len(MARKERS)],
-        }
-        for k, (choice, setting) in enumerate(methods)
-    }
+    by_method = {}
+    for k, (choice, setting) in enumerate(table[["choice", "setting"]].drop_duplicates().itertuples(index=False)):
+        marker = MARKERS[k % len(MARKERS)]
+        by_method[choice, setting] = {"label": f"{choice}: {setting}", "color": f"C{k}", "marker": marker}
+    return by_method
 
 
 def plot_losses(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
@@ -34,7 +29,6 @@ def plot_losses(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
 
     axes: two. A line a method; the dotted line is a third.
     """
-    counts = sorted(set(table["n"]))
     methods = looks(table)
     for k, ((choice, setting), look) in enumerate(methods.items()):
         part = table[(table["choice"] == choice) & (table["setting"] == setting)]
@@ -44,7 +38,7 @@ def plot_losses(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
         axes[1].errorbar(beside, part["left"], error, linestyle="", **look)
     axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
     for ax, label in zip(axes, ("Lost (nats per token)", "Share of the paper’s loss left"), strict=True):
-        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=counts)
+        ax.set(xlabel="Dropped attention layers", ylabel=label, xticks=sorted(set(table["n"])))
         ax.set_ylim(0, 1.02 * ax.get_ylim()[1])
 
 
@@ -61,17 +55,13 @@ def plot_training(losses: Mapping[int, Sequence[float]], ax: Axes, n_tokens: int
     ax.set(xlabel="Training (thousand tokens)", ylabel="Loss (nats)", ylim=(0, None))
 
 
-# ---- ways to choose
-
-
 def plot_leaderboard(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
     """One row a selector, best at the smallest n on top: nats lost at each n with 95 % intervals, and what it cost.
 
     table: from `leaderboard`. axes: one for each n, and one for the cost. Filled: nothing makes up for the layers;
     hollow: reconstructed. Random seeds share a row.
     """
-    rows = ["random" if selector(name).seed is not None else name for name in table["selector"]]
-    table = table.assign(row=rows)
+    table = table.assign(row=table["selector"].str.replace(r"^random .*", "random", regex=True))
     counts = sorted(set(table["n"]))
     smallest = table[table["n"] == counts[0]].groupby("row")
     names = list(smallest[["lost", "reconstructed"]].mean().min(axis=1).sort_values().index)
@@ -111,9 +101,6 @@ def plot_stability(table: pd.DataFrame, axes: Sequence[Axes], chance: float) -> 
         ax.set_ylim(len(names) - 0.5, -0.5)
     axes[0].set_yticklabels(names)
     axes[0].axvline(chance, color="black", lw=0.7, ls=":")
-
-
-# ---- quality against speed
 
 
 def plot_trade_offs(
@@ -173,48 +160,28 @@ def plot_frontier(table: pd.DataFrame, axes: Sequence[Axes], labels: Mapping[str
         plain_log_ticks(ax.yaxis)
 
 
-# ---- answers
-
-
-def plot_answers(table: pd.DataFrame, contenders: Sequence[Contender], axes: Sequence[Axes]) -> None:
-    """One panel a measure of `statistics.against`: percent against n, a line a method, the whole model gray."""
-    methods: dict[str, dict[str, int]] = {}
-    for contender in contenders:
-        methods.setdefault(f"{contender.choice}: {contender.setting}", {})[contender.name] = contender.n
-    for ax, (measure, rows) in zip(axes, table.groupby("measure", sort=False), strict=True):
-        lines = {method: _with_layers(rows, layers) for method, layers in methods.items()}
-        whole = rows[rows["model"] == BASELINE].iloc[0]
-        plot_percent(ax, whole, lines, apart=0.2, label="whole model")
-        ax.set(title=measure, xlabel="As fast as without n layers")
-    axes[0].set_ylabel("Right (%)")
-
-
-def plot_measures(
-    table: pd.DataFrame, variants: Mapping[str, Variant], axes: Sequence[Axes], chance: Mapping[str, float]
+def plot_answers(
+    table: pd.DataFrame,
+    methods: Mapping[str, Mapping[str, int]],
+    axes: Iterable[Axes],
+    chance: Mapping[str, float] | None = None,
+    **look,
 ) -> None:
-    """One panel a measure of `statistics.against`: percent against attention layers dropped, plain and reconstructed.
+    """One panel a measure of `statistics.against`: percent against layers, a line a method, the whole model gray.
 
-    axes: at least one for each measure; the others are turned off. chance: percent by guessing, where a measure has
-    that.
+    methods: {label: {model: its layers}}. axes: at least one for each measure; the others are turned off. chance:
+    percent by guessing, where a measure has that. look: of `plot_percent`.
     """
-    dropped = {name: len(variant.plan.attn) for name, variant in variants.items() if variant.plan}
-    plain = {name: n for name, n in dropped.items() if variants[name].reconstruction is None}
-    reconstructed = {name: n for name, n in dropped.items() if name not in plain}
     axes = list(axes)
-    for ax in axes[table["measure"].nunique() :]:
+    measures = table.groupby("measure", sort=False)
+    for ax in axes[measures.ngroups :]:
         ax.set_axis_off()
-    for ax, (measure, rows) in zip(axes, table.groupby("measure", sort=False), strict=False):
-        lines = {
-            "Dropped": _with_layers(rows, plain),
-            "Dropped, reconstructed": _with_layers(rows, reconstructed),
-        }
-        plot_percent(ax, rows[rows["model"] == BASELINE].iloc[0], lines, apart=0.6)
-        if measure in chance:
+    for ax, (measure, rows) in zip(axes, measures, strict=False):
+        lines = {}
+        for label, layers in methods.items():
+            part = rows[rows["model"].isin(layers)]
+            lines[label] = part.assign(layers=part["model"].map(layers))
+        plot_percent(ax, rows[rows["model"] == BASELINE].iloc[0], lines, **look)
+        if measure in (chance or {}):
             ax.axhline(chance[measure], color="0.5", ls=":", lw=1, label="Guessing")
-        ax.set(title=measure, ylim=(-2, 102), xlabel="Dropped layers")
-
-
-def _with_layers(rows: pd.DataFrame, layers: Mapping[str, int]) -> pd.DataFrame:
-    """The rows of these models, with a column layers."""
-    part = rows[rows["model"].isin(layers)]
-    return part.assign(layers=part["model"].map(layers))
+        ax.set_title(measure)

@@ -12,9 +12,10 @@ from scipy.stats import kendalltau
 from torch import nn
 
 from ..compress.search import Sublayer, agreement
+from ..compress.shortened_llama import removed
 from ..compress.variant import Variant
 from ..prune import dropped
-from .selectors import Contender, selector
+from .selectors import Contender
 from .statistics import UNKNOWN, Estimate, difference, items, remaining_loss
 
 BASELINE = "Baseline"  # the whole model
@@ -24,40 +25,34 @@ PAPER = "cosine"  # the selector of the paper's method, which puts nothing in pl
 def papers(contenders: Iterable[Contender]) -> dict[int, Contender]:
     """The paper's method at every n. Raises ValueError where it is not among the contenders."""
     contenders = list(contenders)
-    found = {
-        contender.n: contender
-        for contender in contenders
-        if contender.choice == PAPER and contender.variant.is_plan_only
-    }
-    absent = sorted({contender.n for contender in contenders} - set(found))
+    of_paper = [contender for contender in contenders if contender.choice == PAPER and contender.variant.is_plan_only]
+    by_n = {contender.n: contender for contender in of_paper}
+    absent = sorted({contender.n for contender in contenders} - set(by_n))
     if absent:
         raise ValueError(f"nothing to compare with at n={absent}: {PAPER!r} with nothing in place must be there, too")
-    return found
+    return by_n
 
 
-def losses(rows: pd.DataFrame, contenders: Sequence[Contender], texts: Sequence[str]) -> pd.DataFrame:
+def texts_of(rows: pd.DataFrame) -> list[str]:
+    """Names of the texts that were measured on."""
+    return list(rows.loc[rows["metric"] == "nats", "where"].unique())
+
+
+def losses(rows: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:
     """What every contender loses on the texts: one row each.
 
     Columns: choice, setting, n; left, low, high (the share of the paper's loss at n that it leaves, with its interval);
     lost_<text> and their mean, lost (nats per token more than the whole model's).
     """
     paper = papers(contenders)
+    texts = texts_of(rows)
     table = []
     for contender in contenders:
         share = remaining_loss(rows, contender.name, BASELINE, paper[contender.n].name, texts)
         lost = {f"lost_{text}": difference(rows, contender.name, BASELINE, text).value for text in texts}
-        table.append(
-            {
-                "choice": contender.choice,
-                "setting": contender.setting,
-                "n": contender.n,
-                "left": share.value,
-                "low": share.low,
-                "high": share.high,
-            }
-            | lost
-            | {"lost": np.mean(list(lost.values()))}
-        )
+        row = {"choice": contender.choice, "setting": contender.setting, "n": contender.n}
+        row |= {"left": share.value, "low": share.low, "high": share.high}
+        table.append(row | lost | {"lost": np.mean(list(lost.values()))})
     return pd.DataFrame(table)
 
 
@@ -67,18 +62,17 @@ def percent(rows: pd.DataFrame, variant: str, where: Iterable[str]) -> list[floa
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {
-        name: estimate.value,
-        f"{name}_stderr": estimate.stderr,
-        f"{name}_low": estimate.low,
-        f"{name}_high": estimate.high,
-    }
+    interval = {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return {name: estimate.value, f"{name}_stderr": estimate.stderr} | interval
 
 
-# ---- ways to choose
+def _sizes(variant: Variant) -> dict[str, int]:
+    """Numbers of dropped attention layers and MLPs and of windows."""
+    n_windows = 0 if variant.windows is None else len(variant.windows.layers)
+    return {"attn": len(variant.plan.attn), "mlp": len(variant.plan.mlp), "windowed": n_windows}
 
 
-def leaderboard(rows: pd.DataFrame, contenders: Sequence[Contender], texts: Sequence[str]) -> pd.DataFrame:
+def leaderboard(rows: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:
     """One row per choice and n, in the order of the contenders; those that are reconstructed join the row of theirs.
 
     Columns: selector, n, plan, attn, mlp, passes (what choosing cost), overlap (share of the attention layers of the
@@ -86,33 +80,22 @@ def leaderboard(rows: pd.DataFrame, contenders: Sequence[Contender], texts: Sequ
     reconstructed): nats per token, mean over the texts, each with _stderr, _low and _high.
     """
     paper = papers(contenders)
-    plain = [contender for contender in contenders if contender.variant.reconstruction is None]
-    reconstructed = {
-        (contender.choice, contender.n): contender.name
-        for contender in contenders
-        if contender.variant.reconstruction is not None
-    }
+    texts = texts_of(rows)
+    remade = [contender for contender in contenders if contender.variant.reconstruction is not None]
+    lost_after = {(other.choice, other.n): difference(rows, other.name, BASELINE, texts) for other in remade}
     table = []
-    for contender in plain:
+    for contender in contenders:
+        if contender in remade:
+            continue
         n = contender.n
         plan = contender.variant.plan
         layers = set(paper[n].variant.plan.attn)
-        remade = reconstructed.get((contender.choice, n))
-        lost_after = UNKNOWN if remade is None else difference(rows, remade, BASELINE, texts)
-        table.append(
-            {
-                "selector": contender.choice,
-                "n": n,
-                "plan": plan.label,
-                "attn": list(plan.attn),
-                "mlp": list(plan.mlp),
-                "passes": contender.passes,
-                "overlap": len(layers & set(plan.attn)) / len(layers),
-            }
-            | _columns("lost", difference(rows, contender.name, BASELINE, texts))
-            | _columns("against", difference(rows, contender.name, paper[n].name, texts))
-            | _columns("reconstructed", lost_after)
-        )
+        row = {"selector": contender.choice, "n": n, "plan": plan.label, "attn": list(plan.attn), "mlp": list(plan.mlp)}
+        row |= {"passes": contender.passes, "overlap": len(layers & set(plan.attn)) / len(layers)}
+        row |= _columns("lost", difference(rows, contender.name, BASELINE, texts))
+        row |= _columns("against", difference(rows, contender.name, paper[n].name, texts))
+        row |= _columns("reconstructed", lost_after.get((contender.choice, n), UNKNOWN))
+        table.append(row)
     return pd.DataFrame(table)
 
 
@@ -122,83 +105,58 @@ def leaderboard_to_print(table: pd.DataFrame) -> pd.DataFrame:
     against: "less", "more" or "same" as what the paper's method lost, by the paired interval. overlap is that of the
     smallest n, passes those of the largest. Random seeds become one row, their mean with its error over seeds.
     """
-    by_n = {n: _seeds_averaged(part).set_index("selector") for n, part in table.groupby("n")}
+    counts = sorted(set(table["n"]))
+    numbers = table.drop(columns=["plan", "attn", "mlp"]).pivot(index="selector", columns="n")
+    numbers = numbers.loc[table["selector"].unique()]
+    is_random = numbers.index.str.startswith("random ")
+    seeds = numbers[is_random]
+    if len(seeds):
+        average = seeds.mean()
+        average["lost_stderr"] = seeds["lost"].sem()
+        numbers = numbers[~is_random]
+        numbers.loc[f"random, {len(seeds)} seeds"] = average
     columns = {}
-    for n, part in by_n.items():
-        columns[f"lost_{n}"] = part["lost"]
-        columns[f"lost_{n}_stderr"] = part["lost_stderr"]
-    for n, part in by_n.items():
-        verdicts = np.select([part["against_high"] < 0, part["against_low"] > 0], ["less", "more"], "same")
-        columns[f"against_{n}"] = pd.Series(verdicts, part.index)
-    for n, part in by_n.items():
-        columns[f"reconstructed_{n}"] = part["reconstructed"]
-        columns[f"reconstructed_{n}_stderr"] = part["reconstructed_stderr"]
-    smallest = by_n[min(by_n)]
-    columns["overlap"] = smallest["overlap"]
-    columns["passes"] = by_n[max(by_n)]["passes"]
-    best_first = smallest[["lost", "reconstructed"]].min(axis=1).sort_values().index
-    return pd.DataFrame(columns).loc[best_first].rename_axis("selector").reset_index()
-
-
-def _seeds_averaged(part: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one n of `leaderboard`, those of random orders made one."""
-    is_random = part["selector"].map(lambda name: selector(name).seed is not None)
-    seeds = part[is_random]
-    if seeds.empty:
-        return part
-    average = seeds.mean(numeric_only=True).to_frame().T
-    average["selector"] = f"random, {len(seeds)} seeds"
-    average["lost_stderr"] = seeds["lost"].sem()
-    return pd.concat([part[~is_random], average], ignore_index=True)
+    for name in ("lost", "against", "reconstructed"):
+        for n in counts:
+            columns[f"{name}_{n}"] = numbers[name, n]
+            if name == "against":
+                verdicts = [numbers["against_high", n] < 0, numbers["against_low", n] > 0]
+                columns[f"against_{n}"] = np.select(verdicts, ["less", "more"], "same")
+            else:
+                columns[f"{name}_{n}_stderr"] = numbers[f"{name}_stderr", n]
+    columns["overlap"] = numbers["overlap", counts[0]]
+    columns["passes"] = numbers["passes", counts[-1]]
+    first = numbers[[("lost", counts[0]), ("reconstructed", counts[0])]]
+    return pd.DataFrame(columns).loc[first.min(axis=1).sort_values().index].reset_index()
 
 
 def stability(orders: Mapping[tuple[str, str, object], Sequence[Sublayer]], n: int) -> pd.DataFrame:
     """How alike a selector's orders are when one thing about its text or its numbers changes.
 
-    orders: {(selector, what changes, to what): order of all layers}. One row per (selector, what changes): overlap,
-    the mean share of the first n layers that two orders have in common, and tau, Kendall's rank correlation, each over
-    all pairs, with the lowest pair (_low), and pairs, their number.
+    orders: {(selector, what changes, to what): order of all layers}. One row per (selector, what changes): pairs, the
+    number of pairs of orders; overlap, the mean share of the first n layers that two of them have in common, and tau,
+    Kendall's rank correlation, each with the lowest pair (_low).
     """
-    groups: dict[tuple[str, str], list[Sequence[Sublayer]]] = {}
-    for (name, change, _), order in orders.items():
-        groups.setdefault((name, change), []).append(list(order))
+    pairs = []
+    for (place, order), (other_place, other) in combinations(orders.items(), 2):
+        if place[:2] == other_place[:2]:
+            ranks = [list(other).index(sublayer) for sublayer in order]
+            tau = kendalltau(range(len(ranks)), ranks).statistic
+            pairs.append((*place[:2], agreement([order, other], n), tau))
+    by_change = pd.DataFrame(pairs, columns=["selector", "change", "overlap", "tau"]).groupby(
+        ["selector", "change"], sort=False
+    )
     table = []
-    for (name, change), group in groups.items():
-        pairs = list(combinations(group, 2))
-        overlaps = [agreement(pair, n) for pair in pairs]
-        taus = [_rank_correlation(*pair) for pair in pairs]
-        table.append(
-            {
-                "selector": name,
-                "change": change,
-                "pairs": len(pairs),
-                "overlap": np.mean(overlaps),
-                "overlap_low": min(overlaps),
-                "tau": np.mean(taus),
-                "tau_low": min(taus),
-            }
-        )
+    for (name, change), group in by_change:
+        row = {"selector": name, "change": change, "pairs": len(group)}
+        for column in ("overlap", "tau"):
+            row |= {column: group[column].mean(), f"{column}_low": group[column].min()}
+        table.append(row)
     return pd.DataFrame(table)
 
 
-def _rank_correlation(order: Sequence[Sublayer], other: Sequence[Sublayer]) -> float:
-    """Kendall's tau of two orders of the same sublayers."""
-    ranks = [other.index(sublayer) for sublayer in order]
-    return float(kendalltau(range(len(ranks)), ranks).statistic)
-
-
-# ---- quality against speed
-
-
 def trade_offs(
-    model: nn.Module,
-    rows: pd.DataFrame,
-    contenders: Sequence[Contender],
-    texts: Sequence[str],
-    questions: Sequence[str],
-    tasks: Sequence[str],
-    sequences: Iterable[int],
-    **speed,
+    model: nn.Module, rows: pd.DataFrame, contenders: Sequence[Contender], sequences: Iterable[int], **speed
 ) -> pd.DataFrame:
     """`losses` with what the contenders answer and save, one row each.
 
@@ -208,9 +166,13 @@ def trade_offs(
     with the settings `speed`.
     """
     paper = papers(contenders)
-    table = losses(rows, contenders, texts)
-    table["plan"] = [contender.variant.label for contender in contenders]
-    table = table.join(_sizes(contenders))
+    variants = [contender.variant for contender in contenders]
+    answered = rows[rows["metric"] != "nats"]
+    questions = list(answered.loc[answered["metric"] == "match", "where"].unique())
+    tasks = [name for name in answered["where"].unique() if name not in questions]
+    table = losses(rows, contenders)
+    table["plan"] = [variant.label for variant in variants]
+    table = table.join(pd.DataFrame(map(_sizes, variants)))
     for name in [*questions, *tasks]:
         table[name] = [percent(rows, contender.name, [name])[0] for contender in contenders]
     more = [difference(rows, contender.name, paper[contender.n].name, questions) for contender in contenders]
@@ -218,53 +180,30 @@ def trade_offs(
     table["more_stderr"] = [100 * (estimate.high - estimate.low) / 2 for estimate in more]
     for b in sequences:
         settings = speed | {"batch_size": b}
-        table[f"at_{b}"] = [contender.variant.predicted_speedup(model, **settings) for contender in contenders]
+        table[f"at_{b}"] = [variant.predicted_speedup(model, **settings) for variant in variants]
     return table
 
 
-def frontier(
-    model: nn.Module, rows: pd.DataFrame, contenders: Sequence[Contender], texts: Sequence[str], **speed
-) -> pd.DataFrame:
+def frontier(model: nn.Module, rows: pd.DataFrame, contenders: Sequence[Contender], **speed) -> pd.DataFrame:
     """What every contender loses on the texts and what it saves, one row each.
 
     speed: settings of `predict_speed`. Columns: method, choice, setting, n, attn, mlp, windowed (numbers of sublayers),
     lost with _low, _high and _stderr, predicted_speedup, kv (megabytes of the cache at the end, by prediction),
     parameters (millions).
     """
+    texts = texts_of(rows)
     table = []
-    for contender, sizes in zip(contenders, _sizes(contenders).to_dict("records"), strict=True):
+    for contender in contenders:
         variant = contender.variant
         is_plain = variant.reconstruction is None or variant.windows is not None
-        with dropped(model, variant.plan):
-            n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        table.append(
-            {
-                "method": contender.choice if is_plain else f"{contender.choice}: {contender.setting}",
-                "choice": contender.choice,
-                "setting": contender.setting,
-                "n": contender.n,
-            }
-            | sizes
-            | _columns("lost", difference(rows, contender.name, BASELINE, texts))
-            | {
-                "predicted_speedup": variant.predicted_speedup(model, **speed),
-                "kv": variant.speed_limit(model, **speed).kv_bytes / 1e6,
-                "parameters": n_parameters / 1e6,
-            }
-        )
+        row = {"method": contender.choice if is_plain else contender.method}
+        row |= {"choice": contender.choice, "setting": contender.setting, "n": contender.n} | _sizes(variant)
+        row |= _columns("lost", difference(rows, contender.name, BASELINE, texts))
+        row["predicted_speedup"] = variant.predicted_speedup(model, **speed)
+        row["kv"] = variant.speed_limit(model, **speed).kv_bytes / 1e6
+        row["parameters"] = (model.num_parameters() - removed(model, variant.plan)) / 1e6
+        table.append(row)
     return pd.DataFrame(table)
-
-
-def _sizes(contenders: Iterable[Contender]) -> pd.DataFrame:
-    """Numbers of dropped attention layers and MLPs and of windows, one row each."""
-    return pd.DataFrame(
-        {
-            "attn": len(contender.variant.plan.attn),
-            "mlp": len(contender.variant.plan.mlp),
-            "windowed": 0 if contender.variant.windows is None else len(contender.variant.windows.layers),
-        }
-        for contender in contenders
-    )
 
 
 def measured_speed(speedups: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:

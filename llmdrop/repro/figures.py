@@ -25,14 +25,13 @@ from . import style
 from .statistics import shares
 from .tables import write_output
 
-KINDS = ("block", "mlp", "attn")  # of scores, in the order in which they are drawn
 _GHOST = {"facecolor": "#F4F4F4", "edgecolor": "#ABABAB", "linewidth": 0.5, "hatch": "//////"}
 
 
 def plot_importance(df: pd.DataFrame, axes: Sequence[Axes], rows: str = "calibration") -> None:
     """Figures 2 and 3: heat maps of importance, one column a layer and one row a calibration set, dark = important.
 
-    df: kind, layer, score and the column named by `rows`. axes: one per kind, in the order of KINDS. All share one log
+    df: kind, layer, score and the column named by `rows`. axes: one per kind: block, MLP, attention. All share one log
     scale, since layer 0 and the last MLP are far above the rest; the top 6 % share the darkest color.
     """
     _need(df, "plot_importance", "kind", "layer", "score", rows)
@@ -71,7 +70,7 @@ def plot_sample_size(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
 def plot_checkpoints(df: pd.DataFrame, axes: np.ndarray) -> None:
     """Figure 7: heat maps of importance, one column a checkpoint of a training run and one row a layer.
 
-    df: kind, tokens (seen in training), layer, score. axes: two rows, one column per kind in the order of KINDS: layer
+    df: kind, tokens (seen in training), layer, score. axes: two rows, one column per kind: block, MLP, attention. Layer
     0 is far above all others, so the lower row shows it apart, on its own scale.
     """
     _need(df, "plot_checkpoints", "kind", "tokens", "layer", "score")
@@ -91,7 +90,7 @@ def plot_checkpoints(df: pd.DataFrame, axes: np.ndarray) -> None:
         upper.set_yticks(*_whole_ticks(others.index))
         lower.set_yticks([0.5], ["0"])
         every = -(-grid.shape[1] // 5)  # so many columns are named, the last one always
-        named = np.arange(grid.shape[1])[::-every]
+        named = np.arange((grid.shape[1] - 1) % every, grid.shape[1], every)
         lower.set_xticks(named + 0.5, [_tokens(n) for n in grid.columns[named]])
         for axis in (upper, lower):
             axis.tick_params(labelleft=kind == next(iter(kinds)))
@@ -257,18 +256,15 @@ def plot_bars(
     groups = list(df[x].unique())
     hues = list(df[hue].unique())
     width = 0.8 / len(hues)
-    decimals = 1 if df["value"].max() > 2 else 3
-    if decimals == 3 and len(hues) > 3:
-        decimals = 2  # or they would not fit side by side
-    above = {"xytext": (0, 1.5), "textcoords": "offset points", "ha": "center", "fontsize": 6}
+    decimals = 3 if len(hues) < 4 else 2  # as many as fit side by side
+    if df["value"].max() > 2:
+        decimals = 1
     for i, name in enumerate(hues):
         rows = df[df[hue] == name]
         left = rows[x].map(groups.index) + (i - (len(hues) - 1) / 2) * width
         look = {"color": _bar_color(name, i), "label": name, "error_kw": {"lw": 0.7}}
-        ax.bar(left, rows["value"], 0.92 * width, yerr=rows.get("stderr"), **look)
-        tops = rows["value"] + rows.reindex(columns=["stderr"])["stderr"].fillna(0)
-        for place, value, top in zip(left, rows["value"], tops, strict=True):
-            ax.annotate(f"{value:.{decimals}f}", (place, top), **above)
+        bars = ax.bar(left, rows["value"], 0.92 * width, yerr=rows.get("stderr"), **look)
+        ax.bar_label(bars, fmt=f"%.{decimals}f", padding=0.5, fontsize=6)
     ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
     if legend:
@@ -415,7 +411,7 @@ def _need(df: pd.DataFrame, what: str, *columns: str) -> None:
 
 
 def _by_kind(df: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    return {kind: df[df["kind"] == kind] for kind in KINDS if kind in set(df["kind"])}
+    return {kind: df[df["kind"] == kind] for kind in ("block", "mlp", "attn") if kind in set(df["kind"])}
 
 
 def _log_norm(scores: pd.Series, low: float, high: float) -> LogNorm:

@@ -139,6 +139,3 @@ def _device_name(device: torch.device) -> str:
         return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
-
-
-_code_digest = None  # TEMPORARY, until every room is ported

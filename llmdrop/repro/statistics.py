@@ -67,11 +67,11 @@ def difference(rows: pd.DataFrame, variant: str, baseline: str, where: str | Seq
 
     where: a text, task or set of questions, or several: then the mean of their means.
     """
-    differences = []
+    ratios = []
     for name in [where] if isinstance(where, str) else where:
         values = items(rows, variant, name)["value"] - items(rows, baseline, name)["value"]
-        differences.append(values.to_numpy(float))
-    return _bootstrap([(values, np.ones_like(values)) for values in differences])
+        ratios.append((values.to_numpy(float), np.ones(len(values))))
+    return _bootstrap(ratios)
 
 
 def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, where: Sequence[str]) -> Estimate:
@@ -170,8 +170,7 @@ def against(rows: pd.DataFrame, base: str = "Baseline") -> pd.DataFrame:
         values = group.set_index("item")["value"].astype(float)
         base_values = rows[(rows["measure"] == measure) & (rows["model"] == base)].set_index("item")["value"]
         differences = (base_values - values).to_numpy(float)
-        is_right_or_wrong = values.isin([0, 1]).all()
-        mean = wilson(values.sum(), len(values)) if is_right_or_wrong else _mean(values.to_numpy())
+        mean = wilson(values.sum(), len(values)) if values.isin([0, 1]).all() else _mean(values.to_numpy())
         lost = _mean(differences)
         row = {"model": model, "measure": measure, "n": len(values)}
         row |= {"value": mean.value, "low": mean.low, "high": mean.high}

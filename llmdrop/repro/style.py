@@ -3,8 +3,7 @@
     with style.use():
         fig, ax = plt.subplots(figsize=(style.COLUMN, 2.2))
 
-Colors are Okabe and Ito's, told apart by readers with any color vision; marker and line repeat the difference
-for print in gray.
+Colors are Okabe and Ito's, told apart with any color vision; marker and line repeat the difference in gray.
 """
 
 from contextlib import ExitStack

@@ -177,12 +177,10 @@ def format_table(
 ) -> str:
     """`df` as text: "markdown", "latex" (booktabs; needs the packages booktabs and colortbl) or "csv" (all digits).
 
-    - A column `x_stderr` is folded into its `x`: "68.2 ± 0.5".
-    - Rows with `source == "paper"` are published values: in italics.
-    - Rows whose `avg` is below `keep` times that of the `method == "Baseline"` row of the same model and source are
-      shaded in gray (Markdown has no shade: ▽ at the average).
-    - No cell is blank. A missing number reads "not in the paper" in published rows, in others `missing` or what
-      `missing_in` has for its column. γ is "–" for a Baseline, which compares nothing, and where there is no speedup.
+    A column `x_stderr` is folded into its `x`: "68.2 ± 0.5". Rows with `source == "paper"` are in italics. Rows whose
+    `avg` is below `keep` times that of the `method == "Baseline"` row of the same model and source are gray (Markdown:
+    ▽ at the average). No cell is blank: a missing number reads "not in the paper" in published rows, in others
+    `missing` or what `missing_in` has for its column, and γ "–" for a Baseline and where there is no speedup.
 
     digits: after the point, by column. names: of columns, for the head (else NAMES). note: a line below. Raises
     ValueError for a frame without rows or columns, for an unknown fmt, and for two columns of one name.

@@ -14,8 +14,9 @@ from llmdrop.compress.reconstruction import Reconstruction
 from llmdrop.compress.variant import Variant
 from llmdrop.compress.windows import Windows
 from llmdrop.data.texts import mixture
-from llmdrop.repro import block_importance, quality, selectors
+from llmdrop.repro import block_importance, quality
 from llmdrop.repro.provenance import version
+from llmdrop.repro.selectors import Chooser
 from llmdrop.repro.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -113,11 +114,11 @@ def test_choices_are_found(found, smollm2):
     model, tokenizer = smollm2
     text = mixture(["xsum", "tales"], tokenizer, 4, 64)
     search_text = mixture(["xsum", "tales"], tokenizer, 1, 16, skip=20)
-    choice = selectors.choose(model, "KL greedy", 2, text, search_text, store=found)
+    chooser = Chooser(model, text, search_text, mixture(["quac"], tokenizer, 2, 96), store=found)
+    choice = chooser.choose("KL greedy", 2)
     old = value(OLD, "selector/smollm2-135m-KL-greedy-e6e3fe8d6b7437c0.json")
     assert choice.order == [tuple(sublayer) for sublayer in old["order"]] and choice.tokens == old["tokens"]
-    long_text = mixture(["quac"], tokenizer, 2, 96)
-    order = selectors.window_order(model, long_text, 16, 4, store=found)
+    order = chooser.window_order(16)
     scores = value(OLD, "window-scores/smollm2-135m-16-4-dd6e3d907a8d4a82.json")
     assert order == sorted(range(30), key=lambda i: scores[i])
     blocks = block_importance.by_taylor(model, load_calibration("xsum", tokenizer, 2, 16), store=found)

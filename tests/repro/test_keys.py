@@ -18,8 +18,9 @@ from llmdrop.compress.reconstruction import Reconstruction
 from llmdrop.compress.variant import Variant
 from llmdrop.compress.wanda import WandaMask
 from llmdrop.compress.windows import Windows
-from llmdrop.repro import block_importance, selectors, speedups
+from llmdrop.repro import block_importance, speedups
 from llmdrop.repro.quality import Questions, answers, quality
+from llmdrop.repro.selectors import Chooser
 from llmdrop.repro.store import Store
 from llmdrop.repro.timing import timing
 from llmdrop.repro.training import Recipe, pretrain
@@ -101,10 +102,10 @@ def keys(tmp_path_factory) -> list[tuple[str, dict]]:
         answers(model, tokenizer, {"whole": Variant()}, ["w2 w3"], "prompts", 2, store=store)
         timing(model, variants, rounds=1, store=store, prompt_len=4, new_tokens=1)
         speedups.measure_beside_limit(store, model, ["Baseline", "Attn-1"], rounds=1, prompt_len=4, new_tokens=1)
+        chooser = Chooser(model, text, long_text=text, store=store)
         for name in ("Taylor", "KL one-shot", "KL greedy, reconstructed, latency-aware"):
-            seconds = {"attn": 2.0, "mlp": 1.0}
-            selectors.choose(model, name, 2, text, text, reconstruction, seconds, store=store)
-        selectors.window_order(model, text, 8, 2, store)
+            chooser.choose(name, 2)
+        chooser.window_order(8)
         block_importance.by_taylor(model, text, store)
         training_text = TrainingText(tokenizer, random_ids(8, 16).int().numpy(), Calibration(random_ids(4, 16)), {})
         pretrain(training_text, Recipe(2, 32, 2, 2, 1e-3, 2), [0], "cpu", store)

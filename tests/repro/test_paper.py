@@ -146,7 +146,7 @@ def test_gamma_is_undefined_without_a_speedup(speedup):
 
 # --- claims ---------------------------------------------------------------------------------------------------------
 
-NOTEBOOKS = """beyond_answers beyond_compensation beyond_healing beyond_mixed beyond_pareto beyond_selectors
+NOTEBOOKS = """beyond_answers beyond_healing beyond_mixed beyond_pareto beyond_compensation beyond_selectors
 beyond_stability beyond_windows
 fig01_04_schematics fig02_03_importance fig05_drop_curves
 fig06_11_dropping_order fig07_checkpoints fig08_joint fig09_one_shot_iterative fig10_sample_size fig12_gsm8k speedups

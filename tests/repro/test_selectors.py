@@ -1,6 +1,7 @@
 """Choices are those of the core and the searches, stored with what they cost; contenders are as fast as they say."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,15 +18,10 @@ from llmdrop.repro import selectors
 from llmdrop.repro.quality import quality
 from llmdrop.repro.selectors import (
     SELECTORS,
+    Chooser,
     Contender,
-    as_fast,
-    choose,
-    dropped_contenders,
-    mixed_contenders,
     named,
     selector,
-    window_order,
-    windowed_contenders,
 )
 
 TEXT = Calibration(random_ids(8, 24))
@@ -45,17 +41,19 @@ def store(tmp_path) -> Store:
     return Store(tmp_path)
 
 
+@pytest.fixture
+def chooser(store) -> Chooser:
+    return Chooser(tiny("llama"), TEXT, SHORT, LONG, speed=SPEED, store=store)
+
+
 # ---- choices
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_choice_is_stored_with_what_it_cost(store, name, monkeypatch):
-    model = tiny("llama")
-    choice = choose(model, name, 2, TEXT, SHORT, seconds=SECONDS, store=store)
+def test_every_choice_is_stored_with_what_it_cost(chooser, store, name):
+    choice = chooser.choose(name, 2, SECONDS)
     kept = count(store)
-    for function in ("taylor", "one_shot", "greedy"):
-        monkeypatch.setattr(search, function, getattr(search, function), raising=True)
-    assert choose(model, name, 2, TEXT, SHORT, seconds=SECONDS, store=store) == choice
+    assert chooser.choose(name, 2, SECONDS) == choice
     assert count(store) == kept == 1
     assert len(choice.order) >= 2 and {kind for kind, _ in choice.order} <= {"attn", "mlp"}
     assert (choice.tokens > 0) == (name not in ("random 1", "reverse order"))
@@ -63,8 +61,8 @@ def test_every_choice_is_stored_with_what_it_cost(store, name, monkeypatch):
         assert {kind for kind, _ in choice.order} == {"attn"}
 
 
-def test_choices_by_scores_are_those_of_the_core(store):
-    model = tiny("llama")
+def test_choices_by_scores_are_those_of_the_core(chooser):
+    model = chooser.model
     scores = score(model, TEXT, gap=True, progress=False)
     plain = score(model, TEXT, with_residual=False, progress=False)
     expected = {
@@ -80,13 +78,13 @@ def test_choices_by_scores_are_those_of_the_core(store):
     }
     for name, plan in expected.items():
         n = 1 if selector(name).target == "consecutive" else 2
-        choice = choose(model, name, n, TEXT, SHORT, store=store)
+        choice = chooser.choose(name, n)
         assert choice.plan(2) == plan, name
         assert choice.tokens == (0 if name in ("reverse order", "random 3") else TEXT.n_tokens)
 
 
-def test_choices_by_search_are_those_of_the_searches(store):
-    model = tiny("llama")
+def test_choices_by_search_are_those_of_the_searches(chooser):
+    model = chooser.model
     found = corrections(model, TEXT, ("attn", "mlp"))
     common = {"width": selectors.WIDTH, "every": selectors.EVERY}
     expected = {
@@ -102,11 +100,26 @@ def test_choices_by_search_are_those_of_the_searches(store):
         ),
     }
     for name, choice in expected.items():
-        measured = choose(model, name, 3, TEXT, SHORT, seconds=SECONDS, store=store)
+        measured = chooser.choose(name, 3, SECONDS)
         assert measured.order == choice.order and measured.losses == pytest.approx(choice.losses), name
         cost = TEXT.n_tokens if selector(name).with_reconstruction else 0  # one pass, to fit
         assert measured.tokens == pytest.approx(choice.tokens + cost)
-    assert not choose(model, "KL greedy, latency-aware", 3, TEXT, SHORT, seconds=SECONDS, store=store).plan(3).mlp
+    assert not chooser.choose("KL greedy, latency-aware", 3, SECONDS).plan(3).mlp
+
+
+def test_latency_aware_searches_count_what_dropping_saves_by_prediction(chooser):
+    seconds = chooser.seconds_saved()
+    whole = predict_speed(chooser.model, **SPEED).seconds
+    for kind, plan in {"attn": DropPlan(attn=[2]), "mlp": DropPlan(mlp=[2])}.items():
+        assert seconds[kind] == whole - predict_speed(chooser.model, plan, **SPEED).seconds > 0
+    name = "KL greedy, latency-aware"
+    assert chooser.choose(name, 2) == chooser.choose(name, 2, seconds)
+    assert count(chooser.store) == 1
+    beside_windows = chooser.seconds_saved(4)
+    all_narrow = Variant(windows=windows.Windows(range(5), 4)).speed_limit(chooser.model, **SPEED).seconds
+    others_narrow = Variant(DropPlan(attn=[0]), windows=windows.Windows(range(1, 5), 4))
+    assert beside_windows["attn"] == all_narrow - others_narrow.speed_limit(chooser.model, **SPEED).seconds
+    assert 0 < beside_windows["attn"] < seconds["attn"]
 
 
 def test_keys_of_choices_differ_by_what_matters_and_nothing_else(store):
@@ -125,7 +138,7 @@ def test_keys_of_choices_differ_by_what_matters_and_nothing_else(store):
         ("KL one-shot", 2, TEXT, SHORT, SECONDS),
     ]
     for k, (name, n, text, short, seconds) in enumerate(distinct):
-        choose(model, name, n, text, short, None, seconds, store=store)
+        Chooser(model, text, short, speed=SPEED, store=store).choose(name, n, seconds)
         assert count(store) == k + 1, name
     same = [
         ("KL greedy", 2, other, SHORT, None),  # nothing is scored or fitted
@@ -133,7 +146,7 @@ def test_keys_of_choices_differ_by_what_matters_and_nothing_else(store):
         ("KL greedy, reconstructed", 2, TEXT, SHORT, None),
     ]
     for name, n, text, short, seconds in same:
-        choose(model, name, n, text, short, None, seconds, batch_size=3, store=store)
+        Chooser(model, text, short, batch_size=3, store=store).choose(name, n, seconds)
         assert count(store) == len(distinct), name
 
 
@@ -144,37 +157,34 @@ def test_a_reconstruction_is_fitted_once_for_all_that_share_it(store, monkeypatc
 
     original = module.corrections
     monkeypatch.setattr(module, "corrections", lambda *a, **k: passes.append(a[2]) or original(*a, **k))
-    shared = Reconstruction(TEXT)
+    chooser = Chooser(model, TEXT, SHORT, speed=SPEED, store=store)
     for name in ("KL greedy, reconstructed", "KL greedy, reconstructed, latency-aware"):
-        choose(model, name, 2, TEXT, SHORT, shared, SECONDS, store=store)
-    contenders = dropped_contenders(model, ["cosine"], [1, 2], TEXT, SHORT, store=store, **SPEED)
-    contenders = [contender.reconstructed(shared) for contender in contenders]
+        chooser.choose(name, 2, SECONDS)
+    contenders = chooser.dropped(["cosine"], [1, 2])
+    contenders = [contender.reconstructed(chooser.reconstructions["least squares"]) for contender in contenders]
     quality(model, None, named(contenders), {"short": SHORT}, store=store)
     assert passes == [("attn", "mlp")]
 
 
-def test_refusals(store):
-    model = tiny("llama")
+def test_refusals(chooser, store):
     with pytest.raises(ValueError, match="selector 'best' is not one of .* or 'random <seed>'"):
-        choose(model, "best", 3, TEXT, SHORT, store=store)
+        chooser.choose("best", 3)
     for name in ("random", "random x", "random -1"):
         with pytest.raises(ValueError, match="is not one of"):
             selector(name)
-    with pytest.raises(ValueError, match="needs seconds"):
-        choose(model, "KL greedy, latency-aware", 2, TEXT, SHORT, store=store)
     with pytest.raises(ValueError, match="save less time than 4"):
-        as_fast(model, Choice([("attn", 0)], 0), 4, **SPEED)
+        chooser.as_fast(Choice([("attn", 0)], 0), 4)
     assert count(store) == 0
 
 
 # ---- contenders
 
 
-def test_dropped_contenders_are_as_fast_as_without_attention_layers(store):
-    model = tiny("llama")
+def test_dropped_contenders_are_as_fast_as_without_attention_layers(chooser):
+    model = chooser.model
     names = ["cosine", "KL greedy", "MLP Drop", "Joint Drop", "Block Drop", "consecutive blocks"]
     names += ["perplexity greedy, all sublayers", "KL greedy, latency-aware"]
-    contenders = dropped_contenders(model, names, [1, 2], TEXT, SHORT, store=store, **SPEED)
+    contenders = chooser.dropped(names, [1, 2])
     assert [(contender.choice, contender.n) for contender in contenders] == list(itertools.product(names, [1, 2]))
     for contender in contenders:
         plan = contender.variant.plan
@@ -183,7 +193,7 @@ def test_dropped_contenders_are_as_fast_as_without_attention_layers(store):
         assert contender.setting == "none" and contender.variant.is_plan_only
         if selector(contender.choice).target == "attn":
             assert len(plan.attn) == contender.n and not plan.mlp
-            assert contender.passes == choose(model, contender.choice, 2, TEXT, SHORT, store=store).tokens / 192
+            assert contender.passes == chooser.choose(contender.choice, 2).tokens / 192
     by_name = named(contenders)
     assert by_name["Block Drop: none, 2"].plan.blocks == by_name["Block Drop: none, 2"].plan.attn
     blocks = by_name["consecutive blocks: none, 2"].plan.blocks
@@ -201,21 +211,22 @@ def test_reconstructed_contenders_keep_their_layers():
 
 def test_window_order_is_stored(store):
     model = tiny("llama", "sdpa")
-    scores = score_windows(model, SHORT, 4, 1)
+    scores = score_windows(model, SHORT, 4, windows.SINKS)
+    chooser = Chooser(model, TEXT, long_text=SHORT, store=store)
     for _ in range(2):
-        assert window_order(model, SHORT, 4, 1, store) == sorted(range(5), key=lambda i: scores[i])
+        assert chooser.window_order(4) == sorted(range(5), key=lambda i: scores[i])
     assert count(store) == 1
-    window_order(model, SHORT, 5, 1, store)
-    window_order(model, SHORT, 4, 2, store)
-    window_order(model, LONG, 4, 1, store)
-    assert count(store) == 4
+    chooser.window_order(5)
+    replace(chooser, long_text=LONG).window_order(4)
+    assert count(store) == 3
 
 
-def test_windowed_contenders_are_as_fast_with_the_fewest_windows():
-    model = tiny("llama")
+def test_windowed_contenders_are_as_fast_with_the_fewest_windows(store):
+    model = tiny("llama", "sdpa")
     speed = {"prompt_len": 2048, "new_tokens": 256}
-    order = [3, 1, 0, 4, 2]
-    contenders = windowed_contenders(model, {4: order}, [1, 3], [64, 1], **speed)
+    chooser = Chooser(model, TEXT, long_text=LONG, speed=speed, store=store)
+    order = chooser.window_order(4)
+    contenders = chooser.windowed([4], [1, 3], [64, 1])
     by_place = {(int(c.setting.split()[-1]), c.n): c.variant for c in contenders}
     assert by_place and {contender.choice for contender in contenders} == {"window 4"}
     assert (64, 1) in by_place
@@ -235,8 +246,9 @@ def test_drops_and_windows_together(store):
     model = tiny("llama", "sdpa")
     text, short = Calibration(random_ids(8, 24, seed=24)), Calibration(random_ids(8, 12, seed=12))
     speed = {"prompt_len": 512, "new_tokens": 64}
-    least_squares = Reconstruction(text)
-    contenders = mixed_contenders(model, [2, 3], short, LONG, 5, 4, least_squares, store=store, **speed)
+    chooser = Chooser(model, text, short, LONG, speed=speed, store=store)
+    least_squares = chooser.reconstructions["least squares"]
+    contenders = chooser.mixed([2, 3], 5, 4, least_squares)
     assert [(c.choice, c.setting, c.n) for c in contenders] == [
         ("drops and windows", "as fast for 1", n) for n in (2, 3)
     ]
@@ -247,7 +259,7 @@ def test_drops_and_windows_together(store):
         assert variant.predicted_speedup(model, **speed) >= dropping * (1 - 1e-9)
         assert variant.reconstruction is (least_squares if variant.plan else None)
     kept = {path: path.stat().st_mtime_ns for path in store.root.rglob("*.json")}
-    again = mixed_contenders(model, [2, 3], short, LONG, 5, 4, least_squares, store=store, **speed)
+    again = chooser.mixed([2, 3], 5, 4, least_squares)
     assert [contender.variant.key for contender in again] == [contender.variant.key for contender in contenders]
     assert kept == {path: path.stat().st_mtime_ns for path in store.root.rglob("*.json")}
 
@@ -274,7 +286,8 @@ def test_k_goes_up_only_while_the_loss_falls(store, monkeypatch):
         return original(model, tokenizer, some, *arguments, **settings)
 
     monkeypatch.setattr(selectors, "quality", noted)
-    (contender,) = mixed_contenders(model, [3], SHORT, LONG, 5, 4, Reconstruction(TEXT), store=store, **speed)
+    chooser = Chooser(model, TEXT, SHORT, LONG, speed=speed, store=store)
+    (contender,) = chooser.mixed([3], 5, 4, Reconstruction(TEXT))
     losses = []
     for variant in tried:
         changes = combined(found, variant.plan)
@@ -291,7 +304,8 @@ def test_k_goes_up_only_while_the_loss_falls(store, monkeypatch):
 def test_drops_and_windows_without_reconstruction_and_too_few(store):
     model = tiny("llama", "sdpa")
     speed = {"prompt_len": 512, "new_tokens": 64}
-    (contender,) = mixed_contenders(model, [3], SHORT, LONG, 5, 4, store=store, **speed)
+    chooser = Chooser(model, TEXT, SHORT, LONG, speed=speed, store=store)
+    (contender,) = chooser.mixed([3], 5, 4)
     assert contender.variant.reconstruction is None
     with pytest.raises(ValueError, match="most=1 sublayers save less time than 5"):
-        mixed_contenders(model, [5], SHORT, LONG, 1, 4, store=store, **speed)
+        chooser.mixed([5], 1, 4)

@@ -42,14 +42,14 @@ def plot_losses(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
         ax.set_ylim(0, 1.02 * ax.get_ylim()[1])
 
 
-def plot_training(losses: Mapping[int, Sequence[float]], ax: Axes, n_tokens: int, color: str, over: int = 5) -> None:
-    """The training loss of healing against thousands of tokens, one line for each number of dropped layers.
+def plot_training(losses: Mapping[int, Sequence[float]], ax: Axes, n_tokens: int, color: str) -> None:
+    """The training loss of healing, mean of five steps, against tokens: one line for each number of dropped layers.
 
-    losses: {dropped layers: loss of every step}. n_tokens: of the whole training. over: steps of the running mean.
+    losses: {dropped layers: loss of every step}. n_tokens: of the whole training.
     """
     for n, steps in losses.items():
         thousands = n_tokens / 1000 * np.arange(1, len(steps) + 1) / len(steps)
-        smooth = pd.Series(steps).rolling(over, min_periods=1).mean()
+        smooth = pd.Series(steps).rolling(5, min_periods=1).mean()
         ax.plot(thousands, smooth, lw=0.9, label="_", color=color)
         ax.annotate(str(n), (n_tokens / 1000, smooth.iloc[-1]), fontsize=5.5, va="center")
     ax.set(xlabel="Training (thousand tokens)", ylabel="Loss (nats)", ylim=(0, None))

@@ -14,7 +14,6 @@ from torch import nn
 from ..compress.search import Sublayer, agreement
 from ..compress.shortened_llama import removed
 from ..compress.variant import Variant
-from ..prune import dropped
 from .selectors import Contender
 from .statistics import UNKNOWN, Estimate, difference, items, remaining_loss
 
@@ -107,7 +106,7 @@ def leaderboard_to_print(table: pd.DataFrame) -> pd.DataFrame:
     """
     counts = sorted(set(table["n"]))
     numbers = table.drop(columns=["plan", "attn", "mlp"]).pivot(index="selector", columns="n")
-    numbers = numbers.loc[table["selector"].unique()]
+    numbers = numbers.loc[table["selector"].unique()].astype(float)
     is_random = numbers.index.str.startswith("random ")
     seeds = numbers[is_random]
     if len(seeds):
@@ -233,11 +232,3 @@ def remaining_as_timed(table: pd.DataFrame, counts: Iterable[int]) -> dict[int, 
         as_fast = table.loc[~is_paper & (table["speedup"] >= paper["speedup"]), "lost"]
         shares[n] = float(min(as_fast, default=paper["lost"]) / paper["lost"])
     return shares
-
-
-def added_tensors(model: nn.Module, variant: Variant) -> list[str]:
-    """Names of the tensors that `variant` has and its plan alone has not, or has in another shape."""
-    with dropped(model, variant.plan):
-        plain = {name: value.shape for name, value in model.state_dict().items()}
-    with variant.applied(model):
-        return [name for name, value in model.state_dict().items() if plain.get(name) != value.shape]

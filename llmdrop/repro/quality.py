@@ -222,10 +222,14 @@ def _measured(
             with variants[names[i]].applied(model):
                 yield measure([DropPlan()])[0]
 
-    entries = [
-        Entry(key | {"variant": variants[name].key}, f"{model_name(model)}-{variants[name].label}-{slug}")
-        for name in names
-    ]
+    entries = []
+    for name in names:
+        variant = variants[name]
+        own = {"variant": variant.key}
+        fits = [part.batch_size for part in (variant.reconstruction, variant.mask) if part is not None]
+        if fits and key["dtype"] != "float32":  # 16-bit sums depend on it
+            own["fit_batch_sizes"] = fits
+        entries.append(Entry(key | own, f"{model_name(model)}-{variant.label}-{slug}"))
     values = dict(zip(names, store.get_many(kind, entries, compute, lambda: provenance(model)), strict=True))
     return {name: values[name] for name in variants}
 

@@ -127,8 +127,8 @@ def named(contenders: Iterable[Contender]) -> dict[str, Variant]:
 class Chooser:
     """Chooses what to drop or to window in `model`; choices are stored, and made once.
 
-    text: to score on, and to fit reconstructions on. search_text: a shorter one, on which dropped models are run (None:
-    `text`). long_text: to choose windows on. speed: settings of `predict_speed`, by which contenders are as fast.
+    text: to score on, and to fit reconstructions on. search_text: a shorter one, on which dropped models are run;
+    long_text: to choose windows on (None: `text`). speed: settings of `predict_speed`, by which contenders are as fast.
     """
 
     model: nn.Module
@@ -153,7 +153,7 @@ class Chooser:
         chosen_by = selector(name)
         if chosen_by.search is None:
             return self._by_scores(chosen_by, n)
-        text = self.text if self.search_text is None else self.search_text
+        text = self.search_text or self.text
         settings = {"loss": chosen_by.loss, "every": EVERY}
         if chosen_by.search is search.greedy:
             settings |= {"n": n, "width": WIDTH}
@@ -246,13 +246,14 @@ class Chooser:
 
     def window_order(self, window: int = WINDOW) -> list[int]:
         """The attention layers, those first that can best do with a window by `score_windows` on `long_text`."""
-        key = model_key(self.model, 1) | {"version": windows.VERSION, "text": self.long_text.digest}
+        text = self.long_text or self.text
+        key = model_key(self.model, 1) | {"version": windows.VERSION, "text": text.digest}
         scores = self.store.get(
             "window-scores",
             key | {"window": window, "sinks": SINKS},
-            lambda: score_windows(self.model, self.long_text, window),
+            lambda: score_windows(self.model, text, window),
             f"{model_name(self.model)}-{window}-{SINKS}",
-            lambda: provenance(self.model, self.long_text),
+            lambda: provenance(self.model, text),
         )
         return sorted(find_anatomy(self.model).live("attn"), key=lambda i: scores[i])
 
@@ -288,6 +289,7 @@ class Chooser:
             one_by_one = _OneByOne(self.text, shared=self.reconstructions["least squares"])
             name = "KL greedy, reconstructed, latency-aware"
         choice = self.choose(name, most, self.seconds_saved(window))
+        texts = {"long": self.long_text or self.text}
         layers = self.window_order(window)
         contenders = []
         for n in counts:
@@ -300,7 +302,7 @@ class Chooser:
                 live = [i for i in layers if i not in plan.attn]
                 narrow = Windows(tuple(live[:n_windows]), window) if n_windows else None
                 tried = Variant(plan, one_by_one if plan else None, narrow)
-                rows = quality(self.model, None, {"": tried}, {"long": self.long_text}, store=self.store)
+                rows = quality(self.model, None, {"": tried}, texts, store=self.store)
                 losses[tried] = rows["value"].mean()
                 if losses[tried] > min(losses.values()) or narrow is None:
                     break

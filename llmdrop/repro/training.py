@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -222,18 +222,17 @@ def train_run(
 @contextmanager
 def _same_numbers_every_time(device: str) -> Iterator[None]:
     """Sums in one order for the length of a `with` block, whatever the machine is told; its settings come back."""
-    threads = torch.get_num_threads()
-    mode = torch.get_deterministic_debug_mode()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    else:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels ask for it
-        torch.set_deterministic_debug_mode("error")
-    try:
+    with ExitStack() as undo:
+        undo.callback(torch.set_num_threads, torch.get_num_threads())
+        undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        if device == "cpu":
+            torch.set_num_threads(1)
+        else:
+            if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:  # deterministic kernels ask for it
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+                undo.callback(os.environ.pop, "CUBLAS_WORKSPACE_CONFIG")
+            torch.set_deterministic_debug_mode("error")
         yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_deterministic_debug_mode(mode)
 
 
 def _train_step(

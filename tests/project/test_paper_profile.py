@@ -57,7 +57,7 @@ OWN = {  # where one notebook needs another size
     "fig08_joint": {"N_DROPPED": [4, 8]},
     "fig12_gsm8k": {"MODEL": "meta-math/MetaMath-Mistral-7B", "N_DROPPED": []},  # answers have 256 tokens
     "tab12_long_context": {"N_QUERIES": 2, "N_DROPPED": [2, 8], "RETRIEVAL": {256: [8]}, "N_FACTS": 4},
-    "speedups": {"BATCH_SIZE": {}},
+    "speedups": {"BATCH_SIZES": {}},
     "tab04_kv_cache": {"N_DROPPED": 6},
     "tab05_settings": {"LIMIT": 2},  # questions of each subject: one has no standard error
     "serving": {"N_DROPPED": {"attn": 4}},

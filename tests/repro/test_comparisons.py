@@ -16,7 +16,6 @@ from llmdrop.compress.windows import Windows
 from llmdrop.repro import comparison_figures as figures
 from llmdrop.repro.comparisons import (
     BASELINE,
-    added_tensors,
     frontier,
     leaderboard,
     leaderboard_to_print,
@@ -214,7 +213,10 @@ def test_remaining_as_timed():
 def test_reconstruction_by_least_squares_adds_no_tensors(method):
     model = tiny("llama")
     variant = Variant(DropPlan(attn=[1, 3]), Reconstruction(TEXT, method))
-    added = added_tensors(model, variant)
+    with dropped(model, variant.plan):
+        plain = {name: value.shape for name, value in model.state_dict().items()}
+    with variant.applied(model):
+        added = [name for name, value in model.state_dict().items() if plain.get(name) != value.shape]
     assert added == (["model.layers.0.mlp.down_proj.bias", "model.layers.2.mlp.down_proj.bias"] * (method == "mean"))
 
 
@@ -233,8 +235,8 @@ def test_figures_of_losses_and_of_the_leaderboard():
 
 def test_figure_of_training():
     _, ax = plt.subplots()
-    figures.plot_training({8: [4.0, 2.0, 3.0], 16: [5.0, 5.0, 5.0]}, ax, n_tokens=6000, color="C0", over=2)
-    np.testing.assert_allclose(ax.get_lines()[0].get_xydata(), [[2, 4], [4, 3], [6, 2.5]])
+    figures.plot_training({8: [4.0, 2.0, 3.0, 3.0, 3.0, 9.0], 16: [5.0, 5.0, 5.0]}, ax, n_tokens=6000, color="C0")
+    np.testing.assert_allclose(ax.get_lines()[0].get_xydata(), [[1, 4], [2, 3], [3, 3], [4, 3], [5, 3], [6, 4]])
     assert [text.get_text() for text in ax.texts] == ["8", "16"]
 
 

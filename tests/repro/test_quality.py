@@ -476,3 +476,18 @@ def test_a_variant_that_does_not_fit_is_refused_and_the_model_stays(store, model
         quality(model, None, {"wrong": wrong}, TEXTS, store=store)
     again = quality(model, None, {"whole": Variant()}, TEXTS, store=Store(store.root / "again"))
     assert again.equals(before)
+
+
+def test_in_16_bits_fits_of_another_batch_size_are_other_measurements(tmp_path):
+    model = tiny("llama").bfloat16()
+    text = Calibration(random_ids(8, 12))
+    counted = []
+    for batch_size in (2, 4, 2):
+        variant = Variant(DropPlan([2]), reconstruction=Reconstruction(text, batch_size=batch_size))
+        quality(model, None, {"a": variant}, {"text": text}, store=Store(tmp_path))
+        counted.append(len(list(tmp_path.glob("losses/*.json"))))
+    assert counted == [1, 2, 2]
+    for batch_size in (2, 4):
+        variant = Variant(DropPlan([2]), reconstruction=Reconstruction(text, batch_size=batch_size))
+        quality(tiny("llama"), None, {"a": variant}, {"text": text}, store=Store(tmp_path / "float32"))
+    assert len(list(tmp_path.glob("float32/losses/*.json"))) == 1

@@ -286,7 +286,8 @@ class Chooser:
         one_by_one = None
         name = "KL greedy, latency-aware"
         if reconstruction is not None:
-            one_by_one = _OneByOne(self.text, shared=self.reconstructions["least squares"])
+            shared = self.reconstructions["least squares"]
+            one_by_one = _OneByOne(self.text, batch_size=self.batch_size, shared=shared)
             name = "KL greedy, reconstructed, latency-aware"
         choice = self.choose(name, most, self.seconds_saved(window))
         texts = {"long": self.long_text or self.text}

@@ -50,8 +50,11 @@ def new_directory(target: Path) -> Iterator[Path]:
     former = target.with_name(f".{target.name}.former")
     lock = partial / ".lock"
     with locked(lock, refusal=f"another process is writing {target}; wait for it"):
-        if former.exists() and not target.exists():  # killed between the two renames below
-            former.rename(target)
+        if former.exists():  # killed after the first of the two renames below, or after the second
+            if target.exists():
+                shutil.rmtree(former)
+            else:
+                former.rename(target)
         try:
             for leftover in partial.iterdir():
                 if leftover != lock:

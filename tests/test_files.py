@@ -73,6 +73,17 @@ def test_killed_between_the_renames(tmp_path):
     assert os.listdir(target) == ["old"] and os.listdir(tmp_path) == ["model"]
 
 
+def test_killed_after_the_renames(tmp_path):
+    """The new directory is in place, the former one not gone yet, or only half."""
+    target = tmp_path / "model"
+    for name in ("model", ".model.former"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").write_text("x")
+    with files.new_directory(target) as folder:
+        (folder / "newer").write_text("x")
+    assert os.listdir(target) == ["newer"] and os.listdir(tmp_path) == ["model"]
+
+
 def test_a_lock_waits_or_refuses(tmp_path, capsys):
     process = hold(tmp_path / "deep" / "lock", "files.locked(path)", seconds=2)
     with pytest.raises(RuntimeError, match="busy"), files.locked(tmp_path / "deep" / "lock", refusal="busy"):

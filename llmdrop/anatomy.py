@@ -80,7 +80,12 @@ class Anatomy:
         return [i for i in range(self.n_layers) if i not in gone]
 
     def whole_plan(self, plan: DropPlan) -> DropPlan:
-        """`plan` and what is dropped already. Raises ValueError for a plan of another depth or unknown indices."""
+        """`plan` and what is dropped already.
+
+        Raises TypeError for what is no DropPlan, ValueError for a plan of another depth or unknown indices.
+        """
+        if not isinstance(plan, DropPlan):
+            raise TypeError(f"a {type(plan).__name__} is no plan; give a llmdrop.DropPlan, as plan_drop makes it")
         return plan.for_depth(self.n_layers) | self.plan.for_depth(self.n_layers)
 
 

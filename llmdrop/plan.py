@@ -120,8 +120,10 @@ class DropPlan:
 
 def _indices(values: Iterable[int], kind: str, n_layers: int | None) -> tuple[int, ...]:
     """The indices checked and sorted."""
-    values = list(values)
     allowed = f"0-based layer indices{f' below {n_layers}' if n_layers else ''}, each once"
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"{kind}={values!r} is no list of layers; expected {allowed}")
+    values = list(values)
     for value in values:
         if isinstance(value, (bool, np.bool_)):
             raise ValueError(
@@ -231,5 +233,5 @@ def _consecutive(scores, n: int) -> DropPlan:
 
 
 def _check_count(n: int, available: int, target: str) -> None:
-    if isinstance(n, bool) or not 0 <= index(n) <= available:
-        raise ValueError(f"cannot drop n={n} of {available} {target} layers; n must be between 0 and {available}")
+    if isinstance(n, bool) or not hasattr(n, "__index__") or not 0 <= index(n) <= available:
+        raise ValueError(f"cannot drop n={n!r} of {available} {target} layers; n must be between 0 and {available}")

@@ -48,6 +48,9 @@ def test_labels_are_the_papers():
         ([True, False], "holds booleans.*from_llm_drop"),
         ([1.5], "1.5 is not a whole number"),
         (["3"], "'3' is not a whole number"),
+        (3, "attn=3 is no list of layers"),
+        (None, "attn=None is no list of layers"),
+        ("12", "attn='12' is no list of layers"),
     ],
 )
 def test_malformed_plans(attn, message):
@@ -95,7 +98,7 @@ def test_consecutive_uses_the_gap_of_exactly_n_blocks():
 
 def test_counts_and_targets_are_checked():
     s = scores_of([0.3, 0.1], [0.2, 0.4])
-    for n in (-1, 3, True):
+    for n in (-1, 3, True, 1.5, "2", None):
         with pytest.raises(ValueError, match="n must be between 0 and 2"):
             plan_drop(s, "attn", n)
     with pytest.raises(ValueError, match="'layer' is not one of attn, mlp, block, joint, consecutive"):

@@ -225,6 +225,12 @@ def test_impossible_plans_leave_the_model_unchanged(plan, message):
     assert torch.equal(logits(model, ids), before)
 
 
+@pytest.mark.parametrize("plan", [None, {"attn": [1]}, [1], "Attn-8"])
+def test_what_is_no_plan_is_refused(plan):
+    with pytest.raises(TypeError, match=f"a {type(plan).__name__} is no plan; give a llmdrop.DropPlan"):
+        apply_plan(tiny("llama"), plan)
+
+
 def test_unknown_architectures_are_refused_by_name():
     with pytest.raises(ValueError, match="'Linear' model.*known: gemma2"):
         anatomy(torch.nn.Linear(2, 2))

@@ -22,7 +22,10 @@ def read_split(path: str, config: str | None, split: str, data_dir: str | os.Pat
     file = split_file(path, config, split, data_dir)
     if file is not None:
         return read_rows(file)
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"reading from the hub needs datasets ({error}): pip install 'llmdrop[eval]'") from error
 
     name = _name(path, config, split)
     which = {"data_files": {split: HUB_FILES[name]}} if name in HUB_FILES else {"name": config}

@@ -5,9 +5,10 @@
 lm-eval has no plug-ins: the plain `lm_eval` command cannot know the model.
 """
 
-from lm_eval.__main__ import cli_evaluate
-
-from . import lm_eval_models  # noqa: F401 (importing it registers the model)
+from ..checkpoints.extras import import_extra
 
 if __name__ == "__main__":
-    cli_evaluate()
+    command_line = import_extra("lm_eval.__main__", "eval")
+    from . import lm_eval_models  # noqa: F401 (importing it registers the model)
+
+    command_line.cli_evaluate()

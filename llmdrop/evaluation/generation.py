@@ -134,7 +134,10 @@ def _batches(ids: list[tuple[int, ...]], batch_size: int) -> Iterator[tuple[list
         if start < SHARED or len(group) == 1:
             start = 0
         group.sort(key=lambda k: len(ids[k]))
-        longest = len(ids[group[-1]])
-        size = max(1, min(batch_size, CACHED // longest))
-        for i in range(0, len(group), size):
-            yield group[i : i + size], start
+        batch: list[int] = []
+        for k in group:  # the next one is the longest of its batch
+            if batch and (len(batch) == batch_size or (len(batch) + 1) * len(ids[k]) > CACHED):
+                yield batch, start
+                batch = []
+            batch.append(k)
+        yield batch, start

@@ -88,10 +88,14 @@ def by_variant(rows: pd.DataFrame, speed: pd.DataFrame | None = None) -> pd.Data
     if len(table.columns):
         _add_average(table, error)
     if is_text.any():
-        losses = shown[is_text].pivot(index="variant", columns=["where", "item"], values="value").reindex(table.index)
+        samples = shown[is_text].pivot(index="variant", columns=["where", "item"], values=["value", "n"])
+        losses = samples["value"].reindex(table.index)
+        share = samples["n"].iloc[0] / samples["n"].iloc[0].sum()  # of all tokens, by sample
         for column, nats in (("perplexity", losses), ("ppl_ratio", losses - losses.iloc[0])):
-            table[column] = np.exp(nats.mean(axis=1, skipna=False))
-            error[column] = table[column] * nats.sem(axis=1, skipna=False)
+            mean = (nats * share).sum(axis=1, skipna=False)
+            spread = nats.sub(mean, axis=0) * share * len(share)  # of a ratio: samples may differ in length
+            table[column] = np.exp(mean)
+            error[column] = table[column] * spread.sem(axis=1, skipna=False)
     if speed is not None:
         _add_speed(table, error, speed)
     return table.join(error.add_suffix("_stderr"))

@@ -1,5 +1,6 @@
 """Timing: how long variants of a model take, all in turn on this machine, stored."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,8 @@ def timing(
     Returns a row per variant and round: variant, round, prefill_seconds, decode_seconds, seconds, status, and the bytes
     of weights and KV cache, as from `llmdrop.speed.measure.time_rounds`. `speedups` sums them up.
     """
-    shapes = {name: str(variant.shape) for name, variant in variants.items()}
+    details = {name: variant.shape | _attention_types(model, variant) for name, variant in variants.items()}
+    shapes = {name: str(detail) for name, detail in details.items()}
     timed: dict[str, Variant] = {}  # the first of each shape, without what takes long to fit and changes no shape
     for name, variant in variants.items():
         timed.setdefault(shapes[name], replace(variant, reconstruction=None, healing=None))
@@ -36,7 +38,7 @@ def timing(
         return time_rounds(models, rounds, **settings).to_dict("records")
 
     key = speed_key(model) | {"version": measure.VERSION, "rounds": rounds, "settings": settings}
-    key["shapes_timed"] = [variant.shape for variant in timed.values()]
+    key["shapes_timed"] = list({shapes[name]: details[name] for name in variants}.values())
     rows = (store or Store()).get(
         "timing",
         key,
@@ -47,6 +49,14 @@ def timing(
     by_shape = dict(tuple(pd.DataFrame(rows).rename(columns={"name": "variant"}).groupby("variant", sort=False)))
     frames = [by_shape[shapes[name]].assign(variant=name) for name in variants]
     return pd.concat(frames, ignore_index=True)
+
+
+def _attention_types(model: nn.Module, variant: Variant) -> dict:
+    """How many layers of each type (sliding or full attention) keep their attention, where a model has several."""
+    types = getattr(model.config, "layer_types", None) or []
+    if len(set(types)) < 2:
+        return {}
+    return {"attention_types": dict(Counter(kind for i, kind in enumerate(types) if i not in variant.plan.attn))}
 
 
 def speedups(rows: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:

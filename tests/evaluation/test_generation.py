@@ -70,6 +70,21 @@ def test_a_long_group_leaves_the_others_their_batches(lengths, batch_size):
             assert [len(batch) for batch in own] == [fits] * (6 // fits) + [6 % fits] * (6 % fits > 0)
 
 
+@given(st.lists(st.integers(2, 300), min_size=1, max_size=30), st.integers(1, 8))
+def test_a_long_prompt_leaves_the_others_their_batches(lengths, batch_size):
+    """In one group, too: only the batch that holds it is smaller."""
+    ids = [(5,) * length for length in lengths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "CACHED", 600)
+        patch.setattr(generation, "SHARED", 1000)  # one group, whatever they share
+        batches = [batch for batch, _ in _batches(ids, batch_size)]
+    assert sorted(k for batch in batches for k in batch) == list(range(len(ids)))
+    for batch, following in zip(batches, batches[1:], strict=False):
+        assert len(batch) == 1 or len(batch) * max(lengths[k] for k in batch) <= 600
+        full = (len(batch) + 1) * lengths[following[0]] > 600
+        assert len(batch) == batch_size or full, "closed for no reason"
+
+
 def test_generation_of_a_plan_is_the_dropped_models():
     model, tokenizer = tiny("llama", "sdpa"), Numbers()
     answers = []

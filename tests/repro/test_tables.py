@@ -4,12 +4,18 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from tiny import random_ids, tiny
 
+import llmdrop
+from llmdrop.compress.variant import Variant
 from llmdrop.repro import paper, tables
+from llmdrop.repro.quality import quality
 
 
 def beside() -> pd.DataFrame:
@@ -258,3 +264,20 @@ def test_latex_compiles(tmp_path):
 
 def test_provenance_line():
     assert tables.provenance_line({"model": "smollm2", "seed": 0}) == "model: smollm2 · seed: 0"
+
+
+def test_perplexity_weighs_samples_by_their_tokens():
+    model = tiny("llama")
+    mask = torch.ones(4, 20, dtype=torch.long)
+    mask[0, 5:] = 0
+    mask[1, 12:] = 0
+    text = llmdrop.Calibration(random_ids(4, 20), attention_mask=mask)
+    plan = llmdrop.DropPlan([1])
+    with tempfile.TemporaryDirectory() as folder:
+        variants = {"Baseline": Variant(), "Attn-1": Variant(plan)}
+        rows = quality(model, None, variants, {"text": text}, store=llmdrop.Store(folder))
+    table = tables.by_variant(rows)
+    expected = llmdrop.perplexity_sweep(model, {"Baseline": llmdrop.DropPlan(), "Attn-1": plan}, text, progress=False)
+    np.testing.assert_allclose(table["perplexity"], expected["perplexity"], rtol=1e-9)
+    np.testing.assert_allclose(table["perplexity_stderr"], expected["stderr"], rtol=1e-9)
+    assert table["ppl_ratio"].iloc[1] == pytest.approx(expected["perplexity"][1] / expected["perplexity"][0])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from tiny import random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, Store
+from llmdrop import Calibration, DropPlan, Store, measure_speed
 from llmdrop.compress.four_bits import FourBits
 from llmdrop.compress.reconstruction import Reconstruction
 from llmdrop.compress.variant import Variant
@@ -159,3 +159,17 @@ def test_the_model_is_restored_where_timing_fails(store):
     with pytest.raises(ValueError, match="out of range"):
         timing(model, {"whole": Variant(), "wrong": Variant(DropPlan([8]))}, rounds=1, store=store, **SETTINGS)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items()) and count(store) == 0
+
+
+def test_layers_of_another_attention_type_are_another_shape(tmp_path):
+    """Gemma-2's sliding layers hold a window, its full ones the whole context."""
+    model = tiny("gemma2")
+    types = model.config.layer_types
+    variants = {"whole": Variant()}
+    for kind in ("sliding_attention", "full_attention"):
+        variants[kind] = Variant(DropPlan([types.index(kind)]))
+    rows = timing(model, variants, rounds=1, store=Store(tmp_path), prompt_len=20, new_tokens=3)
+    for name, variant in variants.items():
+        with variant.applied(model):
+            expected = measure_speed(model, prompt_len=20, new_tokens=3, repeats=1)["kv_bytes"]
+        assert rows.loc[rows["variant"] == name, "kv_bytes"].tolist() == [expected]

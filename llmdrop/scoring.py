@@ -14,6 +14,7 @@ from .anatomy import Anatomy, find_anatomy
 from .calibration import Calibration, batches
 from .hooks import ResidualTap
 from .prune import eval_mode
+from .sublayers import not_finite
 
 KINDS = ("attn", "mlp", "block")
 VERSION = 1  # of the scores: raised when their numbers change, so that stored ones are measured again
@@ -188,11 +189,7 @@ def _check_finite(parts: Anatomy, sums: torch.Tensor) -> None:
     for i, of_layer in enumerate(sums.isfinite().all(dim=-1)):  # [6]
         for k, kind in enumerate(("attn", "mlp")):
             if i not in getattr(parts.plan, kind) and not of_layer[2 * k : 2 * k + 2].all():
-                raise ValueError(
-                    f"layer {i}'s {kind} gives values that are not finite on this text, so its score is not defined. "
-                    "Either its weights hold NaN or infinity (load the checkpoint again) or float16 overflows (load "
-                    "the model with dtype='bfloat16' or 'float32')"
-                )
+                raise ValueError(not_finite(kind, i))
 
 
 def scores_from_sums(sums: torch.Tensor, gaps: torch.Tensor | None, calibration: Calibration) -> ImportanceScores:

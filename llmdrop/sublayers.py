@@ -8,9 +8,13 @@ from torch import nn
 
 from .anatomy import Anatomy, output_matrix
 from .calibration import Calibration, batches
-from .prune import put, stubs
+from .prune import eval_mode, put, stubs
 
 LayerCall = tuple[tuple, dict]  # args and kwargs, besides the residual stream, with which the decoder calls a layer
+NOT_FINITE = (  # what to do about it
+    "Either weights hold NaN or infinity (load the checkpoint again) or float16 overflows (load the model with "
+    "dtype='bfloat16' or 'float32')"
+)
 
 
 class _Recorder(nn.Module):
@@ -57,8 +61,13 @@ def head_logits(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
+def not_finite(kind: str, i: int) -> str:
+    """The complaint about the "attn", "mlp" or "block" of layer i."""
+    return f"layer {i}'s {kind} gives values that are not finite on this text. {NOT_FINITE}"
+
+
 class SublayerRun:
-    """Takes the residual streams of a whole calibration set through one sublayer after the other.
+    """Takes the residual streams of a whole calibration set through one sublayer after the other, without dropout.
 
     start: streams before the first layer, one per batch, each [B, T, C]. masks: [B, T] per batch, 0 for padding.
     """
@@ -69,7 +78,8 @@ class SublayerRun:
         self.calls: list[dict[int, LayerCall]] = []
         self.masks: list[torch.Tensor] = []
         for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
-            hidden, calls = layer_calls(parts, **inputs)
+            with eval_mode(model):
+                hidden, calls = layer_calls(parts, **inputs)
             self.start.append(hidden)
             self.calls.append(calls)
             self.masks.append(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])))
@@ -79,16 +89,25 @@ class SublayerRun:
     ) -> list[torch.Tensor]:
         """The streams after the "attn" or "mlp" sublayer of layer i.
 
-        read: a list that collects, per batch, what the sublayer's last matrix reads, [B, T, H].
+        read: a list that collects, per batch, what the sublayer's last matrix reads, [B, T, H]. Raises ValueError
+        naming the sublayer where the streams after it are not finite.
         """
         other = "mlp" if kind == "attn" else "attn"
-        with ExitStack() as hooks:
+        with ExitStack() as undo:
+            undo.enter_context(eval_mode(self.parts.layers[i]))
             if read is not None:
                 last = output_matrix(self.parts, i, kind)
                 handle = last.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-                hooks.callback(handle.remove)
+                undo.callback(handle.remove)
             pairs = zip(streams, self.calls, strict=True)
             out = [run_layer(self.parts, i, x, calls[i], [other]) for x, calls in pairs]
+        self.check_finite(out, kind, i)
         if read is not None:  # OPT flattens [B, T, C] before its MLP
             read[:] = [h.view(*x.shape[:2], -1) for h, x in zip(read, streams, strict=True)]
         return out
+
+    def check_finite(self, streams: list[torch.Tensor], kind: str, i: int) -> None:
+        """ValueError unless these streams, after a sublayer or block, are finite at all tokens but padding."""
+        for x, mask in zip(streams, self.masks, strict=True):
+            if not x[mask.bool().to(x.device)].isfinite().all():
+                raise ValueError(not_finite(kind, i))

@@ -21,6 +21,7 @@ from ..calibration import Calibration
 from ..checkpoints.digest import weights_digest
 from ..files import build_dir, new_directory
 from ..plan import DropPlan
+from ..prune import eval_mode
 from .reconstruction import Changes, put_weights, reconstruct, reconstructed
 from .search import LOSSES, next_tokens
 
@@ -102,8 +103,9 @@ def heal(
     changes: of `reconstruction.fit`, to start from. folder: the adapter is kept there once it is done, and read from
     there instead of training again. settings: those of `Healing`.
 
-    Holds two models, each on one device. Under `accelerate launch` or torchrun every process calls this with the same
-    arguments; samples are split over the processes and all get the same model.
+    Both run without dropout, and the copy is in evaluation mode, whatever mode `model` is in. Holds two models, each on
+    one device. Under `accelerate launch` or torchrun every process calls this with the same arguments; samples are
+    split over the processes and all get the same model.
 
     Raises ImportError without peft, ValueError for a folder with an adapter of other settings, and what `Healing` and
     `reconstruct` refuse.
@@ -113,7 +115,7 @@ def heal(
     peft = _peft()
     trained_for = healing.key | {"changes": _digest(changes)} | plan.key
     del trained_for["peft"]  # its version, which may read an adapter of another
-    student = reconstruct(copy.deepcopy(model), plan, changes)
+    student = reconstruct(copy.deepcopy(model), plan, changes).eval()
     record = None if folder is None else Path(folder, RECORD)
     if record is not None and record.is_file():
         kept = json.loads(record.read_text())
@@ -131,7 +133,8 @@ def heal(
         fan_in_fan_out=model.config.model_type == "gpt2",
     )
     adapted = peft.get_peft_model(student, config)
-    losses, is_main = _train(adapted, model, healing, progress)
+    with eval_mode(model):
+        losses, is_main = _train(adapted, model, healing, progress)
     if record is not None and is_main:
         with new_directory(record.parent) as partial:
             adapted.save_pretrained(partial)

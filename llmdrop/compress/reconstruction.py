@@ -206,7 +206,8 @@ def fit(
 
     Takes one forward pass (sequential: two), and the memory of the residual streams of all of the calibration text.
     Raises ValueError for an unknown method, layers dropped already, a plan that does not fit, an architecture whose
-    sublayers do not end in a matrix, or (least squares) fewer than four samples.
+    sublayers do not end in a matrix, activations that are not finite, naming the layer, or (least squares) fewer than
+    four samples.
     """
     _check_method(method)
     parts = _undropped(model, plan)
@@ -315,12 +316,14 @@ def _samples(*by_batch: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
 
 
 def _sums(samples: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Over tokens, weighted, in float64: h h' [H, H], h e' [H, C] and e^2 [C]; h: what is read, e: what lacks."""
+    """Over real tokens, weighted, in float64: h h' [H, H], h e' [H, C] and e^2 [C]; h: what is read, e: what lacks."""
     gram = cross = error = torch.zeros((), dtype=torch.float64)
     for read, now, target, mask in samples:
-        scale = (mask / target.float().square().mean(-1).clamp_min(1e-12)).sqrt()[:, None]  # of a token: sqrt(w_t)
-        lacks = (target.float() - now.float()) * scale
-        h = read.float() * scale
+        real = mask.bool().to(target.device)  # padding may hold anything, also NaN
+        whole = target[real].float()
+        scale = (1 / whole.square().mean(-1).clamp_min(1e-12)).sqrt()[:, None]  # of a token: sqrt(w_t)
+        lacks = (whole - now[real].float()) * scale
+        h = read[real].float() * scale
         gram = gram + (h.T @ h).double()
         cross = cross + (h.T @ lacks).double()
         error = error + lacks.square().sum(0).double()

@@ -18,7 +18,7 @@ from ..anatomy import find_anatomy
 from ..calibration import Calibration, batches
 from ..plan import DropPlan, plan_of
 from ..prune import eval_mode, put
-from ..sublayers import SublayerRun, head_logits, run_layer
+from ..sublayers import NOT_FINITE, SublayerRun, head_logits, run_layer
 from .reconstruction import Changes, Sublayer, combined, put_changes
 
 VERSION = 1  # of the choices: raised when they change
@@ -83,7 +83,8 @@ def greedy(
     best of all has been tried beside what is gone by now. every: the loss is taken at each `every`-th token only, since
     the head of a large vocabulary costs as much as many layers.
 
-    Raises ValueError for an unknown loss or target, n beyond what there is, and a loss that is not finite.
+    Raises ValueError for an unknown loss or target, n beyond what there is, activations of the whole model that are not
+    finite, naming the layer, and a loss that is not finite.
     """
     items = _sublayers(model, target)
     if not 0 <= n <= len(items):
@@ -115,7 +116,7 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
 
     (Shortened LLaMA sums |weight x gradient|; the sum over the last matrix, without the absolute value inside, is this
     derivative.) L is the mean next-token loss of a batch; padding does not count. Raises ValueError for an unknown
-    target, and for gradients that are not finite, naming the sublayer.
+    target, and for a loss or gradients that are not finite.
     """
     parts = find_anatomy(model)
     items = _sublayers(model, target)
@@ -129,12 +130,13 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
         for _, inputs in batches(calibration, batch_size, device):
             with torch.enable_grad():
                 loss = model(**inputs, labels=next_tokens(inputs), use_cache=False).loss
+                if not loss.isfinite():
+                    raise ValueError(_not_finite("the loss of the whole model", model))
                 gradients = torch.autograd.grad(loss, scales)
             for item, gradient in zip(items, gradients, strict=True):
                 totals[item] += abs(float(gradient))
-    for (kind, i), total in totals.items():
-        if not math.isfinite(total):
-            raise ValueError(_not_finite(f"the derivative by {kind} {i}'s output", model))
+    if not all(map(math.isfinite, totals.values())):  # before the one at fault all are
+        raise ValueError(_not_finite("the derivative of the loss", model))
     return Choice(sorted(totals, key=totals.get), 3.0 * calibration.n_tokens)
 
 
@@ -179,10 +181,7 @@ def _sublayers(model: nn.Module, target: str) -> list[Sublayer]:
 
 
 def _not_finite(what: str, model: nn.Module) -> str:
-    return (
-        f"{what} is not finite in {model.dtype}: the weights hold NaN or infinity (load the checkpoint again), or "
-        "float16 overflows (load the model in bfloat16 or float32)"
-    )
+    return f"{what} is not finite in {model.dtype}. {NOT_FINITE}"
 
 
 class _Search:
@@ -248,6 +247,7 @@ class _Search:
     ) -> list[torch.Tensor]:
         """The streams after the last layer, from those before layer `first`; before: collects those before each."""
         with ExitStack() as undo:
+            undo.enter_context(eval_mode(self.model))
             put_changes(undo, self.model, combined(self.corrections, plan_of(gone)))
             for i in range(first, self.parts.n_layers):
                 if before is not None:
@@ -257,6 +257,8 @@ class _Search:
                     continue
                 pairs = zip(streams, self.run.calls, strict=True)
                 streams = [run_layer(self.parts, i, x, calls[i], without) for x, calls in pairs]
+                if not gone:  # else `loss` names what is
+                    self.run.check_finite(streams, "block", i)
                 self.tokens += self.n_tokens / self.parts.n_layers
         return streams
 

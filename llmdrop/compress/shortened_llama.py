@@ -15,6 +15,7 @@ from ..calibration import Calibration, batches
 from ..plan import DropPlan, drop_order, plan_of
 from ..prune import dropped
 from ..scoring import ImportanceScores
+from ..sublayers import NOT_FINITE
 from .search import frozen, next_tokens
 
 VERSION = 1  # of the importances: raised when their numbers change
@@ -41,7 +42,7 @@ def block_taylor(model: nn.Module, calibration: Calibration) -> np.ndarray:
                 model(**inputs, labels=next_tokens(inputs), use_cache=False).loss.backward()
         sums = [sum(float((p.detach() * p.grad).float().abs().double().sum()) for p in block) for block in weights]
     if not np.isfinite(sums).all():
-        raise ValueError(f"the gradients are not finite in {model.dtype}; load the model in bfloat16 or float32")
+        raise ValueError(f"the gradients are not finite in {model.dtype}. {NOT_FINITE}")
     return np.array(sums)
 
 

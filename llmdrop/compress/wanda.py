@@ -18,7 +18,7 @@ from ..calibration import Calibration
 from ..checkpoints.digest import weights_digest
 from ..plan import DropPlan
 from ..prune import dropped, eval_mode
-from ..sublayers import SublayerRun, run_layer
+from ..sublayers import SublayerRun, not_finite, run_layer
 
 VERSION = 1  # of the zeros: raised when others are found
 
@@ -88,7 +88,7 @@ def wanda(
     Takes two forward passes over the calibration text, and besides the model the memory of its residual streams.
 
     Raises ValueError for a share out of range, an unknown architecture, weights that are no plain matrices (quantized
-    ones), or calibration text on which a layer's inputs are not finite.
+    ones), or activations that are not finite, naming the layer.
     """
     _check_share(share)
     parts = find_anatomy(model)
@@ -105,10 +105,7 @@ def wanda(
             after, norms = _through_layer(run, i, streams, of_layer)
             for name, module in of_layer.items():
                 if not norms[name].isfinite().all():
-                    raise ValueError(
-                        f"what {name} reads on this calibration text is not finite, so Wanda cannot score its weights; "
-                        f"load the model in bfloat16 or float32 (it is in {module.weight.dtype})"
-                    )
+                    raise ValueError(not_finite("block", i))
                 zeros[name] = lowest(_rows(module), norms[name], share)
                 if sequential:
                     _zero(undo, module, zeros[name])
@@ -140,6 +137,7 @@ def _through_layer(
             for name, inputs in read.items():
                 real = inputs.reshape(-1, inputs.shape[-1]).float()[mask.bool().flatten().to(inputs.device)]
                 squares[name] = squares[name] + real.square().sum(0).double()
+    run.check_finite(after, "block", i)
     return after, {name: total.sqrt().float() for name, total in squares.items()}
 
 

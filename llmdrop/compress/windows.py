@@ -248,7 +248,8 @@ def score_windows(
 
     y = x + f(norm(x)) is the residual stream after the layer, [B, T, C], y' that with a window; the mean is over the
     tokens that a window can change: those after the first window + sinks of their sample, padding left out. Raises
-    ValueError where no sample is longer than window + sinks, and what `windowed` raises.
+    ValueError where no sample is longer than window + sinks, for activations that are not finite, naming the layer, and
+    what `windowed` raises.
     """
     parts = find_anatomy(model)
     live = parts.live("attn")

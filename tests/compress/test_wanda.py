@@ -205,7 +205,7 @@ def test_errors():
             wanda(model, text, share)
     before = weights_digest(model)
     model.model.layers[2].input_layernorm.weight.data.mul_(float("inf"))
-    with pytest.raises(ValueError, match=r"2\.self_attn\.q_proj reads .* not finite.*bfloat16"):
+    with pytest.raises(ValueError, match="layer 2's block .* not finite.*bfloat16"):
         wanda(model, text, 0.1)
     model = tiny("llama")
     assert weights_digest(model) == before

@@ -157,7 +157,7 @@ def _documents(source, data_dir) -> tuple[str, list[str]]:
     name = "documents"
     if isinstance(source, str | os.PathLike):
         name = Path(source).name
-        source = _read_documents(Path(source))
+        source = _read_documents(Path(os.path.expanduser(source)))
     elif hasattr(source, "column_names"):  # a datasets.Dataset
         if "text" not in source.column_names:
             raise ValueError(f'the dataset has columns {", ".join(source.column_names)}; expected one called "text"')

@@ -18,6 +18,11 @@ def build_dir() -> Path:
     return checkout / "build" if (checkout / "pyproject.toml").exists() else Path.home() / ".cache" / "llmdrop"
 
 
+def real_path(path: str | os.PathLike) -> Path:
+    """The absolute path without ~ and links: what is written there replaces a link's target, and the link stays."""
+    return Path(os.path.expanduser(path)).resolve()
+
+
 @contextmanager
 def locked(file: Path, waiting: str | None = None, refusal: str | None = None) -> Iterator[None]:
     """Hold the lock `file` for the length of a `with` block; its directory is made if need be.
@@ -61,9 +66,12 @@ def new_directory(target: Path) -> Iterator[Path]:
                     remove(leftover)
             yield partial
             lock.unlink()
+            is_current = target.exists() and target.samefile(os.curdir)
             if target.exists():
                 target.rename(former)
             partial.rename(target)
+            if is_current:  # else this process would stay in the former one, which goes
+                os.chdir(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if target.exists():

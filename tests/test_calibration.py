@@ -205,6 +205,13 @@ def test_a_text_file_is_one_document(tmp_path):
         load_calibration(file, Tokenizer(), 8, 20)
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "book.txt").write_text("\n\n".join(DOCUMENTS))
+    made = load_calibration("~/book.txt", Tokenizer(), 3, 20)
+    assert made.digest == load_calibration(tmp_path / "book.txt", Tokenizer(), 3, 20).digest
+
+
 def test_a_line_of_a_file_ends_where_json_ends_it(tmp_path):
     """Other marks that Python takes for line ends stand in texts as they are."""
     file = tmp_path / "own.jsonl"

@@ -1,8 +1,12 @@
 """Where a checkpoint may be written: never over anything that llmdrop did not write itself."""
 
+import json
 import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+MARK = "llmdrop_written"  # in config.json: the version of llmdrop that wrote the checkpoint; loading leaves it out
 
 # all that `save_model` and `drop_checkpoint` write into a directory
 OUR_FILES = re.compile(
@@ -13,10 +17,18 @@ OUR_FILES = re.compile(
 )
 
 
+def mark() -> dict[str, str]:
+    """The entry of config.json that every writer of a directory leaves."""
+    try:
+        return {MARK: version("llmdrop")}
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return {MARK: "not installed"}
+
+
 def check_destination(path: Path, overwrite: bool) -> None:
     """FileExistsError unless a checkpoint may become the directory `path`.
 
-    It may where nothing is, or, with `overwrite`, a checkpoint of which every file is one that `save_model` writes.
+    It may where nothing is, or, with `overwrite`, a checkpoint that llmdrop wrote and to which no other file was added.
     """
     _check_parents(path)
     if path.is_file():
@@ -27,8 +39,12 @@ def check_destination(path: Path, overwrite: bool) -> None:
     obstacles = [f"{name}, which save_model does not write" for name in files if not OUR_FILES.fullmatch(name)]
     if files and "config.json" not in files:
         obstacles.append("no config.json, so no checkpoint")
+    elif files and not _is_ours(path / "config.json"):
+        obstacles.append("a config.json that llmdrop did not write")
     if obstacles:
-        raise FileExistsError(f"{path} holds {obstacles[0]}; overwrite=True replaces checkpoints, choose another path")
+        raise FileExistsError(
+            f"{path} holds {obstacles[0]}; overwrite=True replaces checkpoints of llmdrop's alone, choose another path"
+        )
 
 
 def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
@@ -40,6 +56,18 @@ def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> 
         raise FileExistsError(f"{path} exists; choose another path, or overwrite=True to replace a file of llmdrop's")
     if path.exists() and not is_ours(path):
         raise FileExistsError(f"{path} was not written by llmdrop, so overwrite=True spares it; choose another path")
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether llmdrop wrote this config.json: it has the mark, or release 0.1.0's record of single sublayers."""
+    try:
+        raw = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(raw, dict):
+        return False
+    record = raw.get("llmdrop")
+    return MARK in raw or (isinstance(record, dict) and "undropped" in record)
 
 
 def _check_parents(path: Path) -> None:

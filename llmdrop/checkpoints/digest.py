@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from .destination import MARK
+
 ROW = 2**16  # words of 32 bits that are summed together
-VOLATILE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
+VOLATILE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache", MARK}
 
 
 def weights_digest(model) -> str:

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..anatomy import find_anatomy
-from ..files import new_directory
+from ..files import new_directory, real_path
 from ..plan import DropPlan
 from ..prune import apply_plan, give_biases
-from .destination import check_file
+from .destination import MARK, check_file
 from .extras import import_extra
 from .gguf_tokenizer import read_tokenizer, tokenizer_facts
 from .nemotron_nas import attended, check_llama
@@ -102,6 +102,7 @@ def drop_gguf(source: str | os.PathLike, plan: DropPlan, path: str | os.PathLike
     depth; FileExistsError if `path` exists (overwrite=True replaces a file of llmdrop's).
     """
     path = _checked_path(path, overwrite)
+    source = os.path.expanduser(source)
     reader, facts = _read(source)
     if facts["general.architecture"] != "llama" or "expert_count" in facts or facts.get("split.count", 1) > 1:
         raise ValueError(f"{source} holds a {facts['general.architecture']!r} model; drop_gguf takes one dense 'llama'")
@@ -228,7 +229,7 @@ def _checked_path(path: str | os.PathLike, overwrite: bool) -> Path:
             return "llmdrop.plan" in _read(path)[1]
         return False
 
-    path = Path(path)
+    path = real_path(path)
     if path.suffix != ".gguf":
         raise ValueError(f"{path} does not end in .gguf")
     check_file(path, overwrite, is_ours)
@@ -256,7 +257,7 @@ def _recorded_config(path: str | os.PathLike, reader: gguf.GGUFReader, facts: di
 
 def _undropped_config(config, n_layers: int) -> str:
     settings = json.loads(config.to_json_string(use_diff=False)) | {"num_hidden_layers": n_layers}
-    for key in ("llmdrop", "layer_types", "transformers_version", "architectures", "auto_map", "dtype"):
+    for key in ("llmdrop", MARK, "layer_types", "transformers_version", "architectures", "auto_map", "dtype"):
         settings.pop(key, None)
     return json.dumps(settings)
 

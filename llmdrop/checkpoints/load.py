@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..anatomy import find_anatomy
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
+from .destination import MARK
 from .embedded import EMBEDDED, convert_embedded
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -79,10 +80,11 @@ def locate(name: str) -> tuple[str, str]:
     """
     if name in EMBEDDED:
         return str(convert_embedded(name)), "main"
-    if os.path.isdir(name):
-        if not os.path.exists(os.path.join(name, "config.json")):
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        if not os.path.exists(os.path.join(folder, "config.json")):
             raise FileNotFoundError(f"{name} is a directory without config.json; expected a transformers checkpoint")
-        return name, "main"
+        return folder, "main"
     repo, _, revision = name.partition("@")
     return repo, revision or "main"
 
@@ -97,6 +99,7 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
     if not raw:
         raise FileNotFoundError(f"no config.json in {path}")
     raw.pop("auto_map", None)  # remote code never runs
+    raw.pop(MARK, None)
     record = saved_record(raw, path)
     config = AutoConfig.for_model(**{"model_type": None} | raw | record.get("undropped", {}))
     stock = stock_class(config)
@@ -172,6 +175,6 @@ def _load_gguf(path: str | os.PathLike, dtype: str, device: str, attn_implementa
         raise ValueError(f"a GGUF is not loaded with {what}; allowed are dtype, one device and attn_implementation")
     from .gguf_format import load_gguf  # needs an extra
 
-    model, tokenizer = load_gguf(path, dtype, attn_implementation)
+    model, tokenizer = load_gguf(os.path.expanduser(path), dtype, attn_implementation)
     model.name_or_path = str(path)
     return model.to(device), tokenizer

@@ -32,6 +32,7 @@ class LlamaConfig(transformers.LlamaConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         raw, rest = super().get_config_dict(*args, **kwargs)
+        raw.pop("llmdrop_written", None)  # who wrote the file, which is not the model's
         return raw | raw.get("llmdrop", {}).get("undropped", {}), rest
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import prune
 from ..anatomy import find_anatomy
 from . import configuration_nemotron_nas
+from .destination import mark
 from .transformers_format import for_transformers_4, our_config, save_weights_and_tokenizer
 
 LLAMA = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # all that the engines can run
@@ -59,7 +60,7 @@ def write_nemotron_nas(model, tokenizer, folder: Path) -> None:
         written |= {"qkv_bias": False} | {switch: True for switch, _ in biased}
     for key in ("sliding_window", "layer_types"):
         written.pop(key, None)
-    file.write_text(json.dumps(written | for_transformers_4(written), indent=2))
+    file.write_text(json.dumps(written | for_transformers_4(written) | mark(), indent=2))
     (folder / "configuration_nemotron_nas.py").write_text(inspect.getsource(configuration_nemotron_nas))
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..files import new_directory
+from ..files import new_directory, real_path
 from .destination import check_destination
 from .nemotron_nas import write_nemotron_nas
 from .transformers_format import write_hf
@@ -25,9 +25,10 @@ def save_model(
 
     Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces what llmdrop wrote, and nothing
     else), ValueError for what a format cannot hold, ImportError without the extra that a GGUF needs, RuntimeError while
-    another process writes there; the destination is complete or absent, also when the process is killed.
+    another process writes there; the destination is complete or absent, also when the process is killed. Returns the
+    absolute path, of a link that of its target, which is replaced.
     """
-    path = Path(path)
+    path = real_path(path)
     if format == "gguf":
         from .gguf_format import write_gguf  # needs an extra
 

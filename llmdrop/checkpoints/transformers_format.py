@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .. import prune
 from ..anatomy import Anatomy, find_anatomy
 from . import modeling_llmdrop
+from .destination import mark
 
 OURS = "llmdrop"  # model type of a checkpoint that stock classes must not read
 
@@ -26,7 +27,7 @@ def write_hf(model, tokenizer, folder: Path) -> None:
     if (not whole_blocks or prune.given_biases(model.config)) and config["model_type"] != OURS:
         (folder / "modeling_llmdrop.py").write_text(_modeling_file(config["model_type"]))
         config = our_config(config, parts)
-    file.write_text(json.dumps(config | for_transformers_4(config), indent=2))
+    file.write_text(json.dumps(config | for_transformers_4(config) | mark(), indent=2))
 
 
 def save_weights_and_tokenizer(model, tokenizer, folder: Path) -> None:

@@ -37,6 +37,7 @@ class WandaMask:
 
     def __post_init__(self):
         _check_share(self.share)
+        object.__setattr__(self, "share", float(self.share))  # of numpy's, too: the key is JSON
 
     @property
     def label(self) -> str:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -36,7 +37,10 @@ class Windows:
     sinks: int = SINKS
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        _check_sizes(self.window, self.sinks)
+        object.__setattr__(self, "layers", DropPlan(set(self.layers)).attn)  # refuses what is no index of a layer
+        object.__setattr__(self, "window", int(self.window))
+        object.__setattr__(self, "sinks", int(self.sinks))
 
     @property
     def label(self) -> str:
@@ -50,6 +54,14 @@ class Windows:
     def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """`windowed`."""
         return windowed(model, self.layers, self.window, self.sinks)
+
+
+def _check_sizes(window: int, sinks: int) -> None:
+    whole = isinstance(window, Integral) and isinstance(sinks, Integral)
+    if not whole or window < 1 or sinks < 0:
+        raise ValueError(
+            f"{window=} must be at least 1 token, the own one, and {sinks=} at least 0, whole numbers both"
+        )
 
 
 @contextmanager
@@ -66,8 +78,7 @@ def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sink
     """
     parts = find_anatomy(model)
     layers = sorted(set(layers))
-    if window < 1 or sinks < 0:
-        raise ValueError(f"{window=} must be at least 1 token, the own one, and {sinks=} at least 0")
+    _check_sizes(window, sinks)
     if layers:
         _check(model, parts, layers)
     additive = model.config._attn_implementation == "eager"

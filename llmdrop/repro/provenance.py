@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..calibration import Calibration
+from ..checkpoints.destination import MARK
 from ..checkpoints.digest import weights_digest
 
 
@@ -67,7 +68,7 @@ def model_key(model: nn.Module, batch_size: int | None = None) -> dict:
 def speed_key(model: nn.Module) -> dict:
     """Everything that can change a duration: the shapes instead of the weights, and the machine."""
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.state_dict().items()]
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in ("_name_or_path", MARK)}
     return _numerics(model) | {
         "shapes": hashlib.sha256(json.dumps([shapes, config], sort_keys=True, default=str).encode()).hexdigest(),
         "device": _device_name(next(model.parameters()).device),

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ..checkpoints.destination import check_destination
 from ..checkpoints.transformers_format import write_hf
-from ..files import new_directory
+from ..files import new_directory, real_path
 from ..plan import DropPlan
 from ..prune import apply_plan
 from .shards import INDEX, SINGLE, Checkpoint, Entry, open_checkpoint, renamed
@@ -35,12 +35,14 @@ def drop_checkpoint(
     is then one file with the source's, so change neither in place. overwrite: replace a checkpoint that is there.
 
     Raises what `open_checkpoint` raises, ValueError for plans that do not fit, FileExistsError for a destination that
-    is not empty, RuntimeError if another process is writing it, OSError when the disk is full. The destination is
-    complete or absent, whenever the process ends; what a killed one left is removed by the next.
+    is not empty or is the source, RuntimeError if another process is writing it, OSError when the disk is full. The
+    destination is complete or absent, whenever the process ends; what a killed one left is removed by the next.
     """
-    destination = Path(destination)
+    destination = real_path(destination)
     check_destination(destination, overwrite)
     checkpoint = open_checkpoint(source)
+    if checkpoint.folder.resolve() == destination:
+        raise FileExistsError(f"{destination} is the checkpoint to drop from; choose another path for what is left")
     before = checkpoint.model.state_dict(keep_vars=True)
     apply_plan(checkpoint.model, plan)
     prefix = f"{checkpoint.model.base_model_prefix}."

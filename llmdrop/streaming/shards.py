@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from ..checkpoints.destination import MARK
 from ..checkpoints.extras import import_extra
 from ..checkpoints.load import locate, saved_record, stock_class
 from ..plan import DropPlan
@@ -172,6 +173,7 @@ def _config(folder: Path) -> tuple[PretrainedConfig, dict, DropPlan]:
     except OSError as error:
         raise ValueError(f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:300]}") from error
     raw.pop("auto_map", None)  # remote code never runs
+    raw.pop(MARK, None)
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"{folder} holds quantized weights ({method}); this reads plain ones ({', '.join(DTYPES)})")

@@ -13,12 +13,14 @@ import pytest
 import torch
 from exports import TOKENIZER, logits, wide
 from tiny import random_ids, tiny
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmdrop
 from llmdrop import DropPlan, apply_plan, dropped, load_model, save_model
 from llmdrop.checkpoints.embedded import EMBEDDED
+from llmdrop.checkpoints.gguf_format import drop_gguf
 from llmdrop.checkpoints.load import load_weights
+from llmdrop.streaming.shards import open_checkpoint
 
 
 @pytest.fixture
@@ -218,6 +220,102 @@ def test_a_destination_that_is_no_checkpoint(checkpoint, tmp_path, tokenizer):
     assert file.read_text() == "mine"
     (tmp_path / "empty").mkdir()
     save_model(tiny("llama"), tokenizer, tmp_path / "empty")
+
+
+def plain(folder, **record):
+    """A checkpoint of transformers' own, with tokenizer."""
+    model = tiny("llama")
+    model.config.update(record)
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def with_names_of_ours(folder):
+    folder.mkdir()
+    for name in ("config.json", "merges.txt", "vocab.txt"):
+        (folder / name).write_text("mine")
+    return folder
+
+
+def dropped_and_saved_plainly(folder):
+    return plain(folder, llmdrop={"n_layers": 4, "attn": [1], "mlp": [1]})
+
+
+@pytest.mark.parametrize("make", [plain, with_names_of_ours, dropped_and_saved_plainly])
+def test_overwriting_spares_what_only_has_names_of_ours(make, tmp_path, tokenizer):
+    theirs = make(tmp_path / "theirs")
+    before = {file.name: file.read_bytes() for file in theirs.iterdir()}
+    source = plain(tmp_path / "source")
+    for format in ("hf", "nemotron-nas"):
+        with pytest.raises(FileExistsError, match="holds a config.json that llmdrop did not write"):
+            save_model(tiny("llama"), tokenizer, theirs, overwrite=True, format=format)
+    with pytest.raises(FileExistsError, match="holds a config.json that llmdrop did not write"):
+        llmdrop.drop_checkpoint(source, DropPlan([1]), theirs, overwrite=True, progress=False)
+    assert {file.name: file.read_bytes() for file in theirs.iterdir()} == before
+
+
+@pytest.mark.parametrize("format", ["hf", "nemotron-nas"])
+def test_all_that_is_written_is_marked_and_loading_forgets_the_mark(format, tmp_path):
+    for k, plan in enumerate((DropPlan(), DropPlan([2], [2]), DropPlan([1]))):
+        path = save_model(apply_plan(tiny("llama"), plan), None, tmp_path / str(k), format=format)
+        config = json.loads((path / "config.json").read_text())
+        assert config["llmdrop_written"] == llmdrop.__version__
+        loaded = load_weights(path)
+        assert not hasattr(loaded.config, "llmdrop_written")
+        assert not hasattr(open_checkpoint(path).model.config, "llmdrop_written")
+        del config["llmdrop_written"]
+        (path / "config.json").write_text(json.dumps(config))
+        assert llmdrop.weights_digest(load_weights(path)) == llmdrop.weights_digest(loaded)
+        if format == "hf":
+            remote = {"trust_remote_code": True} if "auto_map" in config else {}
+            digest = llmdrop.weights_digest(AutoModelForCausalLM.from_pretrained(path, **remote))
+            (path / "config.json").write_text(json.dumps(config | {"llmdrop_written": "9"}))
+            assert llmdrop.weights_digest(AutoModelForCausalLM.from_pretrained(path, **remote)) == digest
+        if plan.attn != plan.mlp:  # as release 0.1.0 wrote it
+            (path / "config.json").write_text(json.dumps(config))
+            save_model(tiny("llama"), None, path, overwrite=True)
+
+
+@pytest.mark.parametrize("format", ["hf", "nemotron-nas", "gguf"])
+def test_a_link_stays_and_its_target_is_replaced(format, tmp_path):
+    name = "m.gguf" if format == "gguf" else "m"
+    (tmp_path / "disk").mkdir()
+    target = tmp_path / "disk" / name
+    link = tmp_path / name
+    link.symlink_to(target)  # dangling at first
+    for plan in (DropPlan([1]), DropPlan([2])):
+        path = save_model(apply_plan(wide(), plan), TOKENIZER, link, overwrite=True, format=format)
+        assert path == target and link.is_symlink() and not target.is_symlink()
+        assert llmdrop.find_anatomy(load_model(link, device="cpu")[0]).plan == plan
+    assert [p.name for p in target.parent.iterdir()] == [name]
+
+
+def test_the_current_directory(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for plan in (DropPlan([1]), DropPlan([2])):
+        assert save_model(apply_plan(tiny("llama"), plan), TOKENIZER, ".", overwrite=True) == here == Path.cwd()
+        assert llmdrop.find_anatomy(load_model(".", device="cpu")[0]).plan == plan
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    assert save_model(wide(), TOKENIZER, "~/m") == home / "m"
+    assert save_model(wide(), TOKENIZER, "~/m.gguf", format="gguf") == home / "m.gguf"
+    assert llmdrop.drop_checkpoint("~/m", DropPlan([1]), Path("~/rest"), progress=False) == home / "rest"
+    assert drop_gguf("~/m.gguf", DropPlan([1]), "~/rest.gguf") == home / "rest.gguf"
+    for rest in ("~/rest", Path("~/rest.gguf")):
+        assert llmdrop.find_anatomy(load_model(rest, device="cpu")[0]).plan == DropPlan([1])
+    ids = random_ids(2, 9)
+    scores = llmdrop.score_checkpoint("~/m", llmdrop.Calibration(ids), progress=False, work_dir=tmp_path / "work")
+    assert scores.n_samples == len(ids)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "work"]
 
 
 def test_a_killed_save_leaves_nothing_that_the_next_one_does_not_remove(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -352,3 +353,24 @@ def test_shape_is_what_speed_depends_on():
     others = [Variant(DropPlan([3], [3])), Variant(DropPlan([3])), Variant(windows=Windows((1,), 4)), Variant()]
     others += [Variant(windows=Windows((1, 2), 4)), Variant(windows=Windows((1,), 5)), Variant(four_bits=FourBits())]
     assert len({str(variant.shape) for variant in [*same, *others]}) == 1 + len(others)
+
+
+def test_numbers_of_numpy_make_the_same_key():
+    layers = np.argsort([0.2, 0.1, 0.3])[:2]
+    numpy_windows = Windows(tuple(layers), np.int64(3), np.int32(1))
+    assert json.dumps(Variant(windows=numpy_windows).key) == json.dumps(Variant(windows=Windows((0, 1), 3, 1)).key)
+    text = Calibration(random_ids(4, 9))
+    masks = [Variant(mask=WandaMask(share, text)) for share in (np.float64(0.5), 0.5)]
+    assert json.dumps(masks[0].key) == json.dumps(masks[1].key)
+
+
+@pytest.mark.parametrize("layers", [("a",), (1.5,), (-1,), (True,)])
+def test_windows_of_no_layers_are_refused(layers):
+    with pytest.raises(ValueError, match="expected 0-based layer indices"):
+        Windows(layers)
+
+
+@pytest.mark.parametrize("window, sinks", [(0, 4), (-3, 4), (2.5, 4), (3, -1), (3, None)])
+def test_windows_of_no_size_are_refused(window, sinks):
+    with pytest.raises(ValueError, match="must be at least 1 token"):
+        Windows((1,), window, sinks)

@@ -388,6 +388,19 @@ def test_dropping_again_and_whole_shards_are_linked(saved, tmp_path, tokenizer):
     assert load_model(once, device="cpu")[0].config.num_hidden_layers == 4
 
 
+def test_a_checkpoint_is_not_dropped_onto_itself(saved, tmp_path):
+    _, path = saved()
+    ours = drop_checkpoint(path, DropPlan([3]), tmp_path / "ours", progress=False)
+    before = {file.name: file.read_bytes() for file in ours.iterdir()}
+    (tmp_path / "link").symlink_to(ours)
+    for source, destination in ((ours, ours), (tmp_path / "link", ours), (ours, tmp_path / "link")):
+        with pytest.raises(FileExistsError, match="is the checkpoint to drop from"):
+            drop_checkpoint(source, DropPlan([1]), destination, overwrite=True, progress=False)
+    assert {file.name: file.read_bytes() for file in ours.iterdir()} == before
+    assert drop_checkpoint(path, DropPlan([1]), tmp_path / "link", overwrite=True, progress=False) == ours
+    assert (tmp_path / "link").is_symlink()
+
+
 # -- damage
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ SOURCES: dict[str, TextSource] = {}
 
 def load_calibration(
     source: str | os.PathLike | Iterable[str],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     n_samples: int = 16,
     seq_len: int = 512,
     seed: int = 0,

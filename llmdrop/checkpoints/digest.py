@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from .destination import MARK
@@ -13,7 +14,7 @@ ROW = 2**16  # words of 32 bits that are summed together
 VOLATILE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache", MARK}
 
 
-def weights_digest(model) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Hex digest of the config and of every bit of every parameter, the same on any device.
 
     Instead of copying all bytes to the host, each row of 65,536 words is multiplied by two rows of random odd numbers

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..anatomy import find_anatomy
@@ -40,7 +41,13 @@ ZERO_WIDTH = 32  # of an MLP that is not there; one quantization block
 Tensors = Iterator[tuple[str, np.ndarray, Kind]]  # name in the file, values as they stand there, type
 
 
-def write_gguf(model, tokenizer, path: str | os.PathLike, weights: str = "f16", overwrite: bool = False) -> Path:
+def write_gguf(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike,
+    weights: str = "f16",
+    overwrite: bool = False,
+) -> Path:
     """Write a Llama or Mistral model, dropped or not, with its tokenizer and chat template, as one GGUF file.
 
     weights: one of WEIGHTS, quantized by the gguf package; below 8 bits, embedding and output stay at 8. Norms, and

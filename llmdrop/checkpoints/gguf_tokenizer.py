@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .extras import import_extra
 
@@ -25,7 +25,7 @@ PRE_TOKENIZERS = {
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
-def tokenizer_facts(tokenizer, vocab_size: int) -> dict:
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict:
     """Metadata tokenizer.*: byte-level BPE as in Llama 3, SmolLM, GPT-2 and Qwen 2, SentencePiece's as in Llama 2.
 
     The whole tokenizer.json goes along (GGUF's own key tokenizer.huggingface.json), from which `read_tokenizer` gets

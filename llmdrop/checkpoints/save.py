@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from ..files import new_directory, real_path
 from .destination import check_destination
 from .nemotron_nas import write_nemotron_nas
@@ -12,7 +15,12 @@ DIRECTORIES = {"hf": write_hf, "nemotron-nas": write_nemotron_nas}
 
 
 def save_model(
-    model, tokenizer, path: str | os.PathLike, overwrite: bool = False, format: str = "hf", **settings
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike,
+    overwrite: bool = False,
+    format: str = "hf",
+    **settings,
 ) -> Path:
     """Write model and tokenizer with only what is left of the model, for the program named by `format`.
 

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -16,7 +18,7 @@ from .destination import mark
 OURS = "llmdrop"  # model type of a checkpoint that stock classes must not read
 
 
-def write_hf(model, tokenizer, folder: Path) -> None:
+def write_hf(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write safetensors, config.json and tokenizer into `folder`, and the modeling file if the model needs one."""
     save_weights_and_tokenizer(model, tokenizer, folder)
     parts = find_anatomy(model)
@@ -30,7 +32,7 @@ def write_hf(model, tokenizer, folder: Path) -> None:
     file.write_text(json.dumps(config | for_transformers_4(config) | mark(), indent=2))
 
 
-def save_weights_and_tokenizer(model, tokenizer, folder: Path) -> None:
+def save_weights_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """`save_pretrained` of both, the tokenizer's class by a name that transformers 4 knows; tokenizer may be None."""
     model.save_pretrained(folder)
     if tokenizer is None:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import find_anatomy
 from ..calibration import Calibration
@@ -25,7 +26,13 @@ from ..files import build_dir
 INSTALL = "pip install llmcompressor==0.14.0.1 transformers==5.17.0 'huggingface-hub<2'"
 
 
-def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int = 128, batch_size: int = 8) -> nn.Module:
+def awq(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+    group_size: int = 128,
+    batch_size: int = 8,
+) -> nn.Module:
     """Round the matrices of the decoder layers by AWQ, in place, and return the model with plain matrices.
 
     model: undropped; quantize first, drop afterwards. calibration: of equal lengths; AWQ's authors take 128 x 512
@@ -84,7 +91,9 @@ def awq(model: nn.Module, tokenizer, calibration: Calibration, group_size: int =
     return model.eval()
 
 
-def awq_once(model: nn.Module, tokenizer, calibration: Calibration, group_size: int = 128) -> nn.Module:
+def awq_once(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, group_size: int = 128
+) -> nn.Module:
     """What `awq` makes of a copy of `model`, kept as a checkpoint under `build_dir()/models` and read from there."""
     _check_installed()
     dtype = str(model.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..calibration import SOURCES, Calibration, load_calibration
 from .mirror import read_split, split_file
@@ -85,7 +86,7 @@ def available_sources(data_dir: str | os.PathLike | None = None) -> list[str]:
 
 def mixture(
     names: Sequence[str],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     n_samples: int,
     seq_len: int,
     seed: int = 0,

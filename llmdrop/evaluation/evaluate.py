@@ -6,6 +6,8 @@ from math import nan
 from operator import itemgetter
 
 import pandas as pd
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..plan import DropPlan
 from ..prune import eval_mode
@@ -16,8 +18,8 @@ VERSION = 1  # raised when the numbers change
 
 
 def evaluate(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     limit: int | None = None,
     data_dir: Data = None,
@@ -38,8 +40,8 @@ def evaluate(
 
 
 def evaluate_sweep(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     plans: Mapping[str, DropPlan],
     tasks: Sequence[str],
     limit: int | None = None,
@@ -63,8 +65,8 @@ def evaluate_sweep(
 
 
 def ask(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     plans: Sequence[DropPlan],
     task: str,
     limit: int | None = None,

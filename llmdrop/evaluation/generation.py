@@ -9,6 +9,8 @@ from itertools import pairwise
 from os.path import commonprefix
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..plan import DropPlan
 from ..prune import eval_mode
@@ -22,7 +24,12 @@ QUESTION_TOKENS = 2048  # room in a row of `greedy_matches` beyond the longest p
 
 @torch.inference_mode()
 def generate(
-    model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 48, stop: Sequence[str] = (), batch_size: int = 16
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 48,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
 ) -> list[str]:
     """What the model writes after each prompt, greedily, up to the first of `stop` (which is left out).
 
@@ -70,8 +77,8 @@ def generate(
 
 
 def greedy_matches(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     plans: Sequence[DropPlan],
     prompts: Sequence[str],
     targets: Sequence[str],
@@ -92,7 +99,7 @@ def greedy_matches(
     return loglikelihoods(model, plans, items, row_tokens, progress, "answer")[1].astype(int).tolist()
 
 
-def check_length(model, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_length(model: nn.Module, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """ValueError if a prompt's tokens and its answer's are more than the model has positions, or a prompt is empty."""
     if not ids or not all(ids):
         raise ValueError("no prompts, or an empty prompt: give at least one prompt, each of one token or more")
@@ -106,7 +113,7 @@ def check_length(model, ids: Sequence[Sequence[int]], max_new_tokens: int) -> No
         )
 
 
-def chat(tokenizer, question: str) -> str:
+def chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """The question as a user's turn of the tokenizer's chat template, ready for the answer. ValueError without one."""
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template; give plain prompts, or take an instruction-tuned model")
@@ -114,7 +121,7 @@ def chat(tokenizer, question: str) -> str:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def encode(tokenizer, prompt: str) -> tuple[int, ...]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
     """Tokens of a prompt; a chat template has written the begin-of-sequence token already."""
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     return tuple(tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"])

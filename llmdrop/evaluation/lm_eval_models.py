@@ -5,6 +5,8 @@ from pathlib import Path
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..calibration import load_calibration
 from ..checkpoints.load import load_model
@@ -23,8 +25,8 @@ class SweepLM(HFLM):
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
         plans: Mapping[str, DropPlan],
         batch_size: int = 8,
         progress: bool = True,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from ..calibration import Calibration
 from ..plan import DropPlan
@@ -20,14 +21,14 @@ def text_items(calibration: Calibration) -> list[Item]:
     return [Item(tuple(sample.tolist()), len(sample) - 1) for sample in samples]
 
 
-def perplexity(model, calibration: Calibration, progress: bool = True) -> dict:
+def perplexity(model: nn.Module, calibration: Calibration, progress: bool = True) -> dict:
     """Token-level next-token perplexity of one model: see `perplexity_sweep`."""
     frame = perplexity_sweep(model, {"": DropPlan()}, calibration, progress)
     return frame.drop(columns="plan").to_dict("records")[0]
 
 
 def perplexity_sweep(
-    model, plans: Mapping[str, DropPlan], calibration: Calibration, progress: bool = True
+    model: nn.Module, plans: Mapping[str, DropPlan], calibration: Calibration, progress: bool = True
 ) -> pd.DataFrame:
     """Perplexity of many plans of one model on the samples of `calibration` (each token but a sample's first).
 

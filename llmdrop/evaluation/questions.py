@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ..data.mirror import read_split
 from ..data.texts import SOURCES
@@ -161,7 +162,11 @@ def label_prompts(
 
 
 def retrieval(
-    tokenizer, n_tokens: int, n_facts: int = 16, seed: int = 0, data_dir: str | os.PathLike | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    n_tokens: int,
+    n_facts: int = 16,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
 ) -> tuple[list[str], list[str]]:
     """(prompts, targets): facts spread evenly over n_tokens of packaged news, each asked for after the whole text.
 

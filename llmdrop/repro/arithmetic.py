@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..compress.variant import Variant
 from ..evaluation.questions import arithmetic_prompt, follows, number, right
@@ -13,7 +14,7 @@ from .store import Store
 
 def solve(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     variants: Mapping[str, Variant],
     problems: Sequence[tuple[str, float]],
     max_new_tokens: int = 20,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..calibration import Calibration
 from ..checkpoints.destination import MARK
@@ -87,7 +88,7 @@ def text_name(calibration: Calibration) -> str:
     return f"{calibration.source.split(' ')[0].rstrip(',')}-{n_samples}x{length}"
 
 
-def tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the vocabulary and of what the tokenizer adds and merges; padding and truncation settings do not matter."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     probe = tokenizer("The quick brown fox, 1234567 naïve façades\n\n    return x+=1; 日本語")["input_ids"]

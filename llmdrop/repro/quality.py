@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..calibration import Calibration
 from ..compress.variant import Variant
@@ -43,7 +44,7 @@ class Questions:
 
 def quality(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     variants: Mapping[str, Variant],
     texts: Mapping[str, Calibration] | None = None,
     tasks: Sequence[str] = (),
@@ -144,7 +145,7 @@ def choice(question: Mapping) -> float:
 
 def answers(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     variants: Mapping[str, Variant],
     prompts: Sequence[str],
     name: str,

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pandas as pd
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..plan import DropPlan
 from ..serving.checks import VERSION, check_export, compare_serving, engines
@@ -12,8 +14,8 @@ from .store import Store
 
 
 def check_all(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     plans: Mapping[str, DropPlan],
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
@@ -35,8 +37,8 @@ def check_all(
 
 
 def compare_all(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     plans: Mapping[str, DropPlan],
     prompt: Sequence[int],
     new_tokens: int,

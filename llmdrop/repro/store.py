@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -62,7 +63,7 @@ class Store:
         compute: Callable[[], object],
         slug: str = "",
         facts: Callable[[], dict] = provenance,
-    ):
+    ) -> Any:
         """The stored value for this key, or compute() now, stored; always as JSON gives it back (lists, not tuples).
 
         kind: the folder. key: anything JSON can write; the order of its entries does not matter. slug: for people.

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from ..checkpoints.save import save_model
 from ..plan import DropPlan
@@ -43,7 +44,14 @@ def commands(path: str = "dropped") -> list[dict[str, str]]:
     return [dict(zip(("engine", "format", "command"), row, strict=True)) for row in rows]
 
 
-def export(engine: str, model, tokenizer, plan: DropPlan, folder: str | Path, weights: str = "f32") -> Path:
+def export(
+    engine: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: DropPlan,
+    folder: str | Path,
+    weights: str = "f32",
+) -> Path:
     """Write one plan of an undropped model in the form `engine` reads; weights: of a GGUF. ValueError if it cannot."""
     settings = {"format": FORMATS[engine]} | ({"weights": weights} if engine == "llama.cpp" else {})
     with dropped(model, plan):
@@ -90,7 +98,13 @@ def start(engine: str, path: Path, device: torch.device, **settings) -> Iterator
 
 # -- the same numbers -------------------------------------------------------------------------------------------------
 def check_export(
-    engine: str, model, tokenizer, plan: DropPlan, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int = 1
+    engine: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: DropPlan,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    threads: int = 1,
 ) -> list[dict]:
     """`compare` one plan of an undropped model in one engine: rows of setting and what `compare` returns.
 
@@ -111,7 +125,7 @@ def check_export(
     return rows
 
 
-def compare(engine, model, prompts: Sequence[Sequence[int]], new_tokens: int, top: int = 20) -> dict:
+def compare(engine, model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, top: int = 20) -> dict:
     """How near a running engine's greedy text is to a transformers model's, which must be dropped from alike.
 
     Along the engine's own text, both log-probabilities of its `top` likeliest tokens are compared at each step. Returns
@@ -141,8 +155,8 @@ def compare(engine, model, prompts: Sequence[Sequence[int]], new_tokens: int, to
 # -- faster, and a smaller cache --------------------------------------------------------------------------------------
 def compare_serving(
     engine: str,
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     plans: Mapping[str, DropPlan],
     prompt: Sequence[int],
     new_tokens: int,

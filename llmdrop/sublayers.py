@@ -77,12 +77,12 @@ class SublayerRun:
         self.start: list[torch.Tensor] = []
         self.calls: list[dict[int, LayerCall]] = []
         self.masks: list[torch.Tensor] = []
-        for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
-            with eval_mode(model):
+        with eval_mode(model):
+            for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
                 hidden, calls = layer_calls(parts, **inputs)
-            self.start.append(hidden)
-            self.calls.append(calls)
-            self.masks.append(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])))
+                self.start.append(hidden)
+                self.calls.append(calls)
+                self.masks.append(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])))
 
     def through(
         self, streams: list[torch.Tensor], kind: str, i: int, read: list[torch.Tensor] | None = None

@@ -81,6 +81,9 @@ def quality(
     # every task is known to be there before anything runs
     task_digests = {task: task_digest(task, data_dir, shots.get(task)) for task in tasks}
     store = store or Store()
+    of_model = model_key(model, batch_size)
+    of_pass = of_model | {"batch_size": None}  # a sweep's numbers do not depend on it
+    of_tokenizer = {"tokenizer": tokenizer_digest(tokenizer)} if tasks or questions else {}
     rows: list[tuple] = []
 
     for name, text in texts.items():
@@ -91,7 +94,7 @@ def quality(
             sums, _ = loglikelihoods(model, plans, items, label=name)
             return [{"nats": (-row).tolist(), "tokens": counts} for row in sums]
 
-        key = model_key(model) | {"version": sweep.VERSION, "text": text.digest}
+        key = of_pass | {"version": sweep.VERSION, "text": text.digest}
         for variant, loss in _measured(store, "losses", model, variants, key, name, losses).items():
             for item, (nats, n) in enumerate(zip(loss["nats"], loss["tokens"], strict=True)):
                 rows.append((variant, name, "nats", item, nats / n, n))
@@ -101,14 +104,17 @@ def quality(
         def answered(plans: Sequence[DropPlan], task=task) -> list[list[dict]]:
             return ask(model, tokenizer, plans, task, limit, data_dir, shots.get(task), batch_size)
 
-        key = model_key(model, batch_size) | {
-            "version": [sweep.VERSION, evaluate.VERSION],
-            "tokenizer": tokenizer_digest(tokenizer),
-            "lm_eval": version("lm_eval"),
-            "task": task,
-            "task_digest": task_digests[task],
-            "limit": limit,
-        }
+        key = (
+            of_model
+            | of_tokenizer
+            | {
+                "version": [sweep.VERSION, evaluate.VERSION],
+                "lm_eval": version("lm_eval"),
+                "task": task,
+                "task_digest": task_digests[task],
+                "limit": limit,
+            }
+        )
         slug = task if limit is None else f"{task}-{limit}"
         for variant, records in _measured(store, "questions", model, variants, key, slug, answered).items():
             for item, record in enumerate(records):
@@ -124,11 +130,14 @@ def quality(
         def matches(plans: Sequence[DropPlan], asked=asked) -> list[list[int]]:
             return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets)
 
-        key = model_key(model) | {
-            "version": [sweep.VERSION, generation.VERSION],
-            "tokenizer": tokenizer_digest(tokenizer),
-            "questions": asked.digest,
-        }
+        key = (
+            of_pass
+            | of_tokenizer
+            | {
+                "version": [sweep.VERSION, generation.VERSION],
+                "questions": asked.digest,
+            }
+        )
         for variant, values in _measured(store, "matches", model, variants, key, name, matches).items():
             rows += [(variant, name, "match", item, value, 1) for item, value in enumerate(values)]
     return pd.DataFrame(rows, columns=COLUMNS)

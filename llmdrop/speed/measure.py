@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from ..plan import DropPlan
-from ..prune import dropped, put
+from ..prune import dropped, eval_mode
 from .geometry import has_tied_head
 
 VERSION = 1  # of what is measured here: raised when the protocol changes, so that stored rows are measured again
@@ -73,8 +73,7 @@ def measure_speed(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with ExitStack() as undo:
-        for module in model.modules():
-            put(undo, module, "training", False)
+        undo.enter_context(eval_mode(model))
         generation.get_ready(decoding, warm_up)
         runs = pd.DataFrame([generation.timed(stretches) for _ in range(repeats)])
 

@@ -55,6 +55,8 @@ LAYOUTS = {
         final="final_layer_norm",
     ),
 }
+# attribute of a decoder that was dropped from: its depth before ("n_layers"), DropPlan.key, and biases that were added
+RECORD = "_llmdrop"
 # what architectures call a sublayer's last matrix
 OUTPUT_MATRICES = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2")
 
@@ -108,7 +110,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     present = getattr(decoder, layers_name)
     for layer in present:
         _check(layer, layout, model_type)
-    record = getattr(model.config, "llmdrop", None) or {"n_layers": len(present)}
+    record = getattr(decoder, RECORD, None) or {"n_layers": len(present)}
     plan = DropPlan(record.get("attn", ()), record.get("mlp", ()), record["n_layers"])
     remaining = iter(present)
     layers = tuple(None if i in plan.blocks else next(remaining) for i in range(record["n_layers"]))

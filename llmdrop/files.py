@@ -66,6 +66,9 @@ def new_directory(target: Path) -> Iterator[Path]:
                     remove(leftover)
             yield partial
             lock.unlink()
+            for file in partial.rglob("*"):
+                if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
+                    file.chmod(file.stat().st_mode | 0o444)  # safetensors writes what only its owner can read
             is_current = target.exists() and target.samefile(os.curdir)
             if target.exists():
                 target.rename(former)

@@ -1,11 +1,15 @@
 """Watch the residual stream of a stock model layer by layer, keeping nothing."""
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .anatomy import find_anatomy
+
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()  # one for each decoder
 
 
 class ResidualTap:
@@ -13,7 +17,8 @@ class ResidualTap:
 
     x: residual stream entering the layer; m: between its attention and its MLP (None if they are parallel); y: leaving
     it; f_attn, f_mlp: what the two sublayers add (None where dropped). All [B, T, C], in the model's dtype, on the
-    layer's device, and only alive during the call. Hooks are removed on exit, also after an exception.
+    layer's device, and only alive during the call. Hooks are removed on exit, also after an exception. Threads tap a
+    model one after the other; what another thread runs meanwhile is not seen.
 
         with ResidualTap(model, lambda i, x, m, y, f_attn, f_mlp: print(i, x.norm())):
             model(input_ids)
@@ -28,6 +33,8 @@ class ResidualTap:
     def __enter__(self) -> "ResidualTap":
         layout = self.parts.layout
         with ExitStack() as hooks:
+            hooks.enter_context(_LOCKS.setdefault(self.parts.decoder, threading.RLock()))
+            self.thread = threading.get_ident()
             for i, layer in enumerate(self.parts.layers):
                 if layer is None:
                     continue
@@ -52,13 +59,15 @@ class ResidualTap:
 
     def _keep_input(self, name: str) -> Callable:
         def hook(module, args, kwargs):
-            self.seen[name] = args[0] if args else kwargs["hidden_states"]
+            if threading.get_ident() == self.thread:
+                self.seen[name] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
     def _keep_output(self, name: str) -> Callable:
         def hook(module, args, output):
-            self.seen[name] = output[0] if isinstance(output, tuple) else output
+            if threading.get_ident() == self.thread:
+                self.seen[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -66,6 +75,8 @@ class ResidualTap:
         plan, parallel = self.parts.plan, self.parts.parallel
 
         def hook(module, args, output):
+            if threading.get_ident() != self.thread:
+                return
             seen, self.seen = self.seen, {}
             x = seen["x"]
             y = output[0] if isinstance(output, tuple) else output

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .anatomy import Anatomy, Layout, find_anatomy
+from .anatomy import RECORD, Anatomy, Layout, find_anatomy
 from .plan import DropPlan
 
 
@@ -17,8 +17,8 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
     The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both
     leaves the layer list, so a plan of blocks only gives an ordinary, shorter model. The remaining attention modules
     are renumbered and every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped
-    model, also when the model was dropped from before. What was dropped is recorded in `model.config.llmdrop`, beside
-    the biases that reconstruction gave to what stays.
+    model, also when the model was dropped from before. The model knows what was dropped (`find_anatomy(model).plan`),
+    and its `save_pretrained` writes a checkpoint that stock classes refuse instead of filling it with random weights.
 
     Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, and
     plans that leave no sublayer at all. The model is unchanged then.
@@ -31,7 +31,8 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
 def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
     """`apply_plan` for the length of a `with` block; everything is restored afterwards, also after an exception.
 
-    Can be nested (the plans add up). A KV cache made inside must not be used outside.
+    Can be nested (the plans add up). A KV cache made inside must not be used outside. The model changes for every
+    thread: none may run it meanwhile that does not want it dropped.
     """
     with _drop(model, plan):
         yield model
@@ -67,7 +68,6 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
     parts = find_anatomy(model)
     plan = _checked(parts, plan)
     layout = parts.layout
-    config = model.config
     with ExitStack() as undo:
         for kind in ("attn", "mlp"):
             for i in sorted(set(getattr(plan, kind)) - set(getattr(parts.plan, kind))):
@@ -78,9 +78,10 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
         present = [i for i in range(parts.n_layers) if parts.layers[i] is not None]
         if kept != present:
             put(undo, parts.decoder, parts.layers_name, nn.ModuleList(parts.layers[i] for i in kept))
-            if getattr(config, "layer_types", None) is not None:
-                put(undo, config, "layer_types", [config.layer_types[present.index(i)] for i in kept])
-            put(undo, config, "num_hidden_layers", len(kept))
+            for config in text_configs(model, parts):
+                if getattr(config, "layer_types", None) is not None:
+                    put(undo, config, "layer_types", [config.layer_types[present.index(i)] for i in kept])
+                put(undo, config, "num_hidden_layers", len(kept))
 
         with_attention = [i for i in kept if i not in plan.attn]
         for slot, i in enumerate(with_attention):
@@ -97,10 +98,10 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
 
         record = {"n_layers": parts.n_layers} | plan.key
         gone = {layout.attn_core: plan.attn, layout.mlp_core: plan.mlp}
-        biases = [[i, name] for i, name in given_biases(config) if i not in gone[name.split(".")[0]]]
+        biases = [[i, name] for i, name in given_biases(parts) if i not in gone[name.split(".")[0]]]
         if biases:
             record["biases"] = biases
-        put(undo, config, "llmdrop", record)
+        put(undo, parts.decoder, RECORD, record)
         return undo.pop_all()
 
 
@@ -114,22 +115,27 @@ def drop_recorded(model: nn.Module, record: dict) -> nn.Module:
 def give_biases(undo: ExitStack, model: nn.Module, places: Iterable[tuple[int, str]]) -> None:
     """Give matrices that have none a bias of zeros; `undo` takes them away.
 
-    places: (index of the layer in the undropped model, name in the layer as "mlp.down_proj") of each. They are listed
-    in `model.config.llmdrop` where it has a record: stock classes have no room for them.
+    places: (index of the layer in the undropped model, name in the layer as "mlp.down_proj") of each.
     """
     parts = find_anatomy(model)
-    config = model.config
     places = [[i, name] for i, name in places]
     for i, name in places:
         matrix = parts.layers[i].get_submodule(name)
         put(undo, matrix, "bias", zero_bias(matrix))
-    if places and getattr(config, "llmdrop", None):
-        put(undo, config, "llmdrop", config.llmdrop | {"biases": sorted(given_biases(config) + places)})
+    if places:  # recorded, because stock classes have no room for them
+        record = {"n_layers": parts.n_layers} | parts.plan.key
+        put(undo, parts.decoder, RECORD, record | {"biases": sorted(given_biases(parts) + places)})
 
 
-def given_biases(config) -> list[list]:
+def given_biases(parts: Anatomy) -> list[list]:
     """[index of the layer in the undropped model, name in the layer] of the matrices that `give_biases` gave one."""
-    return list((getattr(config, "llmdrop", None) or {}).get("biases", ()))
+    return list(getattr(parts.decoder, RECORD, {}).get("biases", ()))
+
+
+def text_configs(model: nn.Module, parts: Anatomy) -> list:
+    """The configs that say how many layers the decoder has: heads made by Auto classes hold a copy of their own."""
+    configs = [model.config.get_text_config(), parts.decoder.config]
+    return list({id(config): config for config in configs}.values())
 
 
 def zero_bias(matrix: nn.Linear) -> nn.Parameter:

@@ -170,8 +170,8 @@ def sample_sums(
     for start in present:
         gaps[start, [i for i in present if i >= start]] = 0.0
     with ExitStack() as undo:
-        undo.enter_context(eval_mode(model))
         undo.enter_context(ResidualTap(model, on_layer))
+        undo.enter_context(eval_mode(model))  # last, since other threads that score this model wait for the tap
         bar = undo.enter_context(tqdm(total=n_samples, desc="score", unit="sample", disable=not progress))
         for batch, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
             batch_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()

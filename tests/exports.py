@@ -8,7 +8,8 @@ from tiny import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llmdrop import DropPlan, apply_plan
+from llmdrop import DropPlan, apply_plan, find_anatomy
+from llmdrop.checkpoints.transformers_format import record_of
 from llmdrop.prune import give_biases
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,11 @@ def with_biases(name: str, **overrides):
         if parameter_name.endswith(".bias"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def record(model) -> dict:
+    """What a checkpoint of this model says of what was dropped from it and of the biases that it was given."""
+    return record_of(find_anatomy(model))
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
 """Scores equal their definition, whatever the batching and padding."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from tiny import FAMILIES, random_ids, tiny
 
-from llmdrop import DropPlan, ImportanceScores, dropped, plan_drop, score
+from llmdrop import Calibration, DropPlan, ImportanceScores, dropped, plan_drop, score
 from llmdrop.anatomy import find_anatomy as anatomy
 
 
@@ -170,3 +172,23 @@ def test_train_mode_is_put_back_after_an_exception():
     with pytest.raises(IndexError):
         score(model, calibration(torch.full((2, 5), 1000)), progress=False)
     assert model.training
+
+
+def test_threads_that_score_one_model_do_not_mix():
+    model = tiny("llama").train()  # each thread sets eval mode and gives back this one
+    texts = [Calibration(random_ids(24, 16, seed=seed)) for seed in range(4)]
+    expected = [score(model, text, batch_size=2, progress=False) for text in texts]
+    stop = threading.Event()
+
+    def run_meanwhile():
+        while not stop.is_set():
+            model(random_ids(1, 5))
+
+    with ThreadPoolExecutor(len(texts) + 1) as threads:
+        running = threads.submit(run_meanwhile)
+        jobs = [threads.submit(score, model, text, 2, progress=False) for text in texts]
+        scores = [job.result() for job in jobs]
+        stop.set()
+        running.result()
+    assert scores == expected
+    assert all(module.training for module in model.modules())

@@ -32,7 +32,6 @@ def _convert(folder: Path, gguf: str, target: Path) -> None:
     from .gguf_format import load_gguf  # needs an extra
 
     model, tokenizer = load_gguf(folder / gguf)
-    del model.config.llmdrop  # that nothing is dropped
     with new_directory(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -14,6 +14,7 @@ from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
 from .destination import MARK
 from .embedded import EMBEDDED, convert_embedded
+from .modeling_llmdrop import merged
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -101,18 +102,9 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
     raw, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     if not raw:
         raise FileNotFoundError(f"no config.json in {path}")
-    raw.pop("auto_map", None)  # remote code never runs
-    raw.pop(MARK, None)
-    record = saved_record(raw, path)
-    config = AutoConfig.for_model(**{"model_type": None} | raw | record.get("undropped", {}))
+    config, record, llm_drop = undropped_config(raw)
     stock = stock_class(config)
-    cls = stock
-    llm_drop = DropPlan()
-    if "undropped" in record:
-        config.llmdrop = None
-        cls = _dropped_class(stock, record)
-    else:
-        llm_drop = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+    cls = _dropped_class(stock, record) if record else stock
     model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
     model.__class__ = stock
     _refuse_random_weights(model, info, llm_drop, path)
@@ -125,15 +117,32 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
     return model.eval()
 
 
-def saved_record(raw: dict, path: str | os.PathLike) -> dict:
-    """What config.json says of dropped sublayers and added biases. ValueError where nothing makes room for these."""
-    record = raw.get("llmdrop") or {}
-    if record.get("biases") and "undropped" not in record:
-        raise ValueError(
-            f'{path} was written by save_pretrained, whose config has no room for the biases that "mean" '
-            "reconstruction added; write the model with llmdrop.save_model"
-        )
-    return record
+def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
+    """Of a config.json: the config of the undropped model, llmdrop's record of what is dropped, LLM-Drop's plan.
+
+    Raises ValueError for a config without a known model_type.
+    """
+    raw = {key: value for key, value in raw.items() if key not in ("auto_map", MARK)}  # remote code never runs
+    record = raw.pop("llmdrop", None) or {}
+    if record and "undropped" not in record:  # only whole blocks gone, or written by save_pretrained of release 0.1.0
+        record["undropped"] = _deepened(raw, record)
+    config = AutoConfig.for_model(**merged({"model_type": None} | raw, record.get("undropped", {})))
+    if record:
+        return config, record, DropPlan()
+    return config, {}, DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+
+
+def _deepened(raw: dict, record: dict) -> dict:
+    """The settings of a config that names what is left, as they were with all layers."""
+    depth = "n_layer" if "n_layer" in raw else "num_hidden_layers"
+    settings = {depth: record["n_layers"]}
+    if raw.get("layer_types"):
+        remaining = iter(raw["layer_types"])
+        blocks = set(record.get("attn", ())) & set(record.get("mlp", ()))
+        settings["layer_types"] = [
+            raw["layer_types"][0] if i in blocks else next(remaining) for i in range(record["n_layers"])
+        ]
+    return settings
 
 
 def stock_class(config):

@@ -12,7 +12,7 @@ from .. import prune
 from ..anatomy import find_anatomy
 from . import configuration_nemotron_nas
 from .destination import mark
-from .transformers_format import for_transformers_4, our_config, save_weights_and_tokenizer
+from .transformers_format import for_transformers_4, our_config, save_tokenizer, stock_save_pretrained
 
 LLAMA = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # all that the engines can run
 # a matrix to which a mean adds a bias: vLLM's switch for it, and the matrices that it then gives one in every layer
@@ -39,17 +39,17 @@ def write_nemotron_nas(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fol
             f"layer {kept[0]} would be the first and has no attention: vLLM loads that and fails at the first request. "
             f"Keep that attention, drop the whole block (attn and mlp of {kept[0]}), or use format='gguf'"
         )
-    biased = [SWITCHES[name] for name in sorted({name for _, name in prune.given_biases(config)})]
+    biased = [SWITCHES[name] for name in sorted({name for _, name in prune.given_biases(parts)})]
     endings = tuple(ending for _, endings in biased for ending in endings)
     with ExitStack() as undo:  # no matrix of these names may lack a bias: vLLM would take what is in memory
         for name, module in model.named_modules():
             if name.endswith(endings) and module.bias is None:
                 prune.put(undo, module, "bias", prune.zero_bias(module))
-        save_weights_and_tokenizer(model, tokenizer, folder)
+        stock_save_pretrained(model, folder)
+    save_tokenizer(tokenizer, folder)
     file = folder / "config.json"
     written = json.loads(file.read_text())
-    undropped = {"n_layers": parts.n_layers} | parts.plan.key
-    record = our_config(written | {"llmdrop": written.get("llmdrop") or undropped}, parts)["llmdrop"]
+    record = our_config(written, model, parts)["llmdrop"]
     written |= {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",

@@ -100,7 +100,7 @@ class Reconstruction:
 def reconstruct(model: nn.Module, plan: DropPlan, changes: Changes) -> nn.Module:
     """`apply_plan`, with the changes that `fit` gave for the same model and plan, in place; returns the model.
 
-    Biases that the architecture does not have are listed in `model.config.llmdrop`. Raises ValueError for changes of
+    Biases that the architecture does not have are recorded with the plan. Raises ValueError for changes of
     another plan or model, weights packed in 4 bits, and what `apply_plan` refuses; the model is unchanged then.
     """
     _check_changes(model, plan, changes)
@@ -126,8 +126,6 @@ def put_changes(undo: ExitStack, model: nn.Module, changes: Changes) -> None:
     parts = find_anatomy(model)
     with_bias = [(kind, i) for (kind, i), change in changes.items() if change.bias is not None]
     places = [(i, output_name(parts, i, kind)) for kind, i in with_bias if output_matrix(parts, i, kind).bias is None]
-    if places and getattr(model.config, "llmdrop", None) is None:  # the record in which `give_biases` lists them
-        put(undo, model.config, "llmdrop", {"n_layers": parts.n_layers} | parts.plan.key)
     give_biases(undo, model, places)
     for (kind, i), change in changes.items():
         matrix = output_matrix(parts, i, kind)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ..checkpoints.destination import check_destination
-from ..checkpoints.transformers_format import write_hf
+from ..checkpoints.transformers_format import described, write_hf
 from ..files import new_directory, real_path
 from ..plan import DropPlan
 from ..prune import apply_plan
@@ -76,7 +76,8 @@ def _write_beside_weights(checkpoint: Checkpoint, folder: Path) -> None:
     def save_config(path) -> None:
         model.config.architectures = [type(model).__name__]
         model.config.dtype = str(model.dtype).removeprefix("torch.")
-        model.config.save_pretrained(path)
+        with described(model):
+            model.config.save_pretrained(path)
 
     model.save_pretrained = save_config  # of a model without weights nothing else can be saved
     write_hf(model, tokenizer, folder)

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import scoring
-from ..anatomy import Anatomy, find_anatomy
+from ..anatomy import RECORD, Anatomy, find_anatomy
 from ..calibration import Calibration
 from ..checkpoints.extras import import_extra
 from ..checkpoints.load import check_device, check_dtype
@@ -229,7 +229,7 @@ def _leave_only(model: nn.Module, parts: Anatomy, i: int, types: list[str] | Non
     setattr(parts.decoder, parts.layers_name, nn.ModuleList([parts.layers[i]]))
     others = {j for j in range(parts.n_layers) if j != i}
     gone = {kind: sorted(others | set(getattr(parts.plan, kind))) for kind in ("attn", "mlp")}
-    model.config.llmdrop = {"n_layers": parts.n_layers} | gone
+    setattr(parts.decoder, RECORD, {"n_layers": parts.n_layers} | gone)
     model.config.num_hidden_layers = 1
     if types:
         model.config.layer_types = types

@@ -15,11 +15,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ..checkpoints.destination import MARK
 from ..checkpoints.extras import import_extra
-from ..checkpoints.load import locate, saved_record, stock_class
+from ..checkpoints.load import locate, stock_class, undropped_config
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
 
@@ -172,20 +171,14 @@ def _config(folder: Path) -> tuple[PretrainedConfig, dict, DropPlan]:
         raw, _ = PretrainedConfig.get_config_dict(folder)
     except OSError as error:
         raise ValueError(f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:300]}") from error
-    raw.pop("auto_map", None)  # remote code never runs
-    raw.pop(MARK, None)
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"{folder} holds quantized weights ({method}); this reads plain ones ({', '.join(DTYPES)})")
     if "model_type" not in raw:
         raise ValueError(f"{folder}/config.json has no model_type; expected the config of a transformers model")
-    record = saved_record(raw, folder)
-    config = AutoConfig.for_model(**raw | record.get("undropped", {}))
+    config, record, llm_drop = undropped_config(raw)
     stock_class(config)
-    if "undropped" in record:
-        config.llmdrop = None
-        return config, record, DropPlan()
-    return config, {}, DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+    return config, record, llm_drop
 
 
 def _shard_names(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from exports import MIXED, TOKENIZER, logits, with_biases
+from exports import MIXED, TOKENIZER, logits, record, with_biases
 from safetensors.torch import load_file
 from tiny import random_ids, tiny
 from transformers import AutoConfig
@@ -53,7 +53,7 @@ def test_nemotron_nas_has_a_bias_wherever_vllm_expects_one(name, tmp_path):
     live = [block["ffn"] for block in config["block_configs"] if not block["ffn"]["no_op"]]
     assert all(ffn["intermediate_size"] == 512 and "ffn_mult" not in ffn for ffn in live), "no engine but vLLM runs it"
     loaded = load_model(path, device="cpu")[0]
-    assert loaded.config.llmdrop == model.config.llmdrop and loaded.state_dict().keys() == before.keys()
+    assert record(loaded) == record(model) and loaded.state_dict().keys() == before.keys()
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
     again = save_model(loaded, TOKENIZER, tmp_path / "again", format="nemotron-nas")
     assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
@@ -70,7 +70,7 @@ def test_vllm_finds_the_config_without_remote_code():
 def test_a_failed_export_leaves_no_zeros_behind(tmp_path, monkeypatch):
     model = with_biases("mixed", intermediate_size=512)
     before = model.state_dict()
-    monkeypatch.setattr(type(model), "save_pretrained", full_disk)
+    monkeypatch.setattr("llmdrop.checkpoints.nemotron_nas.stock_save_pretrained", full_disk)
     with pytest.raises(OSError, match="full"):
         save_model(model, TOKENIZER, tmp_path / "m", format="nemotron-nas")
     assert model.state_dict().keys() == before.keys() and not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from exports import record
 from tiny import FAMILIES, random_ids, tiny
 from transformers import AutoModelForCausalLM
 
@@ -129,15 +130,15 @@ def test_means_are_restored_saved_and_loaded(family, gap, tmp_path):
     with reconstructed(model, plan, changes):
         expected = logits(model)
         llmdrop.save_model(model, None, tmp_path / "within")
-    assert torch.equal(logits(model), dense) and not hasattr(model.config, "llmdrop")
+    assert torch.equal(logits(model), dense) and record(model) == record(former)
     for mine, stock in zip(model.modules(), former.modules(), strict=True):
         assert mine._parameters.keys() == stock._parameters.keys()
         assert [p is None for p in mine._parameters.values()] == [p is None for p in stock._parameters.values()]
     reconstruct(model, plan, changes)
     assert torch.equal(logits(model), expected)
-    record = model.config.llmdrop.get("biases", [])
-    assert len(record) == (0 if family in BIASED else len(changes))
-    assert len(model.state_dict()) == len(apply_plan(former, plan).state_dict()) + len(record)
+    biases = record(model).get("biases", [])
+    assert len(biases) == (0 if family in BIASED else len(changes))
+    assert len(model.state_dict()) == len(apply_plan(former, plan).state_dict()) + len(biases)
     llmdrop.save_model(model, None, tmp_path / "after")
     for parameter in model.parameters():  # nothing of the files may depend on the model in memory
         parameter.data.zero_()
@@ -145,8 +146,8 @@ def test_means_are_restored_saved_and_loaded(family, gap, tmp_path):
         theirs = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, attn_implementation="eager")
         for loaded in (theirs.eval(), load(path)):
             torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
-            assert loaded.config.llmdrop.get("biases", []) == record
-    if record:  # also where only whole blocks are gone
+            assert record(loaded).get("biases", []) == biases
+    if biases:  # also where only whole blocks are gone
         with pytest.raises(Exception, match="llmdrop.load_model"):
             type(model).from_pretrained(tmp_path / "after")
 
@@ -159,11 +160,11 @@ def load(path):
 def test_dropping_more_keeps_the_biases_of_what_stays(by, tmp_path):
     model, more = tiny("llama"), DropPlan(attn=[4], mlp=[2])
     reconstruct(model, PLAN, fit(model, PLAN, CALIBRATION, "mean"))
-    assert model.config.llmdrop["biases"] == [[0, "mlp.down_proj"], [2, "mlp.down_proj"]]
+    assert record(model)["biases"] == [[0, "mlp.down_proj"], [2, "mlp.down_proj"]]
     with dropped(model, more):
         expected = logits(model)
-        assert model.config.llmdrop["biases"] == [[0, "mlp.down_proj"]]
-    assert len(model.config.llmdrop["biases"]) == 2
+        assert record(model)["biases"] == [[0, "mlp.down_proj"]]
+    assert len(record(model)["biases"]) == 2
     llmdrop.save_model(model, None, tmp_path / "once")
     if by == "disk":
         path = drop_checkpoint(tmp_path / "once", more, tmp_path / "twice", progress=False)
@@ -173,7 +174,7 @@ def test_dropping_more_keeps_the_biases_of_what_stays(by, tmp_path):
         path = llmdrop.save_model(apply_plan(model, more), None, tmp_path / "twice")
     loaded = load(path)
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
-    assert loaded.config.llmdrop["biases"] == [[0, "mlp.down_proj"]] and find_anatomy(loaded).plan == PLAN | more
+    assert record(loaded)["biases"] == [[0, "mlp.down_proj"]] and find_anatomy(loaded).plan == PLAN | more
     assert llmdrop.weights_digest(loaded) != llmdrop.weights_digest(apply_plan(tiny("llama"), PLAN | more))
 
 
@@ -202,7 +203,7 @@ def test_biases_and_4_bits(first, tmp_path):
     llmdrop.save_model(model, None, tmp_path / "model")
     loaded = load(tmp_path / "model")
     four_bits.settle(loaded)  # as load_model does
-    assert torch.equal(logits(loaded), expected) and len(loaded.config.llmdrop["biases"]) == 2
+    assert torch.equal(logits(loaded), expected) and len(record(loaded)["biases"]) == 2
     assert torch.allclose(logits(four_bits.dequantize(loaded)), expected, atol=1e-5)
 
 
@@ -348,10 +349,8 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="those that do: mean, least squares"):
         corrections(model, CALIBRATION, method="sequential least squares")
     blocks = reconstruct(tiny("llama"), GAPS["blocks"], fit(model, GAPS["blocks"], CALIBRATION, "mean"))
-    blocks.save_pretrained(tmp_path)  # an ordinary config, as far as stock classes can tell
-    for read in (load, open_checkpoint):
-        with pytest.raises(ValueError, match="write the model with llmdrop.save_model"):
-            read(tmp_path)
+    blocks.save_pretrained(tmp_path)  # no ordinary checkpoint: stock classes have no room for the biases
+    assert torch.equal(logits(load(tmp_path)), logits(blocks)) and open_checkpoint(tmp_path)
     one = Reconstruction(CALIBRATION)
     for refuse in (lambda plan: fit(model, plan, CALIBRATION), lambda plan: one.changes(model, plan)):
         with pytest.raises(ValueError, match="out of range"):
@@ -385,7 +384,7 @@ def test_changes_of_something_else_are_refused_before_anything_is_touched(wrong)
     with pytest.raises(ValueError, match=message), reconstructed(model, plan, changes):
         pass
     assert torch.equal(logits(model), dense) and llmdrop.weights_digest(model) == digest
-    assert not hasattr(model.config, "llmdrop")
+    assert record(model) == record(tiny("llama"))
 
 
 def test_packed_weights_take_a_mean_and_refuse_least_squares():

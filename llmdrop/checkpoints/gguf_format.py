@@ -64,6 +64,12 @@ def write_gguf(
         raise ValueError(f"the largest weight is {peak}; float16 ends at 65504: use weights='bf16' or 'f32'")
     parts = find_anatomy(model)
     config = model.config
+    rows = {len(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    if rows != {config.vocab_size}:  # an engine would take other bytes for the missing rows
+        raise ValueError(
+            f"embedding and output have {' and '.join(map(str, sorted(rows)))} rows, the config says vocab_size="
+            f"{config.vocab_size}; model.resize_token_embeddings(n) sets all three"
+        )
     facts = {
         "general.name": os.path.basename(str(model.name_or_path)) or "model",
         "general.file_type": gguf.LlamaFileType[f"{'ALL' if weights == 'f32' else 'MOSTLY'}_{weights.upper()}"],

@@ -68,10 +68,13 @@ class Dropped:
         return False  # as far as weights go: they have the stock names, and need the stock renamings
 
 
-for _name in CLASSES:
-    if hasattr(transformers, _name):  # not every release has every head
-        _stock = getattr(transformers, _name)
-        globals()[_name] = type(_name, (Dropped, _stock), {"config_class": DroppedConfig, "__module__": __name__})
+def __getattr__(name: str):
+    if name not in CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not hasattr(transformers, name):
+        raise ImportError(f"transformers {transformers.__version__} has no {name}; a later release does")
+    made = type(name, (Dropped, getattr(transformers, name)), {"config_class": DroppedConfig, "__module__": __name__})
+    return globals().setdefault(name, made)
 
 
 def _set(config, settings: dict) -> None:

@@ -235,3 +235,21 @@ llmdrop.save_model(wide(), TOKENIZER, {str(tmp_path / "m.gguf")!r}, format="gguf
     assert not (tmp_path / "m.gguf").exists()
     save_model(wide(), TOKENIZER, tmp_path / "m.gguf", format="gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_vocabularies_that_do_not_fit_the_tokenizer(tmp_path):
+    """More rows than tokens are unused tokens; fewer, or others than the config says, an engine would misread."""
+    model, ids = wide(), random_ids(1, 7)
+    model.resize_token_embeddings(N_TOKENS + 48, mean_resizing=False)
+    path = save_model(model, TOKENIZER, tmp_path / "padded.gguf", format="gguf", weights="f32")
+    loaded, tokenizer = load_model(path, device="cpu")
+    assert loaded.config.vocab_size == N_TOKENS + 48 and len(tokenizer) == N_TOKENS
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
+    model.config.vocab_size = N_TOKENS
+    with pytest.raises(ValueError, match=f"have {N_TOKENS + 48} rows, the config says vocab_size={N_TOKENS}"):
+        save_model(model, TOKENIZER, tmp_path / "m.gguf", format="gguf")
+    small = wide()
+    small.resize_token_embeddings(N_TOKENS - 8)
+    with pytest.raises(ValueError, match=f"the tokenizer has {N_TOKENS} tokens, the model {N_TOKENS - 8}: not a pair"):
+        save_model(small, TOKENIZER, tmp_path / "m.gguf", format="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["padded.gguf"]

@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 import torch
-from exports import MIXED, PLANS, PROMPTS, ROOT, TOKENIZER, logits, wide, with_biases
+from exports import MIXED, N_TOKENS, PLANS, PROMPTS, ROOT, TOKENIZER, logits, wide, with_biases
 from safetensors.torch import load_file
 from tiny import random_ids, tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -30,6 +30,17 @@ def test_llama_cpp_gives_the_same_numbers(name):
     assert out["n_tokens"] == 640 and out["n_equal"] >= 639, "all but a tie"
     assert out["max_difference"] < 2e-3 and out["max_loss"] < 2e-3
     assert default["max_loss"] <= 2 * default["max_difference"] < 0.5, "a float16 cache turns near ties"
+
+
+@needs_engine
+def test_a_vocabulary_with_more_rows_than_tokens():
+    """As of models whose embedding was padded to a multiple of 64; the rows may be answers, as in transformers."""
+    model = wide()
+    model.resize_token_embeddings(N_TOKENS + 48, mean_resizing=False)
+    model.model.embed_tokens.weight.data[N_TOKENS:].normal_()
+    model.lm_head.weight.data[N_TOKENS:].normal_()
+    out, _ = check_export("llama.cpp", model, TOKENIZER, MIXED, PROMPTS, 64)
+    assert out["n_equal"] >= out["n_tokens"] - 1 and out["max_difference"] < 2e-3
 
 
 @needs_engine

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .anatomy import Anatomy, Layout, find_anatomy
+from .anatomy import Anatomy, Layout, find_anatomy, unwrapped
 from .plan import DropPlan
 
 
@@ -18,11 +19,17 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
     leaves the layer list, so a plan of blocks only gives an ordinary, shorter model. The remaining attention modules
     are renumbered and every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped
     model, also when the model was dropped from before. What was dropped is recorded in `model.config.llmdrop`, beside
-    the biases that reconstruction gave to what stays.
+    the biases that reconstruction gave to what stays. plan: a DropPlan, or what `llmdrop.plan.as_plan` makes one of.
 
-    Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, and
-    plans that leave no sublayer at all. The model is unchanged then.
+    Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, plans
+    that leave no sublayer at all, and a model in DistributedDataParallel; TypeError for what is no plan. The model is
+    unchanged then.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel waits for gradients of the parameters it was made with: drop layers first, "
+            "apply_plan(model.module, plan), and wrap what is left"
+        )
     _drop(model, plan)
     return model
 
@@ -31,7 +38,8 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
 def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
     """`apply_plan` for the length of a `with` block; everything is restored afterwards, also after an exception.
 
-    Can be nested (the plans add up). A KV cache made inside must not be used outside.
+    Can be nested (the plans add up). A KV cache is good for the plan it was filled under, as long as the `with` block
+    lasts: the model refuses it elsewhere (ValueError).
     """
     with _drop(model, plan):
         yield model
@@ -67,7 +75,7 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
     parts = find_anatomy(model)
     plan = _checked(parts, plan)
     layout = parts.layout
-    config = model.config
+    config = unwrapped(model).config
     with ExitStack() as undo:
         for kind in ("attn", "mlp"):
             for i in sorted(set(getattr(plan, kind)) - set(getattr(parts.plan, kind))):
@@ -92,6 +100,10 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
             put(undo, parts.decoder, "_llmdrop_cache", cut)
         put(undo, cut, "slots", tuple(kept.index(i) for i in with_attention))
         put(undo, cut, "n_layers", len(kept))
+        put(undo, cut, "plan", (plan.attn, plan.mlp) if plan else None)
+        if plan != parts.plan:
+            put(undo, cut, "caches", WeakSet())
+            undo.callback(_close, cut.caches)
         if not with_attention:
             put(undo, getattr(parts.layers[kept[0]], layout.attn_core), "counts_tokens", True)
 
@@ -118,7 +130,7 @@ def give_biases(undo: ExitStack, model: nn.Module, places: Iterable[tuple[int, s
     in `model.config.llmdrop` where it has a record: stock classes have no room for them.
     """
     parts = find_anatomy(model)
-    config = model.config
+    config = unwrapped(model).config
     places = [[i, name] for i, name in places]
     for i, name in places:
         matrix = parts.layers[i].get_submodule(name)
@@ -193,6 +205,8 @@ class CacheCut:
 
     slots: tuple[int, ...]  # of a cache made from the config, the slots that stay
     n_layers: int  # how many slots such a cache has
+    plan: tuple | None = ()  # what is dropped, and so under what a cache must have been filled
+    caches = None  # filled under a plan that may end
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
@@ -201,9 +215,31 @@ class CacheCut:
             kwargs = kwargs | {"past_key_values": cache}
         if cache is None:
             return args, kwargs
-        if not self.slots:
-            if not (cache.layers and isinstance(cache.layers[0], TokenCount)):  # else it is counting already
+        if getattr(cache, "llmdrop_plan", None) != self.plan:
+            if cache.get_seq_length() or len(cache.layers) > self.n_layers:
+                raise ValueError(
+                    "this KV cache was made or filled while other layers were dropped than now, and its keys and "
+                    "values are of another model; begin with a fresh one"
+                )
+            if not self.slots:
                 cache.layers = [TokenCount()]
-        elif len(cache.layers) == self.n_layers != len(self.slots):  # fresh; once cut, shorter
-            cache.layers = [cache.layers[slot] for slot in self.slots]
+            elif len(cache.layers) == self.n_layers:
+                cache.layers = [cache.layers[slot] for slot in self.slots]
+            cache.llmdrop_plan = self.plan
+        if self.caches is not None and not torch.compiler.is_compiling():
+            self.caches.add(cache)
         return args, kwargs
+
+
+def _close(caches: Iterable[Cache]) -> None:
+    """Let nothing more be put into these caches: the model they were filled by is about to be another one."""
+    for cache in caches:
+        for layer in cache.layers:
+            layer.update = _refuse
+
+
+def _refuse(*args, **kwargs):
+    raise ValueError(
+        "this KV cache was filled while layers were dropped that are here again (or the other way round), and its keys "
+        "and values are of another model; begin with a fresh one"
+    )

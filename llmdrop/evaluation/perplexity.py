@@ -13,6 +13,8 @@ from .sweep import Item, loglikelihoods
 
 def text_items(calibration: Calibration) -> list[Item]:
     """Each sample without its padding, every token but the first to be scored. ValueError for less than two tokens."""
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
     ids = calibration.input_ids
     mask = calibration.attention_mask
     samples = list(ids) if mask is None else [row[mask[k].bool()] for k, row in enumerate(ids)]

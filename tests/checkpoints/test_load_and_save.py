@@ -139,7 +139,11 @@ def test_dtype_auto_is_the_checkpoints_own(tmp_path, tokenizer):
             path = save_model(apply_plan(tiny("llama"), plan).to(dtype), tokenizer, tmp_path / "m", overwrite=True)
             model = load_model(path, dtype="auto", device="cpu")[0]
             assert {p.dtype for p in model.parameters()} == {dtype} == {model.dtype}
-            assert load_model(path, device="cpu")[0].dtype == torch.float32, "unless asked"
+            assert load_model(path, device="cpu")[0].dtype == dtype, "the default"
+            for other in ("bfloat16", torch.bfloat16, "torch.bfloat16"):
+                assert load_model(path, other, "cpu")[0].dtype == torch.bfloat16
+            assert load_model(path, device="cpu", torch_dtype=torch.float16)[0].dtype == torch.float16
+    assert load_model("smollm2-135m", device="cpu")[0].dtype == torch.float32
     assert load_model("smollm2-135m", dtype="auto", device="cpu")[0].dtype == torch.float32
     with pytest.raises(ValueError, match="dtype 'int8' is not one of float32, bfloat16, float16, auto"):
         load_model(path, dtype="int8")

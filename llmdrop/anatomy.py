@@ -129,6 +129,16 @@ def unwrapped(model: nn.Module, with_adapters: bool = True) -> nn.Module:
     return model
 
 
+def check_has_weights(model: nn.Module) -> None:
+    """ValueError for a model on the meta device, unless accelerate brings its weights when they are needed."""
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not is_offloaded and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model is on the meta device, so it has shapes and no weights; load it with llmdrop.load_model, or "
+            "score one that is larger than memory by llmdrop.score_checkpoint"
+        )
+
+
 @cache
 def _class_names(kind: type) -> frozenset[str]:
     return frozenset(parent.__name__ for parent in kind.__mro__)

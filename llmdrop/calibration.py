@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .anatomy import unwrapped
+from .anatomy import check_has_weights, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,12 +152,7 @@ def check_readable(model: nn.Module, largest_id: int, longest: int) -> None:
     it is on the meta device and so has no weights.
     """
     model = unwrapped(model)
-    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate brings weights in time
-    if not is_offloaded and any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "the model is on the meta device, so it has shapes and no weights; load it with llmdrop.load_model, or "
-            "score a large one by llmdrop.score_checkpoint"
-        )
+    check_has_weights(model)
     embedding = model.get_input_embeddings()
     check_vocabulary(largest_id, len(embedding.weight))
     decoder = getattr(model.base_model, "decoder", model.base_model)  # OPT nests one level deeper

@@ -83,9 +83,10 @@ def check_device(device: str | torch.device) -> str:
         return kind
     allowed = ["cpu", kind, "balanced", *(f"{kind}:{i}" for i in range(n_devices))] if n_devices else ["cpu"]
     if name not in allowed:
+        asked = name.partition(":")[0]
         raise ValueError(
-            f"device {name!r} is not available: this machine has {n_devices if kind == 'cuda' else 0} CUDA device(s). "
-            f"Use device='auto' or one of {', '.join(allowed)}; CUDA needs a CUDA build of torch"
+            f"device {name!r} is not available: this machine has {n_devices if asked == kind else 0} {asked.upper()} "
+            f"device(s). Use device='auto' or one of {', '.join(allowed)}; an accelerator needs a torch built for it"
         )
     return name
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..anatomy import unwrapped
+from ..anatomy import check_has_weights, unwrapped
 from ..files import new_directory, real_path
 from .destination import check_destination
 from .nemotron_nas import write_nemotron_nas
@@ -39,6 +39,7 @@ def save_model(
     """
     path = real_path(path)
     model = unwrapped(model, with_adapters=False)
+    check_has_weights(model)
     if format == "gguf":
         from .gguf_format import write_gguf  # needs an extra
 

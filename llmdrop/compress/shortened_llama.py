@@ -14,7 +14,7 @@ from ..anatomy import find_anatomy, unwrapped
 from ..calibration import Calibration, batches, read_by
 from ..plan import DropPlan, drop_order, plan_of
 from ..prune import dropped
-from ..scoring import ImportanceScores
+from ..scoring import ImportanceScores, score
 from ..sublayers import NOT_FINITE, in_float64
 from .search import frozen, next_tokens
 
@@ -44,6 +44,7 @@ def block_taylor(model: nn.Module, calibration: Calibration) -> np.ndarray:
                 model(**inputs, labels=next_tokens(inputs), use_cache=False).loss.backward()
         sums = [sum(float(in_float64((p.detach() * p.grad).float().abs()).sum()) for p in block) for block in weights]
     if not np.isfinite(sums).all():
+        score(model, calibration, progress=False)  # raises naming the layer, if it is one
         raise ValueError(f"the gradients are not finite in {model.dtype}. {NOT_FINITE}")
     return np.array(sums)
 

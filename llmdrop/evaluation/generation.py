@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..anatomy import unwrapped
+from ..anatomy import check_has_weights, unwrapped
 from ..calibration import check_vocabulary
 from ..plan import DropPlan
 from ..prune import eval_mode
@@ -40,6 +40,7 @@ def generate(
     longer than the model's positions: nothing is ever cut off.
     """
     model = unwrapped(model)
+    check_has_weights(model)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     check_length(model, ids, max_new_tokens)
     padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)

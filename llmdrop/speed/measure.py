@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
-from ..anatomy import unwrapped
-from ..calibration import check_readable
+from ..anatomy import check_has_weights, unwrapped
 from ..plan import DropPlan
 from ..prune import dropped, eval_mode
 from .geometry import has_tied_head
@@ -67,9 +66,10 @@ def measure_speed(
         )
     if timed_steps is not None and timed_steps < 1:
         raise ValueError(f"{timed_steps=} must be at least 1, or None to time every step")
-    timed = model if hasattr(model, "_orig_mod") else unwrapped(model)
-    model = unwrapped(model)
-    check_readable(model, 0, 1)
+    inside = unwrapped(model)
+    timed = model if getattr(model, "_orig_mod", None) is inside else inside
+    model = inside
+    check_has_weights(model)
     device = model.get_input_embeddings().weight.device
     check_decoding(decoding, cache, device)
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from functools import cache
 
 from torch import nn
 
-from .plan import DropPlan, as_plan
+from .plan import AnyPlan, DropPlan, as_plan
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Anatomy:
         gone = set(getattr(self.plan, kind))
         return [i for i in range(self.n_layers) if i not in gone]
 
-    def whole_plan(self, plan: DropPlan) -> DropPlan:
-        """`plan` (whatever `as_plan` takes) and what is dropped already.
+    def whole_plan(self, plan: AnyPlan) -> DropPlan:
+        """`plan` and what is dropped already.
 
         Raises what `as_plan` raises, and ValueError for a plan of another depth or unknown indices.
         """

@@ -76,10 +76,11 @@ class Calibration:
         return state.hexdigest()
 
 
+TokenIds = torch.Tensor | np.ndarray | Mapping | Iterable  # what a Calibration is made of
 Sample = tuple[torch.Tensor, torch.Tensor | None]  # ids [T], mask [T]
 
 
-def _samples(given, mask=None, n_deep: int = 0) -> list[Sample]:
+def _samples(given: TokenIds, mask=None, n_deep: int = 0) -> list[Sample]:
     """Every sample in what people have of token ids. TypeError for what has none, ValueError for what is ambiguous."""
     if hasattr(given, "input_ids"):  # what holds them, as a BatchEncoding does
         given = {"input_ids": given.input_ids, "attention_mask": getattr(given, "attention_mask", None)}
@@ -92,7 +93,8 @@ def _samples(given, mask=None, n_deep: int = 0) -> list[Sample]:
                 "input_ids are a list of tensors: the loader has put samples into columns. Give it tensors to collate, "
                 "as dataset.set_format('torch') makes them"
             )
-        return _samples(ids, given.get("attention_mask"), n_deep)
+        own_mask = given.get("attention_mask")
+        return _samples(ids, mask if own_mask is None else own_mask, n_deep)
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(
             f"a {type(given).__name__} is no token ids; give [n_samples, seq_len] of them, samples of any length, what "
@@ -100,7 +102,8 @@ def _samples(given, mask=None, n_deep: int = 0) -> list[Sample]:
         )
     if not isinstance(given, torch.Tensor | np.ndarray):
         parts = list(given)
-        if n_deep and len(parts) > 1 and all(getattr(part, "ndim", 0) == 2 for part in parts):
+        n_dims = [part.ndim for part in parts if isinstance(part, torch.Tensor)]
+        if n_deep and len(parts) > 1 and n_dims and (isinstance(given, tuple) or 2 in n_dims):
             raise ValueError(f"a batch holds {len(parts)} tensors; say which are the ids: {{'input_ids': ...}}")
         if not parts:
             raise ValueError("there are no samples, or one without a token; give at least one sample of one token")
@@ -132,7 +135,7 @@ def _padded(samples: list[Sample]) -> Sample:
     return ids, pad_sequence(masks, batch_first=True)
 
 
-def read_by(model: nn.Module, calibration) -> Calibration:
+def read_by(model: nn.Module, calibration: Calibration | TokenIds) -> Calibration:
     """The calibration, made of what `Calibration` takes where it is none, after a check that the model can read it.
 
     Raises what `Calibration` raises and what `check_readable` raises.

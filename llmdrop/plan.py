@@ -122,7 +122,10 @@ class DropPlan:
         return {"drop_attn_list": list(self.attn), "drop_mlp_list": list(self.mlp)}
 
 
-def as_plan(given, n_layers: int | None = None) -> DropPlan:
+AnyPlan = DropPlan | Mapping | str | os.PathLike | list | tuple  # what `as_plan` makes a plan of
+
+
+def as_plan(given: AnyPlan, n_layers: int | None = None) -> DropPlan:
     """The plan that `given` stands for, in a model of n_layers where that is known.
 
     given: a DropPlan; its record as a dict, or the path of a .json file with one; LLM-Drop's lists, as a dict or the

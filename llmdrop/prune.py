@@ -9,10 +9,10 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .anatomy import Anatomy, Layout, find_anatomy, unwrapped
-from .plan import DropPlan
+from .plan import AnyPlan, DropPlan
 
 
-def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: AnyPlan) -> nn.Module:
     """Drop the plan's sublayers from `model` in place and return it.
 
     The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both
@@ -25,17 +25,18 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
     that leave no sublayer at all, and a model in DistributedDataParallel; TypeError for what is no plan. The model is
     unchanged then.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
         raise ValueError(
-            "DistributedDataParallel waits for gradients of the parameters it was made with: drop layers first, "
-            "apply_plan(model.module, plan), and wrap what is left"
+            "DistributedDataParallel waits for gradients of the parameters it was made with: apply_plan to the model "
+            "before it is wrapped, and wrap what is left"
         )
     _drop(model, plan)
     return model
 
 
 @contextmanager
-def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
+def dropped(model: nn.Module, plan: AnyPlan) -> Iterator[nn.Module]:
     """`apply_plan` for the length of a `with` block; everything is restored afterwards, also after an exception.
 
     Can be nested (the plans add up). A KV cache is good for the plan it was filled under, as long as the `with` block
@@ -70,7 +71,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
+def _drop(model: nn.Module, plan: AnyPlan) -> ExitStack:
     """Drop, and return what restores the model when it is closed. Where dropping fails, the model is restored."""
     parts = find_anatomy(model)
     plan = _checked(parts, plan)
@@ -158,7 +159,7 @@ def stubs(layout: Layout, kind: str) -> dict[str, nn.Module]:
     return {name: nothing if name == core else nn.Identity() for name in names}
 
 
-def _checked(parts: Anatomy, plan: DropPlan) -> DropPlan:
+def _checked(parts: Anatomy, plan: AnyPlan) -> DropPlan:
     """The plan with what is dropped already. ValueError where it does not fit the model or leaves nothing of it."""
     whole = parts.whole_plan(plan)
     if len(whole) == 2 * parts.n_layers:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .anatomy import Anatomy, find_anatomy, unwrapped
-from .calibration import Calibration, batches, read_by
+from .calibration import Calibration, TokenIds, batches, read_by
 from .hooks import ResidualTap
 from .prune import eval_mode
 from .sublayers import in_float64, not_finite
@@ -89,7 +89,7 @@ class ImportanceScores:
 
 def score(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: Calibration | TokenIds,
     batch_size: int = 8,
     with_residual: bool = True,
     gap: bool = False,

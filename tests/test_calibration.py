@@ -343,6 +343,7 @@ def test_samples_of_any_length_are_padded_with_a_mask(samples, size):
     assert (
         Calibration(ids, attention_mask=mask).digest == Calibration(ids.tolist(), attention_mask=mask.tolist()).digest
     )
+    assert torch.equal(Calibration({"input_ids": ids}, attention_mask=mask).attention_mask, mask)
     assert torch.equal(Calibration(DataLoader(TensorDataset(ids), size)).input_ids, ids)
 
 
@@ -382,6 +383,8 @@ def test_what_holds_no_ids_is_named():
         ([{}], ValueError, "a batch holds nothing; expected input_ids"),
         (DataLoader(listed, 2), ValueError, "put samples into columns.*set_format"),
         (pairs, ValueError, "a batch holds 2 tensors; say which"),
+        (DataLoader([(ids, 1) for ids in torch.ones(4, 3).long()], 2), ValueError, "a batch holds 2 tensors"),
+        ([(torch.ones(3).long(), torch.ones(3).long())], ValueError, "a batch holds 2 tensors"),
         ({"input_ids": [[5, 6]], "attention_mask": [[1, 1, 0]]}, ValueError, "attention_mask has shape"),
         ({"input_ids": [[5, 6]], "attention_mask": [[1, 1], [1, 0]]}, ValueError, "attention_mask has 2 samples"),
     ]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..anatomy import find_anatomy
-from ..calibration import Calibration, read_by
+from ..calibration import Calibration, TokenIds, read_by
 from ..checkpoints.extras import import_extra
 from ..scoring import ImportanceScores, sample_sums, scores_from_sums
 
@@ -15,7 +15,7 @@ Sums = tuple[torch.Tensor, torch.Tensor | None]  # as from `scoring.sample_sums`
 
 def score_distributed(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: Calibration | TokenIds,
     batch_size: int = 8,
     with_residual: bool = True,
     gap: bool = False,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .. import scoring
 from ..anatomy import Anatomy, find_anatomy
-from ..calibration import Calibration, check_vocabulary
+from ..calibration import Calibration, TokenIds, check_vocabulary
 from ..checkpoints.extras import import_extra
 from ..checkpoints.load import check_device, check_dtype
 from ..files import build_dir, locked
@@ -37,7 +37,7 @@ CHUNK = 64 * 2**20  # bytes of the word embedding in memory at a time
 @torch.inference_mode()
 def score_checkpoint(
     checkpoint: str | os.PathLike,
-    calibration: Calibration,
+    calibration: Calibration | TokenIds,
     batch_size: int = 8,
     with_residual: bool = True,
     progress: bool = True,

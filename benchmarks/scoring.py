@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    model, tokenizer = llmdrop.load_model(args.model, device=args.device)
+    model, tokenizer = llmdrop.load_model(args.model, dtype="float32", device=args.device)
     device = model.get_input_embeddings().weight.device
     if args.peak_of:
         text = llmdrop.load_calibration("xsum", tokenizer, args.peak_of, 128)

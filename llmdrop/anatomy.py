@@ -12,10 +12,11 @@ llmdrop knows about an architecture.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 
-from .plan import DropPlan
+from .plan import AnyPlan, DropPlan, as_plan
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,77 @@ class Anatomy:
         gone = set(getattr(self.plan, kind))
         return [i for i in range(self.n_layers) if i not in gone]
 
-    def whole_plan(self, plan: DropPlan) -> DropPlan:
+    def whole_plan(self, plan: AnyPlan) -> DropPlan:
         """`plan` and what is dropped already.
 
-        Raises TypeError for what is no DropPlan, ValueError for a plan of another depth or unknown indices.
+        Raises what `as_plan` raises, and ValueError for a plan of another depth or unknown indices.
         """
-        if not isinstance(plan, DropPlan):
-            raise TypeError(f"a {type(plan).__name__} is no plan; give a llmdrop.DropPlan, as plan_drop makes it")
-        return plan.for_depth(self.n_layers) | self.plan.for_depth(self.n_layers)
+        return as_plan(plan, self.n_layers).for_depth(self.n_layers) | self.plan.for_depth(self.n_layers)
+
+
+# what others put around a model, by the name of the class (none of them has to be installed): where the model is in it
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+SHARDING = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}  # parameters lie in pieces
+ADAPTERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}  # peft's, in place of a layer's own modules
+
+
+def unwrapped(model: nn.Module, with_adapters: bool = True) -> nn.Module:
+    """The transformers model in what torch.compile, DataParallel, DistributedDataParallel and peft put around it.
+
+    What it computes is what the wrapper computes: adapters of peft that are not merged stay in its layers, and with
+    with_adapters=False, for what reads or writes weights, they are refused. Raises ValueError for these, for models
+    whose parameters FSDP or DeepSpeed keep in pieces, and for peft models that are more than their layers (prompt
+    tuning); each says what to do.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    names = _class_names(type(model))
+    if any(SHARDING & _class_names(type(module)) for module in model.modules()):
+        raise ValueError(
+            "this model is sharded (FSDP, DeepSpeed), and its layers hold pieces of their parameters: do this before "
+            "it is wrapped, or load what you save of it (a full state dict) into a plain model"
+        )
+    for wrapper, inside in WRAPPERS.items():
+        if wrapper in names:
+            return unwrapped(getattr(model, inside), with_adapters)
+    if names & {"PeftModel", "PeftMixedModel"}:
+        tuner = _class_names(type(model.base_model))
+        if "BaseTuner" not in tuner or "XLoraModel" in tuner:
+            raise ValueError(
+                "this peft model adds more than its layers show (virtual tokens, prompts, mixtures); give the model "
+                "inside, model.get_base_model(), which is without them, or adapters of another kind, as LoRA"
+            )
+        return unwrapped(model.base_model.model, with_adapters)
+    if not with_adapters and any(ADAPTERS & _class_names(type(module)) for module in model.modules()):
+        raise ValueError(
+            "this model has adapters of peft beside its weights, which this reads or writes: merge them first, "
+            "model = peft_model.merge_and_unload()"
+        )
+    return model
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """ValueError for a model on the meta device, unless accelerate brings its weights when they are needed."""
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not is_offloaded and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model is on the meta device, so it has shapes and no weights; load it with llmdrop.load_model, or "
+            "score one that is larger than memory by llmdrop.score_checkpoint"
+        )
+
+
+@cache
+def _class_names(kind: type) -> frozenset[str]:
+    return frozenset(parent.__name__ for parent in kind.__mro__)
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Find the parts of a transformers causal language model (or its bare decoder).
 
-    Raises ValueError for an architecture, or a variant of a known one, whose residual stream is not known.
+    Raises ValueError for an architecture, or a variant of a known one, whose residual stream is not known, and what
+    `unwrapped` raises.
     """
+    model = unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in LAYOUTS:
         hint = " (use its text model)" if model_type == "gemma3" else ""

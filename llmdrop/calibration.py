@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+
+from .anatomy import check_has_weights, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +25,10 @@ class Calibration:
     """Token ids on which a model is scored.
 
     input_ids: [n_samples, seq_len] integers (kept as int64). attention_mask: the same shape, 1 for tokens that count
-    and 0 for padding, or None if all count. source: where they came from, for people. Raises TypeError for ids that
-    are no integers, ValueError for a wrong shape, negative ids or a mask that does not fit.
+    and 0 for padding, or None if all count. source: where they came from, for people. Instead of ids also samples of
+    different lengths (a list of lists or tensors), which are padded; what a tokenizer gives (a dict with input_ids and
+    perhaps attention_mask); or an iterable of these, as a DataLoader or a tokenized datasets.Dataset is. Raises
+    TypeError for ids that are no integers, ValueError for a wrong shape, negative ids or a mask that does not fit.
     """
 
     input_ids: torch.Tensor
@@ -29,6 +36,10 @@ class Calibration:
     attention_mask: torch.Tensor | None = None
 
     def __post_init__(self):
+        if not isinstance(self.input_ids, torch.Tensor | np.ndarray):
+            ids, mask = _padded(_samples(self.input_ids, self.attention_mask))
+            object.__setattr__(self, "input_ids", ids)
+            object.__setattr__(self, "attention_mask", mask)
         ids = torch.as_tensor(self.input_ids)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"input_ids has dtype {ids.dtype}; token ids are integers")
@@ -65,6 +76,107 @@ class Calibration:
         return state.hexdigest()
 
 
+TokenIds = torch.Tensor | np.ndarray | Mapping | Iterable  # what a Calibration is made of
+Sample = tuple[torch.Tensor, torch.Tensor | None]  # ids [T], mask [T]
+
+
+def _samples(given: TokenIds, mask=None, n_deep: int = 0) -> list[Sample]:
+    """Every sample in what people have of token ids. TypeError for what has none, ValueError for what is ambiguous."""
+    if hasattr(given, "input_ids"):  # what holds them, as a BatchEncoding does
+        given = {"input_ids": given.input_ids, "attention_mask": getattr(given, "attention_mask", None)}
+    if isinstance(given, Mapping):
+        if "input_ids" not in given:
+            raise ValueError(f"a batch holds {', '.join(map(str, given)) or 'nothing'}; expected input_ids")
+        ids = given["input_ids"]
+        if isinstance(ids, list | tuple) and any(isinstance(part, torch.Tensor) for part in ids):
+            raise ValueError(
+                "input_ids are a list of tensors: the loader has put samples into columns. Give it tensors to collate, "
+                "as dataset.set_format('torch') makes them"
+            )
+        own_mask = given.get("attention_mask")
+        return _samples(ids, mask if own_mask is None else own_mask, n_deep)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"a {type(given).__name__} is no token ids; give [n_samples, seq_len] of them, samples of any length, what "
+            "a tokenizer returns, or a DataLoader of that. Texts go through llmdrop.load_calibration"
+        )
+    if not isinstance(given, torch.Tensor | np.ndarray):
+        parts = list(given)
+        n_dims = [part.ndim for part in parts if isinstance(part, torch.Tensor)]
+        if n_deep and len(parts) > 1 and n_dims and (isinstance(given, tuple) or 2 in n_dims):
+            raise ValueError(f"a batch holds {len(parts)} tensors; say which are the ids: {{'input_ids': ...}}")
+        if not parts:
+            raise ValueError("there are no samples, or one without a token; give at least one sample of one token")
+        if isinstance(parts[0], Iterable):
+            masks = [None] * len(parts) if mask is None else list(mask)
+            if len(masks) != len(parts):
+                raise ValueError(f"attention_mask has {len(masks)} samples, input_ids {len(parts)}")
+            nested = [_samples(*pair, n_deep + 1) for pair in zip(parts, masks, strict=True)]
+            return [sample for samples in nested for sample in samples]
+        given = parts
+    ids = torch.as_tensor(given)
+    if mask is not None:
+        mask = torch.as_tensor(mask)
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}")
+    if ids.ndim == 1 and n_deep:
+        return [(ids, mask)]
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}; expected [n_samples, seq_len], both > 0")
+    return list(zip(ids, [None] * len(ids) if mask is None else mask, strict=True))
+
+
+def _padded(samples: list[Sample]) -> Sample:
+    """Samples side by side, [n, T], padded on the right, and their mask, or None where every token counts."""
+    ids = pad_sequence([ids for ids, _ in samples], batch_first=True)
+    if all(mask is None and len(sample) == ids.shape[1] for sample, mask in samples):
+        return ids, None
+    masks = [torch.ones_like(sample) if mask is None else mask for sample, mask in samples]
+    return ids, pad_sequence(masks, batch_first=True)
+
+
+def read_by(model: nn.Module, calibration: Calibration | TokenIds) -> Calibration:
+    """The calibration, made of what `Calibration` takes where it is none, after a check that the model can read it.
+
+    Raises what `Calibration` raises and what `check_readable` raises.
+    """
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    mask = calibration.attention_mask
+    longest = calibration.input_ids.shape[1] if mask is None else int(mask.sum(1).max())
+    check_readable(model, int(calibration.input_ids.max()), longest)
+    return calibration
+
+
+def check_readable(model: nn.Module, largest_id: int, longest: int) -> None:
+    """ValueError unless the model can read token ids up to the largest, in samples of up to so many tokens.
+
+    That is where its vocabulary ends before, where it has learned positions (GPT-2, OPT) and fewer of them, and where
+    it is on the meta device and so has no weights.
+    """
+    model = unwrapped(model)
+    check_has_weights(model)
+    embedding = model.get_input_embeddings()
+    check_vocabulary(largest_id, len(embedding.weight))
+    decoder = getattr(model.base_model, "decoder", model.base_model)  # OPT nests one level deeper
+    others = [child for child in decoder.children() if isinstance(child, nn.Embedding) and child is not embedding]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if others and limit is not None and longest > limit:
+        raise ValueError(
+            f"a sample has {longest:,} tokens and this {model.config.model_type} model learned {limit:,} positions; "
+            f"use samples of at most {limit:,}"
+        )
+
+
+def check_vocabulary(largest_id: int, size: int) -> None:
+    """ValueError for a token id beyond the vocabulary."""
+    if largest_id >= size:
+        raise ValueError(
+            f"token id {largest_id} is beyond the model's vocabulary of {size}; use the model's own tokenizer, or make "
+            "room for added tokens: model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
 def batches(
     calibration: Calibration, batch_size: int, device: torch.device
 ) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
@@ -91,8 +203,11 @@ class TextSource(Protocol):
     def documents(self, data_dir: str | os.PathLike | None) -> list[str]: ...
 
 
-# Named texts. `llmdrop.data.texts` fills this, so that the core neither knows a dataset nor reads a mirror.
+# Named texts, and what makes a source of a dataset's directory or hub id. `llmdrop.data.texts` fills them, so that the
+# core neither knows a dataset nor reads a mirror.
 SOURCES: dict[str, TextSource] = {}
+DATASETS: list[Callable[[str], TextSource]] = []
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+){1,3}")  # owner/name, perhaps with /config and /split
 
 
 def load_calibration(
@@ -107,7 +222,8 @@ def load_calibration(
     """Cut n_samples windows of exactly seq_len tokens out of a text.
 
     source: a key of `SOURCES`; a .txt file (one document) or a .jsonl file (a document in the "text" of each line); a
-    datasets.Dataset with a column "text"; or documents, as strings.
+    datasets.Dataset with a column "text"; documents, as strings; or a dataset of the hub, as "owner/name" or
+    "owner/name/config/split" (split: train), all of which is downloaded, or a directory that datasets can load.
 
     Documents come in an order shuffled by seed. Each sample opens with a new document; where that is too short, the
     next ones follow, an end-of-sequence token between them (as LLM-Drop packs C4); a document longer than the room
@@ -157,12 +273,22 @@ def _documents(source, data_dir) -> tuple[str, list[str]]:
         return f"{source} ({SOURCES[source].where})", SOURCES[source].documents(data_dir)
     name = "documents"
     if isinstance(source, str | os.PathLike):
-        name = Path(source).name
-        source = _read_documents(Path(os.path.expanduser(source)))
-    elif hasattr(source, "column_names"):  # a datasets.Dataset
-        if "text" not in source.column_names:
+        path = Path(os.path.expanduser(source))
+        is_dataset = path.is_dir() or (HUB_ID.fullmatch(str(source)) and not path.exists())
+        if is_dataset and path.suffix not in (".txt", ".jsonl"):
+            dataset = DATASETS[0](str(path))
+            return str(source), dataset.documents(data_dir)
+        name = path.name
+        source = _read_documents(path)
+    elif isinstance(source, Mapping):
+        raise TypeError(
+            f"a {type(source).__name__} is no text; give one split of a dataset, and to Calibration() what a tokenizer "
+            "gave"
+        )
+    elif hasattr(source, "column_names"):  # a datasets.Dataset, or one that is read as it comes
+        if source.column_names and "text" not in source.column_names:
             raise ValueError(f'the dataset has columns {", ".join(source.column_names)}; expected one called "text"')
-        source = source["text"]
+        source = [row["text"] for row in source.select_columns("text")]
     documents = list(source)
     if wrong := [document for document in documents if not isinstance(document, str)]:
         raise TypeError(f"documents must be text; one is a {type(wrong[0]).__name__}. Token ids go into Calibration()")

@@ -1,14 +1,18 @@
 """Which sublayers to drop: `DropPlan`, and the selectors that order layers by what they are worth."""
 
 import json
+import os
 import random as _random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import index
+from pathlib import Path
 
 import numpy as np
 
 TARGETS = ("attn", "mlp", "block", "joint", "consecutive")
+RECORD = 'expected an object {"attn": [...], "mlp": [...]}, n_layers optional'
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,17 @@ class DropPlan:
     @classmethod
     def from_json(cls, text: str) -> "DropPlan":
         """Inverse of `to_json`. Raises ValueError for anything else."""
-        expected = 'expected an object {"attn": [...], "mlp": [...]}, n_layers optional'
         try:
             record = json.loads(text)
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"not a drop plan: {str(text)[:80]!r}; {expected}") from error
-        if not isinstance(record, dict) or set(record) - {"attn", "mlp", "n_layers"}:
-            raise ValueError(f"not a drop plan: {text[:80]!r}; {expected}")
-        lists = [record.get(kind, []) for kind in ("attn", "mlp")]
-        if not all(isinstance(indices, list) for indices in lists):
-            raise ValueError(f"not a drop plan: {text[:80]!r}; {expected}")
-        return cls(*lists, record.get("n_layers"))
+            raise ValueError(f"not a drop plan: {str(text)[:80]!r}; {RECORD}") from error
+        return cls._from_record(record)
+
+    @classmethod
+    def _from_record(cls, record) -> "DropPlan":
+        if not isinstance(record, Mapping) or set(record) - {"attn", "mlp", "n_layers"}:
+            raise ValueError(f"not a drop plan: {str(record)[:80]}; {RECORD}")
+        return cls(record.get("attn", ()), record.get("mlp", ()), record.get("n_layers"))
 
     @classmethod
     def from_llm_drop(cls, config: dict, n_layers: int | None = None) -> "DropPlan":
@@ -116,6 +120,44 @@ class DropPlan:
     def to_llm_drop(self) -> dict[str, list[int]]:
         """The same plan as LLM-Drop's config entries (indices)."""
         return {"drop_attn_list": list(self.attn), "drop_mlp_list": list(self.mlp)}
+
+
+AnyPlan = DropPlan | Mapping | str | os.PathLike | list | tuple  # what `as_plan` makes a plan of
+
+
+def as_plan(given: AnyPlan, n_layers: int | None = None) -> DropPlan:
+    """The plan that `given` stands for, in a model of n_layers where that is known.
+
+    given: a DropPlan; its record as a dict, or the path of a .json file with one; LLM-Drop's lists, as a dict or the
+    path of a config.json; or ("attn" | "mlp", layer) pairs. Raises TypeError for anything else, FileNotFoundError for a
+    file that is not there, ValueError for one with no plan in it, and what `DropPlan` raises.
+    """
+    if isinstance(given, DropPlan):
+        return given
+    if isinstance(given, str | os.PathLike) and str(given).endswith(".json"):
+        file = Path(given).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"no plan in {file}: there is no such file; write one with plan.to_json()")
+        try:
+            given = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is no JSON ({error}); {RECORD}") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{file} holds no drop plan; {RECORD}")
+    if isinstance(given, Mapping):
+        if "drop_attn_list" in given or "drop_mlp_list" in given:
+            return DropPlan.from_llm_drop(given, n_layers)
+        return DropPlan._from_record(given)
+    if isinstance(given, list | tuple) and all(map(_is_sublayer, given)):
+        return plan_of(given, n_layers)
+    raise TypeError(
+        f"a {type(given).__name__} is no plan; give a llmdrop.DropPlan, as plan_drop makes it or as "
+        'DropPlan(attn=[25, 26]), its dict or .json file, LLM-Drop\'s lists, or pairs as [("attn", 25), ("mlp", 3)]'
+    )
+
+
+def _is_sublayer(item) -> bool:
+    return isinstance(item, list | tuple) and len(item) == 2 and item[0] in ("attn", "mlp")
 
 
 def _indices(values: Iterable[int], kind: str, n_layers: int | None) -> tuple[int, ...]:
@@ -186,18 +228,18 @@ def drop_order(scores, target: str, selector: Callable = cosine) -> list:
     return selector(scores, target)
 
 
-def plan_drop(scores, target: str, n: int, selector: Callable = cosine) -> DropPlan:
+def plan_drop(scores, target: str, n: int | float | str, selector: Callable = cosine) -> DropPlan:
     """The plan that drops the `n` cheapest layers.
 
     scores: ImportanceScores. target: "attn" (Attention Drop), "mlp" (MLP Drop), "block" (Block Drop), "joint" (Joint
     Layer Drop, n sublayers of either kind) or "consecutive" (n neighboring blocks, the run whose input and output are
-    most alike; needs `score(..., gap=True)`). Raises ValueError if n is not between 0 and what there is.
+    most alike; needs `score(..., gap=True)`). n: a count, or a share of the layers of this kind that there are, between
+    0 and 1 or as "40%", rounded to the nearest count. Raises ValueError for any other n.
     """
     if target == "consecutive":
         return _consecutive(scores, n)
     order = selector(scores, target)
-    _check_count(n, len(order), target)
-    chosen = order[:n]
+    chosen = order[: _count(n, len(order), target)]
     n_layers = len(scores.attn)
     if target == "joint":
         return plan_of(chosen, n_layers)
@@ -214,12 +256,12 @@ def plan_of(sublayers: Iterable[tuple[str, int]], n_layers: int | None = None) -
     return DropPlan(attn, mlp, n_layers)
 
 
-def _consecutive(scores, n: int) -> DropPlan:
+def _consecutive(scores, n: int | float | str) -> DropPlan:
     """The run of n blocks, none of them dropped already, whose input and output are most alike."""
     if scores.gap is None:
         raise ValueError("consecutive Block Drop needs the gap matrix: call score(..., gap=True)")
     dropped_already = np.isnan(scores.block)
-    _check_count(n, int((~dropped_already).sum()), "consecutive")
+    n = _count(n, int((~dropped_already).sum()), "consecutive")
     n_layers = len(scores.block)
     if n == 0:
         return DropPlan((), (), n_layers)
@@ -232,6 +274,17 @@ def _consecutive(scores, n: int) -> DropPlan:
     return DropPlan(run, run, n_layers)
 
 
-def _check_count(n: int, available: int, target: str) -> None:
+def _count(n: int | float | str, available: int, target: str) -> int:
+    """How many of the available layers `n` is, a count or a share. ValueError where it is neither."""
+    share = n
+    if isinstance(n, str) and n.endswith("%"):
+        with suppress(ValueError):
+            share = float(n[:-1]) / 100
+    if isinstance(share, float) and 0 < share < 1:
+        return int(share * available + 0.5)
     if isinstance(n, bool) or not hasattr(n, "__index__") or not 0 <= index(n) <= available:
-        raise ValueError(f"cannot drop n={n!r} of {available} {target} layers; n must be between 0 and {available}")
+        raise ValueError(
+            f"cannot drop n={n!r} of {available} {target} layers; n must be between 0 and {available}, a whole number, "
+            "or a share of them above 0 and below 1, as 0.4 or '40%'"
+        )
+    return index(n)

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .anatomy import RECORD, Anatomy, Layout, find_anatomy
-from .plan import DropPlan
+from .anatomy import RECORD, Anatomy, Layout, find_anatomy, unwrapped
+from .plan import AnyPlan, DropPlan
 
 
-def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: AnyPlan) -> nn.Module:
     """Drop the plan's sublayers from `model` in place and return it.
 
     The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both
@@ -19,20 +20,29 @@ def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
     are renumbered and every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped
     model, also when the model was dropped from before. The model knows what was dropped (`find_anatomy(model).plan`),
     and its `save_pretrained` writes a checkpoint that stock classes refuse instead of filling it with random weights.
+    plan: a DropPlan, or what `llmdrop.plan.as_plan` makes one of.
 
-    Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, and
-    plans that leave no sublayer at all. The model is unchanged then.
+    Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, plans
+    that leave no sublayer at all, and a model in DistributedDataParallel; TypeError for what is no plan. The model is
+    unchanged then.
     """
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+        raise ValueError(
+            "DistributedDataParallel waits for gradients of the parameters it was made with: apply_plan to the model "
+            "before it is wrapped, and wrap what is left"
+        )
     _drop(model, plan)
     return model
 
 
 @contextmanager
-def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
+def dropped(model: nn.Module, plan: AnyPlan) -> Iterator[nn.Module]:
     """`apply_plan` for the length of a `with` block; everything is restored afterwards, also after an exception.
 
-    Can be nested (the plans add up). A KV cache made inside must not be used outside. The model changes for every
-    thread: none may run it meanwhile that does not want it dropped.
+    Can be nested (the plans add up). A KV cache is good for the plan it was filled under, as long as the `with` block
+    lasts: the model refuses it elsewhere (ValueError). The model changes for every thread: none may run it meanwhile
+    that does not want it dropped.
     """
     with _drop(model, plan):
         yield model
@@ -63,7 +73,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
+def _drop(model: nn.Module, plan: AnyPlan) -> ExitStack:
     """Drop, and return what restores the model when it is closed. Where dropping fails, the model is restored."""
     parts = find_anatomy(model)
     plan = _checked(parts, plan)
@@ -78,7 +88,7 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
         present = [i for i in range(parts.n_layers) if parts.layers[i] is not None]
         if kept != present:
             put(undo, parts.decoder, parts.layers_name, nn.ModuleList(parts.layers[i] for i in kept))
-            for config in text_configs(model, parts):
+            for config in text_configs(unwrapped(model), parts):
                 if getattr(config, "layer_types", None) is not None:
                     put(undo, config, "layer_types", [config.layer_types[present.index(i)] for i in kept])
                 put(undo, config, "num_hidden_layers", len(kept))
@@ -93,6 +103,10 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
             put(undo, parts.decoder, "_llmdrop_cache", cut)
         put(undo, cut, "slots", tuple(kept.index(i) for i in with_attention))
         put(undo, cut, "n_layers", len(kept))
+        put(undo, cut, "plan", (plan.attn, plan.mlp) if plan else None)
+        if plan != parts.plan:
+            put(undo, cut, "caches", WeakSet())
+            undo.callback(_close, cut.caches)
         if not with_attention:
             put(undo, getattr(parts.layers[kept[0]], layout.attn_core), "counts_tokens", True)
 
@@ -152,7 +166,7 @@ def stubs(layout: Layout, kind: str) -> dict[str, nn.Module]:
     return {name: nothing if name == core else nn.Identity() for name in names}
 
 
-def _checked(parts: Anatomy, plan: DropPlan) -> DropPlan:
+def _checked(parts: Anatomy, plan: AnyPlan) -> DropPlan:
     """The plan with what is dropped already. ValueError where it does not fit the model or leaves nothing of it."""
     whole = parts.whole_plan(plan)
     if len(whole) == 2 * parts.n_layers:
@@ -199,6 +213,11 @@ class CacheCut:
 
     slots: tuple[int, ...]  # of a cache made from the config, the slots that stay
     n_layers: int  # how many slots such a cache has
+    plan: tuple | None = ()  # what is dropped, and so under what a cache must have been filled
+    caches = None  # filled under a plan that may end
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "caches"}  # a copy has filled none
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
@@ -207,9 +226,31 @@ class CacheCut:
             kwargs = kwargs | {"past_key_values": cache}
         if cache is None:
             return args, kwargs
-        if not self.slots:
-            if not (cache.layers and isinstance(cache.layers[0], TokenCount)):  # else it is counting already
+        if getattr(cache, "llmdrop_plan", None) != self.plan:
+            if cache.get_seq_length() or len(cache.layers) > self.n_layers:
+                raise ValueError(
+                    "this KV cache was made or filled while other layers were dropped than now, and its keys and "
+                    "values are of another model; begin with a fresh one"
+                )
+            if not self.slots:
                 cache.layers = [TokenCount()]
-        elif len(cache.layers) == self.n_layers != len(self.slots):  # fresh; once cut, shorter
-            cache.layers = [cache.layers[slot] for slot in self.slots]
+            elif len(cache.layers) == self.n_layers:
+                cache.layers = [cache.layers[slot] for slot in self.slots]
+            cache.llmdrop_plan = self.plan
+        if self.caches is not None and not torch.compiler.is_compiling():
+            self.caches.add(cache)
         return args, kwargs
+
+
+def _close(caches: Iterable[Cache]) -> None:
+    """Let nothing more be put into these caches: the model they were filled by is about to be another one."""
+    for cache in caches:
+        for layer in cache.layers:
+            layer.update = _refuse
+
+
+def _refuse(*args, **kwargs):
+    raise ValueError(
+        "this KV cache was filled while layers were dropped that are here again (or the other way round), and its keys "
+        "and values are of another model; begin with a fresh one"
+    )

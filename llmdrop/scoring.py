@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .anatomy import Anatomy, find_anatomy
-from .calibration import Calibration, batches
+from .anatomy import Anatomy, find_anatomy, unwrapped
+from .calibration import Calibration, TokenIds, batches, read_by
 from .hooks import ResidualTap
 from .prune import eval_mode
-from .sublayers import not_finite
+from .sublayers import in_float64, not_finite
 
 KINDS = ("attn", "mlp", "block")
 VERSION = 1  # of the scores: raised when their numbers change, so that stored ones are measured again
@@ -89,7 +89,7 @@ class ImportanceScores:
 
 def score(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: Calibration | TokenIds,
     batch_size: int = 8,
     with_residual: bool = True,
     gap: bool = False,
@@ -103,12 +103,15 @@ def score(
     y_mlp = x + mlp(x). with_residual=False compares x with f(x) alone (Table 6). gap=True also fills the gap matrix
     (needs the residual streams of one batch at a time; otherwise nothing is kept and memory does not depend on the
     number of samples). Standard errors treat samples as independent. The language-model head is never computed.
+    calibration: a Calibration, or what it can be made of (token ids, a tokenizer's batch, a DataLoader of these).
 
     Models larger than memory: `llmdrop.score_checkpoint`. Several processes: `llmdrop.score_distributed`.
 
-    Raises ValueError for unknown architectures, an empty calibration set, a batch size below 1, and activations that
-    are not finite, naming the layer.
+    Raises ValueError for unknown architectures, an empty calibration set, token ids or samples that the model cannot
+    read (see `calibration.check_readable`), a batch size below 1, and activations that are not finite, naming the
+    layer.
     """
+    calibration = read_by(model, calibration)
     sums, gaps = sample_sums(model, calibration, batch_size, with_residual, gap, progress)
     return scores_from_sums(sums, gaps, calibration)
 
@@ -129,6 +132,7 @@ def sample_sums(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+    model = unwrapped(model)
     parts = find_anatomy(model)
     n_samples = len(calibration.input_ids)
     present = [i for i, layer in enumerate(parts.layers) if layer is not None]
@@ -154,14 +158,14 @@ def sample_sums(
             cos = torch.linalg.vecdot(before, other) / (size[id(before)] * other_size).clamp_min(1e-12)
             quantities += [cos, f_size / size[id(after)].clamp_min(1e-12)]
         weights = batch_mask.to(x.device)
-        rows[i] = torch.stack([torch.where(weights, q, 0.0).double().sum(1) for q in quantities])
+        rows[i] = torch.stack([in_float64(torch.where(weights, q, 0.0)).sum(1) for q in quantities])
         if gap:
             if not streams:
                 streams.append((i, x / _norm(x).unsqueeze(-1)))
             unit = y / _norm(y).unsqueeze(-1)
             for start, before in streams:
                 cos = torch.linalg.vecdot(before.to(unit.device), unit)
-                gaps[start, i] += torch.where(weights, 1 - cos, 0.0).double().sum().item()
+                gaps[start, i] += in_float64(torch.where(weights, 1 - cos, 0.0)).sum().item()
             if i in next_layer:
                 streams.append((next_layer[i], unit))
 

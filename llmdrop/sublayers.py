@@ -6,8 +6,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, output_matrix
-from .calibration import Calibration, batches
+from .anatomy import Anatomy, output_matrix, unwrapped
+from .calibration import Calibration, batches, read_by
 from .prune import eval_mode, put, stubs
 
 LayerCall = tuple[tuple, dict]  # args and kwargs, besides the residual stream, with which the decoder calls a layer
@@ -61,6 +61,11 @@ def head_logits(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64; on the CPU where its device has none (Apple's MPS)."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
 def not_finite(kind: str, i: int) -> str:
     """The complaint about the "attn", "mlp" or "block" of layer i."""
     return f"layer {i}'s {kind} gives values that are not finite on this text. {NOT_FINITE}"
@@ -77,6 +82,8 @@ class SublayerRun:
         self.start: list[torch.Tensor] = []
         self.calls: list[dict[int, LayerCall]] = []
         self.masks: list[torch.Tensor] = []
+        model = unwrapped(model)
+        calibration = read_by(model, calibration)
         with eval_mode(model):
             for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
                 hidden, calls = layer_calls(parts, **inputs)

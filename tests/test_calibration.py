@@ -5,8 +5,12 @@ import json
 import datasets
 import pytest
 import torch
+from exports import TOKENIZER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
 
 from llmdrop.calibration import SOURCES, Calibration, batches, load_calibration
 from llmdrop.data.texts import Documents, available_sources
@@ -295,3 +299,147 @@ def test_batches_leave_padding_out_of_positions():
     position = torch.cat([inputs["position_ids"] for _, inputs in made])
     assert position[mask.bool()].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
     assert set(next(batches(Calibration(ids), 2, torch.device("cpu")))[1]) == {"input_ids"}
+
+
+# ---- token ids as people have them
+
+
+def loader(ids, mask, size):
+    rows = [{"input_ids": i, "attention_mask": m, "token_type_ids": 0 * i} for i, m in zip(ids, mask, strict=True)]
+    return DataLoader(rows, size)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=9), min_size=1, max_size=7), st.integers(1, 4))
+def test_samples_of_any_length_are_padded_with_a_mask(samples, size):
+    lengths = torch.tensor([len(sample) for sample in samples])
+    width = int(lengths.max())
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask.bool()] = torch.tensor([token for sample in samples for token in sample])
+    rows = [{"input_ids": sample, "token_type_ids": [0] * len(sample)} for sample in samples]
+    tensors = [torch.tensor(sample) for sample in samples]
+    forms = [samples, tensors, [tensor[None] for tensor in tensors], rows, {"input_ids": samples}, iter(tensors)]
+    forms += [BatchEncoding({"input_ids": samples, "token_type_ids": samples}), datasets.Dataset.from_list(rows)]
+    forms += [[[sample] for sample in samples], [tensor.numpy() for tensor in tensors]]
+    for form in forms:
+        made = Calibration(form)
+        assert torch.equal(made.input_ids, ids)
+        if len(set(lengths.tolist())) == 1:
+            assert made.attention_mask is None
+        else:
+            assert torch.equal(made.attention_mask, mask)
+    as_rows = {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+    masked = [
+        as_rows,
+        BatchEncoding(as_rows),
+        loader(ids, mask, size),
+        [as_rows],
+        {k: v.tolist() for k, v in as_rows.items()},
+    ]
+    for form in masked:
+        made = Calibration(form)
+        assert torch.equal(made.input_ids, ids) and torch.equal(made.attention_mask, mask)
+    assert (
+        Calibration(ids, attention_mask=mask).digest == Calibration(ids.tolist(), attention_mask=mask.tolist()).digest
+    )
+    assert torch.equal(Calibration({"input_ids": ids}, attention_mask=mask).attention_mask, mask)
+    assert torch.equal(Calibration(DataLoader(TensorDataset(ids), size)).input_ids, ids)
+
+
+def test_batches_of_different_widths_and_sides_keep_their_masks():
+    left = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    made = Calibration([left, {"input_ids": torch.tensor([[7, 8, 9, 10]])}])
+    assert made.input_ids.tolist() == [[0, 5, 6, 0], [7, 8, 9, 10]]
+    assert made.attention_mask.tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_what_a_tokenizer_gives():
+    texts = ["Layers go.", "A longer text than that one."]
+    tokenizer = byte_tokenizer()
+    padded = tokenizer(texts, padding=True, return_tensors="pt")
+    assert Calibration(padded).digest == Calibration(tokenizer(texts, padding=True)).digest
+    plain = Calibration(tokenizer(texts, return_attention_mask=False))
+    assert plain.n_tokens == Calibration(padded).n_tokens and plain.n_samples == 2
+    assert TOKENIZER.pad_token is None
+    made = Calibration(TOKENIZER(texts))  # no padding token is needed
+    assert made.n_tokens == sum(map(len, TOKENIZER(texts)["input_ids"])) < made.input_ids.numel()
+
+
+def test_what_holds_no_ids_is_named():
+    listed = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 10]]})
+    pairs = DataLoader(TensorDataset(torch.ones(4, 3).long(), torch.ones(4, 3).long()), 2)
+    cases = [
+        ("A text.", TypeError, "a str is no token ids"),
+        (["A text.", "Another."], TypeError, "a str is no token ids.*Texts go through llmdrop.load_calibration"),
+        (None, TypeError, "a NoneType is no token ids"),
+        (7, TypeError, "a int is no token ids"),
+        ([5, 6, 7], ValueError, r"shape \(3,\); expected \[n_samples, seq_len\]"),
+        ([], ValueError, "there are no samples"),
+        ([[5], []], ValueError, "or one without a token"),
+        (DataLoader([]), ValueError, "there are no samples"),
+        ([[5.0, 6.0], [7.0]], TypeError, "float32; token ids are integers"),
+        ({"text": ["a"]}, ValueError, "a batch holds text; expected input_ids"),
+        ([{}], ValueError, "a batch holds nothing; expected input_ids"),
+        (DataLoader(listed, 2), ValueError, "put samples into columns.*set_format"),
+        (pairs, ValueError, "a batch holds 2 tensors; say which"),
+        (DataLoader([(ids, 1) for ids in torch.ones(4, 3).long()], 2), ValueError, "a batch holds 2 tensors"),
+        ([(torch.ones(3).long(), torch.ones(3).long())], ValueError, "a batch holds 2 tensors"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1, 1, 0]]}, ValueError, "attention_mask has shape"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1, 1], [1, 0]]}, ValueError, "attention_mask has 2 samples"),
+    ]
+    for given_, error, message in cases:
+        with pytest.raises(error, match=message):
+            Calibration(given_)
+    for source in ({"input_ids": [[5]]}, TOKENIZER(["a"]), datasets.DatasetDict()):
+        with pytest.raises(TypeError, match="is no text; give one split of a dataset, and to Calibration()"):
+            load_calibration(source, Tokenizer(), 1, 4)
+    with pytest.raises(TypeError, match="one is a dict. Token ids go into Calibration()"):
+        load_calibration(DataLoader([{"input_ids": torch.ones(3)}]), Tokenizer(), 1, 4)
+
+
+# ---- datasets of the hub
+
+
+def test_a_directory_that_datasets_can_load(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    made = load_calibration(tmp_path / "own", Tokenizer(), 5, 10)
+    assert torch.equal(made.input_ids, load_calibration(DOCUMENTS, Tokenizer(), 5, 10).input_ids)
+    assert made.source.startswith(str(tmp_path / "own"))
+    stream = datasets.load_dataset(str(tmp_path / "own"), split="train", streaming=True)
+    assert torch.equal(load_calibration(stream, Tokenizer(), 5, 10).input_ids, made.input_ids)
+
+
+@pytest.mark.parametrize(
+    "name, asked",
+    [
+        ("me/texts", ("me/texts", {"split": "train", "name": None})),
+        ("me/texts/small", ("me/texts", {"split": "train", "name": "small"})),
+        ("me/texts/small/test", ("me/texts", {"split": "test", "name": "small"})),
+    ],
+)
+def test_a_dataset_of_the_hub(name, asked, monkeypatch):
+    calls = []
+
+    def load_dataset(path, **options):
+        calls.append((path, options))
+        return datasets.Dataset.from_dict({"text": DOCUMENTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    made = load_calibration(name, Tokenizer(), 5, 10)
+    assert calls == [asked]
+    assert torch.equal(made.input_ids, load_calibration(DOCUMENTS, Tokenizer(), 5, 10).input_ids)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"body": DOCUMENTS}))
+    with pytest.raises(ValueError, match='the dataset has columns body; expected one called "text"'):
+        load_calibration(name, Tokenizer(), 5, 10)
+
+
+def test_a_dataset_of_the_hub_in_a_mirror_or_out_of_reach(tmp_path, monkeypatch):
+    file = tmp_path / "me/texts/default/train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    made = load_calibration("me/texts", Tokenizer(), 5, 10, data_dir=tmp_path)
+    assert torch.equal(made.input_ids, load_calibration(DOCUMENTS, Tokenizer(), 5, 10).input_ids)
+    with pytest.raises(FileNotFoundError, match="cannot get me/no-such/default/train from the hub"):
+        load_calibration("me/no-such", Tokenizer(), 5, 10)  # the hub is not in reach of tests

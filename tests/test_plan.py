@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmdrop import DropPlan, ImportanceScores, drop_order, plan, plan_drop
+from llmdrop.plan import as_plan
 
 indices = st.sets(st.integers(0, 39))
 
@@ -101,6 +103,9 @@ def test_counts_and_targets_are_checked():
     for n in (-1, 3, True, 1.5, "2", None):
         with pytest.raises(ValueError, match="n must be between 0 and 2"):
             plan_drop(s, "attn", n)
+    for n in (0.0, 1.0, 2.0, 8.0, -0.4, float("nan"), "0%", "100%", "140%", "%", "40", "0.4"):
+        with pytest.raises(ValueError, match=f"n={re.escape(repr(n))} of 2 attn.*a whole number, or a share.*'40%'"):
+            plan_drop(s, "attn", n)
     with pytest.raises(ValueError, match="'layer' is not one of attn, mlp, block, joint, consecutive"):
         plan_drop(s, "layer", 1)
 
@@ -129,3 +134,49 @@ def test_consecutive_passes_over_dropped_blocks():
     with pytest.raises(ValueError, match="n must be between 0 and 3"):
         plan_drop(s, "consecutive", 4)
     assert plan_drop(s, "consecutive", 0) == DropPlan()
+
+
+@given(st.integers(1, 60), st.floats(0.001, 0.999), st.sampled_from(["attn", "mlp", "block", "joint", "consecutive"]))
+def test_a_share_is_the_nearest_count(n_layers, share, target):
+    values = np.arange(n_layers) / 100
+    s = scores_of(values, values[::-1], gap=np.full((n_layers, n_layers), 0.5))
+    available = 2 * n_layers if target == "joint" else n_layers
+    got = plan_drop(s, target, share)
+    count = len(got) // (2 if target in ("block", "consecutive") else 1)
+    assert abs(count - share * available) <= 0.5 + 1e-9
+    assert got == plan_drop(s, target, count) == plan_drop(s, target, f"{100 * share!r}%")
+
+
+def test_shares_by_hand():
+    s = scores_of(np.arange(30), np.arange(30))
+    assert plan_drop(s, "attn", 0.4) == plan_drop(s, "attn", "40%") == plan_drop(s, "attn", 12)
+    assert plan_drop(s, "joint", np.float64(0.25)) == plan_drop(s, "joint", np.int64(15))
+    half = scores_of([0.1, np.nan, 0.3, 0.2], [0.1] * 4)  # of those that are left
+    assert plan_drop(half, "attn", "67%") == DropPlan([0, 3])
+
+
+@given(indices, indices)
+def test_every_form_is_read_as_the_plan(attn, mlp):
+    p = DropPlan(attn, mlp, n_layers=40)
+    booleans = {f"drop_{k}_list": [i in s for i in range(40)] for k, s in (("attn", attn), ("mlp", mlp))}
+    pairs = [("attn", i) for i in attn] + [["mlp", i] for i in mlp]
+    for form in (p, p.key, json.loads(p.to_json()), p.to_llm_drop() | {"model_type": "llama"}, booleans, pairs):
+        assert as_plan(form, 40) == p
+
+
+def test_what_is_no_plan_is_named(tmp_path):
+    for wrong in (None, 8, [25, 26], ["attn"], [("block", 3)], "Attn-8", '{"attn": [1]}', {25, 26}, np.arange(3)):
+        with pytest.raises(
+            TypeError, match=rf"a {type(wrong).__name__} is no plan; give a llmdrop.DropPlan.*attn=\[25"
+        ):
+            as_plan(wrong)
+    with pytest.raises(FileNotFoundError, match="no plan in .*none.json"):
+        as_plan(tmp_path / "none.json")
+    for text, message in (("{", "is no JSON"), ("[1]", "holds no drop plan"), ('{"layers": 3}', "not a drop plan")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=f'{message}.*expected an object {{"attn"'):
+            as_plan(str(tmp_path / "bad.json"))
+    with pytest.raises(ValueError, match="not a drop plan.*attention"):
+        as_plan({"attention": [1]})
+    with pytest.raises(ValueError, match="2 booleans for a model of 3 layers"):
+        as_plan({"drop_attn_list": [True, False]}, 3)

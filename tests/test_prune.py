@@ -1,6 +1,7 @@
 """Dropping equals zeroing a branch; caches, nesting, saving and loading keep it so."""
 
 import contextlib
+import copy
 import types
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, random_ids, tiny
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import llmdrop
 from llmdrop import DropPlan, apply_plan, dropped, prune
@@ -225,7 +226,7 @@ def test_impossible_plans_leave_the_model_unchanged(plan, message):
     assert torch.equal(logits(model, ids), before)
 
 
-@pytest.mark.parametrize("plan", [None, {"attn": [1]}, [1], "Attn-8"])
+@pytest.mark.parametrize("plan", [None, 8, [1], [("attn", 1), 2], "Attn-8"])
 def test_what_is_no_plan_is_refused(plan):
     with pytest.raises(TypeError, match=f"a {type(plan).__name__} is no plan; give a llmdrop.DropPlan"):
         apply_plan(tiny("llama"), plan)
@@ -315,3 +316,96 @@ def test_the_module_is_not_hidden_by_a_function():
     for name in vars(llmdrop):
         if isinstance(vars(llmdrop)[name], types.ModuleType):
             assert vars(llmdrop)[name].__name__ == f"llmdrop.{name}"
+
+
+def test_a_plan_in_any_form_is_applied(tmp_path):
+    plan, ids = DropPlan([1, 3], [3], 5), random_ids(2, 8)
+    expected = logits(apply_plan(tiny("llama"), plan), ids)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    booleans = {"drop_attn_list": [i in (1, 3) for i in range(5)], "drop_mlp_list": [i == 3 for i in range(5)]}
+    pairs = [("attn", 1), ("mlp", 3), ["attn", 3]]
+    for form in (str(tmp_path / "plan.json"), tmp_path / "plan.json", plan.key, plan.to_llm_drop(), booleans, pairs):
+        assert torch.equal(logits(apply_plan(tiny("llama"), form), ids), expected)
+        with dropped(tiny("llama"), form) as model:
+            assert torch.equal(logits(model, ids), expected)
+        sizes = [llmdrop.kv_cache_bytes(tiny("llama"), 1, 8, one) for one in (form, plan)]
+        assert sizes[0] == sizes[1]
+        swept = llmdrop.perplexity_sweep(tiny("llama"), {"form": form, "plan": plan}, ids, progress=False)
+        assert swept["perplexity"].nunique() == 1
+
+
+# ---- caches and the models that filled them
+
+
+def filled(model, ids, cache=None):
+    with torch.inference_mode():
+        return model(ids, use_cache=True, past_key_values=cache).past_key_values
+
+
+KINDS_OF_CACHE = {
+    "made by the model": lambda model: None,
+    "growing": lambda model: DynamicCache(),
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=32),
+}
+OF_ANOTHER = "this KV cache was .* while .*layers were dropped.*fresh one"
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CACHE)
+@pytest.mark.parametrize("plan", [DropPlan([0]), DropPlan(mlp=[1]), DropPlan([2], [2]), DropPlan(range(5), [1])])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_cache_of_another_model_is_refused(family, plan, kind):
+    model, ids, new = tiny(family), random_ids(1, 6), KINDS_OF_CACHE[kind]
+    whole = filled(model, ids, new(model))
+    with dropped(model, plan):
+        with pytest.raises(ValueError, match=OF_ANOTHER):  # filled before the drop
+            filled(model, ids, whole)
+        inside = filled(model, ids, new(model))
+        filled(model, ids[:, :2], inside)
+        with dropped(model, DropPlan(mlp=[4])):
+            with pytest.raises(ValueError, match=OF_ANOTHER):
+                filled(model, ids, inside)
+            deeper = filled(model, ids, new(model))
+        with pytest.raises(ValueError, match=OF_ANOTHER):  # filled under more than is dropped now
+            filled(model, ids, deeper)
+        filled(model, ids[:, :2], inside)  # and the own one still serves
+    bytes_inside = sum(layer.keys.nbytes for layer in inside.layers)
+    for cache in (inside, copy.deepcopy(inside)):
+        with pytest.raises(ValueError, match=OF_ANOTHER):
+            filled(model, ids, cache)
+    assert sum(layer.keys.nbytes for layer in inside.layers) == bytes_inside, "it can be looked at"
+    filled(model, ids[:, :2], whole)  # as before
+    with pytest.raises(ValueError, match=OF_ANOTHER):
+        filled(apply_plan(model, plan), ids, whole)
+
+
+def test_a_cache_made_for_more_layers_is_refused():
+    """Its slots would be of other types than the layers that are left."""
+    model, ids = tiny("gemma2"), random_ids(1, 6)
+    early = DynamicCache(config=model.config)
+    with dropped(model, DropPlan([0], [0])), pytest.raises(ValueError, match=OF_ANOTHER):
+        filled(model, ids, early)
+
+
+def test_a_cache_serves_where_nothing_is_dropped():
+    model, ids = tiny("llama"), random_ids(1, 6)
+    cache = filled(model, ids)
+    with dropped(model, DropPlan()):
+        filled(model, ids[:, :2], cache)
+    filled(model, ids[:, :2], cache)
+    with dropped(model, DropPlan([1])):
+        inside = filled(model, ids)
+        with dropped(model, DropPlan([1])):
+            filled(model, ids[:, :2], inside)
+        filled(model, ids[:, :2], inside)
+        inside.reset()
+        torch.testing.assert_close(filled(model, ids, inside).layers[0].keys, filled(model, ids).layers[0].keys)
+
+
+def test_what_is_dropped_from_a_checkpoints_own_class_still_generates(tmp_path):
+    path = llmdrop.save_model(apply_plan(tiny("llama"), DropPlan([1])), None, tmp_path / "m")
+    ids = random_ids(1, 6)
+    stock = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    expected = uncached(apply_plan(tiny("llama"), DropPlan([0, 1])), ids, torch.ones_like(ids), 8)
+    apply_plan(stock, DropPlan([0, 1]))
+    assert torch.equal(stock.generate(ids, max_new_tokens=8, do_sample=False), expected)

@@ -7,10 +7,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from tiny import FAMILIES, random_ids, tiny
+from torch.utils.data import DataLoader
 
-from llmdrop import Calibration, DropPlan, ImportanceScores, dropped, plan_drop, score
+from llmdrop import (
+    Calibration,
+    DropPlan,
+    ImportanceScores,
+    dropped,
+    perplexity,
+    plan_drop,
+    score,
+    score_distributed,
+)
 from llmdrop.anatomy import find_anatomy as anatomy
+from llmdrop.compress.reconstruction import fit
+from llmdrop.compress.search import one_shot, taylor
+from llmdrop.compress.shortened_llama import block_taylor
+from llmdrop.compress.wanda import wanda
+from llmdrop.compress.windows import score_windows
+from llmdrop.sublayers import in_float64
 
 
 def calibration(ids, mask=None):
@@ -116,8 +133,9 @@ def test_round_trip_and_clear_errors():
 
 def test_hooks_are_gone_after_an_exception():
     model = tiny("llama")
-    with pytest.raises(IndexError):
-        score(model, calibration(torch.full((2, 5), 1000)), progress=False)
+    model.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 3"):
+        score(model, calibration(random_ids(2, 5)), progress=False)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -169,8 +187,9 @@ def test_scores_compare_and_hash():
 
 def test_train_mode_is_put_back_after_an_exception():
     model = tiny("llama").train()
-    with pytest.raises(IndexError):
-        score(model, calibration(torch.full((2, 5), 1000)), progress=False)
+    model.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 3"):
+        score(model, calibration(random_ids(2, 5)), progress=False)
     assert model.training
 
 
@@ -192,3 +211,65 @@ def test_threads_that_score_one_model_do_not_mix():
         running.result()
     assert scores == expected
     assert all(module.training for module in model.modules())
+
+
+def test_what_a_calibration_can_be_made_of_is_scored():
+    ids = random_ids(3, 8)
+    expected = score(tiny("llama"), Calibration(ids), progress=False)
+    for given in (ids, ids.numpy(), ids.tolist(), {"input_ids": ids}, DataLoader(list(ids), 2)):
+        assert score(tiny("llama"), given, progress=False) == expected
+    with pytest.raises(TypeError, match="a str is no token ids.*Texts go through llmdrop.load_calibration"):
+        score(tiny("llama"), "A text.", progress=False)
+
+
+READERS = {
+    "score": lambda model, ids: score(model, ids, progress=False),
+    "perplexity": lambda model, ids: perplexity(model, ids, progress=False),
+    "score_distributed": lambda model, ids: score_distributed(model, ids, progress=False),
+    "fit": lambda model, ids: fit(model, DropPlan([2]), ids),
+    "taylor": taylor,
+    "one_shot": one_shot,
+    "wanda": lambda model, ids: wanda(model, ids, 0.5),
+    "block_taylor": block_taylor,
+    "windows": lambda model, ids: score_windows(model, ids, window=2, sinks=1),
+}
+
+
+@pytest.mark.parametrize("reader", sorted(READERS))
+def test_what_the_model_cannot_read_is_refused_with_a_sentence(reader):
+    read = READERS[reader]
+    ids = random_ids(4, 12)
+    ids[1, 3] = 97
+    with pytest.raises(ValueError, match="token id 97 is beyond the model's vocabulary of 97.*resize_token_embeddings"):
+        read(tiny("llama"), ids)
+    with pytest.raises(ValueError, match="on the meta device"):
+        read(tiny("llama").to("meta"), random_ids(4, 12))
+    if reader != "windows":
+        read(tiny("llama", max_position_embeddings=8), random_ids(4, 12))  # rotary positions go on
+    for family, options in (("gpt2", {"n_positions": 8}), ("opt", {"max_position_embeddings": 8})):
+        model = tiny(family, **options)
+        with pytest.raises(ValueError, match=f"12 tokens|11 tokens and this {family} model learned 8 positions"):
+            read(model, random_ids(4, 12))
+        padded = Calibration([[5] * 4, [6] * 8, [7] * 8, [8] * 5])
+        read(model, padded)
+
+
+def test_offloaded_weights_are_no_missing_ones(tmp_path):
+    expected = score(tiny("llama"), random_ids(3, 8), progress=False)
+    model = tiny("llama")
+    places = {name: "cpu" for name, child in model.named_children()}
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(5)}
+    dispatch_model(model, places, offload_dir=tmp_path, main_device="cpu", force_hooks=True)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert score(model, random_ids(3, 8), progress=False) == expected
+
+
+def test_float64_where_a_device_has_none():
+    class OnMPS:
+        device = torch.device("mps")
+
+        def cpu(self):
+            return torch.ones(2)
+
+    assert in_float64(OnMPS()).dtype == in_float64(torch.ones(2)).dtype == torch.float64

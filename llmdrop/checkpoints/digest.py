@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from ..anatomy import unwrapped
 from .destination import MARK
 
 ROW = 2**16  # words of 32 bits that are summed together
@@ -21,6 +22,7 @@ def weights_digest(model: nn.Module) -> str:
     and summed, modulo 2^64: a change of one word always shows, others go unseen with a probability of 2^-64. Takes a
     quarter of a second for 135M parameters. Never cached, since nothing tells that a weight was written to.
     """
+    model = unwrapped(model)
     config = {key: value for key, value in model.config.to_dict().items() if key not in VOLATILE}
     state = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     odd = torch.from_numpy(np.frombuffer(hashlib.shake_256(b"llmdrop").digest(2 * ROW * 8), "<i8").copy()) | 1

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..anatomy import find_anatomy
+from ..anatomy import find_anatomy, unwrapped
 from ..plan import DropPlan
 from ..prune import dropped, put
 
@@ -56,6 +56,7 @@ def _quantized(model: nn.Module, algorithm: str, group_size: int, exact: bool, u
     """Quantize, and return what restores the model when it is closed. Where that fails, the model is restored."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+    model = unwrapped(model, with_adapters=False)
     bnb = library()
     matrices = [place for place in _modules(model) if _is_matrix(place[2])]
     _check(model, [_weight(matrix) for *_, matrix in matrices], group_size, bnb)

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..anatomy import find_anatomy
 from ..files import new_directory, real_path
-from ..plan import DropPlan
+from ..plan import DropPlan, as_plan
 from ..prune import apply_plan, give_biases
 from .destination import MARK, check_file
 from .extras import import_extra
@@ -124,7 +124,7 @@ def drop_gguf(source: str | os.PathLike, plan: DropPlan, path: str | os.PathLike
     if "tokenizer.huggingface.json" not in facts:  # nobody can read a tokenizer out of a "deci" file
         facts["tokenizer.huggingface.json"] = read_tokenizer(source, facts).backend_tokenizer.to_str()
     facts["llmdrop.config"] = _recorded_config(source, reader, facts)
-    plan = plan.for_depth(facts["block_count"])
+    plan = as_plan(plan, facts["block_count"]).for_depth(facts["block_count"])
     return _write(path, plan, _head_width(facts), facts, _kept_tensors(reader, plan))
 
 

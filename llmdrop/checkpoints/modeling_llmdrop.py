@@ -119,6 +119,6 @@ def _drop(model: nn.Module, record: dict) -> None:
         cut.slots = tuple(kept.index(i) for i in live)
         cut.n_layers = len(kept)
         decoder.register_forward_pre_hook(cut, with_kwargs=True)
-        decoder._llmdrop_cache = cut
+        decoder._llmdrop_cache = cut  # where llmdrop finds it, to drop more
         if not live:
             getattr(layers[kept[0]], layout.attn_core).counts_tokens = True

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..anatomy import check_has_weights, unwrapped
 from ..files import new_directory, real_path
 from .destination import check_destination
 from .nemotron_nas import write_nemotron_nas
@@ -32,11 +33,13 @@ def save_model(
         `gguf_format.write_gguf`; `load_model` reads it back.
 
     Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces what llmdrop wrote, and nothing
-    else), ValueError for what a format cannot hold, ImportError without the extra that a GGUF needs, RuntimeError while
-    another process writes there; the destination is complete or absent, also when the process is killed. Returns the
-    absolute path, of a link that of its target, which is replaced.
+    else), ValueError for what a format cannot hold and for adapters that are not merged, ImportError without the extra
+    that a GGUF needs, RuntimeError while another process writes there; the destination is complete or absent, also when
+    the process is killed. Returns the absolute path, of a link that of its target, which is replaced.
     """
     path = real_path(path)
+    model = unwrapped(model, with_adapters=False)
+    check_has_weights(model)
     if format == "gguf":
         from .gguf_format import write_gguf  # needs an extra
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from ..anatomy import unwrapped
 from ..calibration import Calibration
 from ..checkpoints.digest import weights_digest
 from ..files import build_dir, new_directory
@@ -81,6 +82,7 @@ class Healing:
         return self._heal(model, plan, changes)[1]
 
     def _heal(self, model: nn.Module, plan: DropPlan, changes: Changes) -> tuple[nn.Module, list[float]]:
+        model = unwrapped(model, with_adapters=False)
         of_model = {"weights": weights_digest(model), "dtype": str(model.dtype), "device": model.device.type}
         key = of_model | plan.key | self.key | {"changes": _digest(changes)}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -110,6 +112,7 @@ def heal(
     Raises ImportError without peft, ValueError for a folder with an adapter of other settings, and what `Healing` and
     `reconstruct` refuse.
     """
+    model = unwrapped(model, with_adapters=False)
     healing = Healing(text, **settings)
     changes = changes or {}
     peft = _peft()

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Anatomy, find_anatomy, output_matrix, output_name
+from ..anatomy import Anatomy, find_anatomy, output_matrix, output_name, unwrapped
 from ..calibration import Calibration
 from ..checkpoints.digest import weights_digest
 from ..plan import DropPlan
 from ..prune import apply_plan, dropped, give_biases, put
-from ..sublayers import SublayerRun
+from ..sublayers import SublayerRun, in_float64
 
 VERSION = 1  # of the fits: raised when their numbers change
 METHODS = ("mean", "least squares", "sequential least squares")
@@ -123,6 +123,7 @@ def reconstructed(model: nn.Module, plan: DropPlan, changes: Changes) -> Iterato
 
 def put_changes(undo: ExitStack, model: nn.Module, changes: Changes) -> None:
     """Make the changes, whatever is dropped; `undo` takes them back."""
+    model = unwrapped(model)
     parts = find_anatomy(model)
     with_bias = [(kind, i) for (kind, i), change in changes.items() if change.bias is not None]
     places = [(i, output_name(parts, i, kind)) for kind, i in with_bias if output_matrix(parts, i, kind).bias is None]
@@ -141,12 +142,13 @@ def put_changes(undo: ExitStack, model: nn.Module, changes: Changes) -> None:
 def put_weights(undo: ExitStack, model: nn.Module, other: nn.Module) -> None:
     """Give `model` the weights of `other`, a model of the same parameters; `undo` gives it its own back."""
     weights = dict(other.named_parameters())
-    for name, parameter in model.named_parameters():
+    for name, parameter in unwrapped(model).named_parameters():
         put(undo, parameter, "data", weights[name].data)
 
 
 def _check_changes(model: nn.Module, plan: DropPlan, changes: Changes) -> None:
     """ValueError unless each change is of a matrix right before a gap of the plan, and of its shape."""
+    model = unwrapped(model, with_adapters=False)
     parts = find_anatomy(model)
     gone = _dropped(parts.whole_plan(plan))
     before_gaps = [live for live, after in pairwise(_sublayers(parts)) if live not in gone and after in gone]
@@ -289,7 +291,7 @@ def _check_method(method: str) -> None:
 
 def _undropped(model: nn.Module, plan: DropPlan = DropPlan()) -> Anatomy:
     """The parts of a model that can be reconstructed, of which nothing is dropped, and which has the plan's layers."""
-    parts = find_anatomy(model)
+    parts = find_anatomy(unwrapped(model, with_adapters=False))
     if parts.plan:
         raise ValueError(f"this model has {parts.plan.label} dropped already; fit on the undropped model")
     parts.whole_plan(plan)  # raises for another depth, and indices that the model does not have
@@ -322,9 +324,9 @@ def _sums(samples: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale = (1 / whole.square().mean(-1).clamp_min(1e-12)).sqrt()[:, None]  # of a token: sqrt(w_t)
         lacks = (whole - now[real].float()) * scale
         h = read[real].float() * scale
-        gram = gram + (h.T @ h).double()
-        cross = cross + (h.T @ lacks).double()
-        error = error + lacks.square().sum(0).double()
+        gram = gram + in_float64(h.T @ h)
+        cross = cross + in_float64(h.T @ lacks)
+        error = error + in_float64(lacks.square().sum(0))
     return gram, cross, error
 
 

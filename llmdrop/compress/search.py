@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..anatomy import find_anatomy
-from ..calibration import Calibration, batches
+from ..anatomy import find_anatomy, unwrapped
+from ..calibration import Calibration, batches, read_by
 from ..plan import DropPlan, plan_of
 from ..prune import eval_mode, put
-from ..sublayers import NOT_FINITE, SublayerRun, head_logits, run_layer
+from ..scoring import score
+from ..sublayers import NOT_FINITE, SublayerRun, head_logits, in_float64, run_layer
 from .reconstruction import Changes, Sublayer, combined, put_changes
 
 VERSION = 1  # of the choices: raised when they change
@@ -118,6 +119,8 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
     derivative.) L is the mean next-token loss of a batch; padding does not count. Raises ValueError for an unknown
     target, and for a loss or gradients that are not finite.
     """
+    model = unwrapped(model)
+    calibration = read_by(model, calibration)
     parts = find_anatomy(model)
     items = _sublayers(model, target)
     device = model.get_input_embeddings().weight.device
@@ -131,6 +134,7 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
             with torch.enable_grad():
                 loss = model(**inputs, labels=next_tokens(inputs), use_cache=False).loss
                 if not loss.isfinite():
+                    score(model, calibration, batch_size, progress=False)  # raises naming the layer, if it is one
                     raise ValueError(_not_finite("the loss of the whole model", model))
                 gradients = torch.autograd.grad(loss, scales)
             for item, gradient in zip(items, gradients, strict=True):
@@ -192,7 +196,8 @@ class _Search:
             raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
         if every < 1:
             raise ValueError(f"every={every}; the loss is taken at each 1st, 2nd, 3rd, ... token")
-        self.model = model
+        self.model = model = unwrapped(model)
+        calibration = read_by(model, calibration)
         self.parts = find_anatomy(model)
         self.corrections = corrections
         self.n_tokens = calibration.n_tokens
@@ -235,7 +240,7 @@ class _Search:
                 losses = -predicted.gather(-1, target[:, None])
             else:
                 losses = (target.exp() * (target - predicted)).sum(-1)
-            total += float(losses.double().sum())
+            total += float(in_float64(losses).sum())
         if not math.isfinite(total):
             names = ", ".join(f"{kind} {i}" for kind, i in gone)
             what = f"the loss without {names}" if names else "the loss of the whole model"

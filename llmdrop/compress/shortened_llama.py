@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..anatomy import find_anatomy
-from ..calibration import Calibration, batches
+from ..anatomy import find_anatomy, unwrapped
+from ..calibration import Calibration, batches, read_by
 from ..plan import DropPlan, drop_order, plan_of
 from ..prune import dropped
-from ..scoring import ImportanceScores
-from ..sublayers import NOT_FINITE
+from ..scoring import ImportanceScores, score
+from ..sublayers import NOT_FINITE, in_float64
 from .search import frozen, next_tokens
 
 VERSION = 1  # of the importances: raised when their numbers change
@@ -29,6 +29,8 @@ def block_taylor(model: nn.Module, calibration: Calibration) -> np.ndarray:
     taken, as in the authors' code. Takes, besides the model, the memory of the gradients of all blocks. Raises
     ValueError for a model with dropped layers, or gradients that are not finite.
     """
+    model = unwrapped(model, with_adapters=False)
+    calibration = read_by(model, calibration)
     parts = find_anatomy(model)
     if parts.plan:
         raise ValueError(f"this model has {parts.plan.label} dropped already; choose blocks on the undropped model")
@@ -40,8 +42,9 @@ def block_taylor(model: nn.Module, calibration: Calibration) -> np.ndarray:
         for _, inputs in batches(calibration, 1, model.get_input_embeddings().weight.device):
             with torch.enable_grad():
                 model(**inputs, labels=next_tokens(inputs), use_cache=False).loss.backward()
-        sums = [sum(float((p.detach() * p.grad).float().abs().double().sum()) for p in block) for block in weights]
+        sums = [sum(float(in_float64((p.detach() * p.grad).float().abs()).sum()) for p in block) for block in weights]
     if not np.isfinite(sums).all():
+        score(model, calibration, progress=False)  # raises naming the layer, if it is one
         raise ValueError(f"the gradients are not finite in {model.dtype}. {NOT_FINITE}")
     return np.array(sums)
 

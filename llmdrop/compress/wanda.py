@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Anatomy, find_anatomy
+from ..anatomy import Anatomy, find_anatomy, unwrapped
 from ..calibration import Calibration
 from ..checkpoints.digest import weights_digest
 from ..plan import DropPlan
 from ..prune import dropped, eval_mode
-from ..sublayers import SublayerRun, not_finite, run_layer
+from ..sublayers import SublayerRun, in_float64, not_finite, run_layer
 
 VERSION = 1  # of the zeros: raised when others are found
 
@@ -92,6 +92,7 @@ def wanda(
     ones), or activations that are not finite, naming the layer.
     """
     _check_share(share)
+    model = unwrapped(model, with_adapters=False)
     parts = find_anatomy(model)
     matrices = linears(parts)
     zeros: Zeros = {}
@@ -137,7 +138,7 @@ def _through_layer(
             after.append(run_layer(run.parts, i, x, calls[i]))
             for name, inputs in read.items():
                 real = inputs.reshape(-1, inputs.shape[-1]).float()[mask.bool().flatten().to(inputs.device)]
-                squares[name] = squares[name] + real.square().sum(0).double()
+                squares[name] = squares[name] + in_float64(real.square().sum(0))
     run.check_finite(after, "block", i)
     return after, {name: total.sqrt().float() for name, total in squares.items()}
 

@@ -12,15 +12,15 @@ from numbers import Integral
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..anatomy import Anatomy, find_anatomy
+from ..anatomy import Anatomy, find_anatomy, unwrapped
 from ..calibration import Calibration
 from ..plan import DropPlan
 from ..prune import put
 from ..speed.roofline import predict_speed
-from ..sublayers import SublayerRun
+from ..sublayers import SublayerRun, in_float64
 
 VERSION = 1  # of windowed models and their scores: raised when their numbers change
 WINDOW = 64
@@ -73,15 +73,18 @@ def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sink
     not be: padding would take up the window and stand where the sinks should be.
 
     Raises ValueError for layers that are not there or dropped, a window below 1 or sinks below 0, an architecture with
-    windows of its own, and attention other than "sdpa" and "eager"; at a forward pass, for padding beside a cache, and
-    a cache that was not filled with these windows.
+    windows of its own, a compiled model, and attention other than "sdpa" and "eager"; at a forward pass, for padding
+    beside a cache, and a cache that was not filled with these windows.
     """
     parts = find_anatomy(model)
+    config = unwrapped(model).config
     layers = sorted(set(layers))
     _check_sizes(window, sinks)
     if layers:
-        _check(model, parts, layers)
-    additive = model.config._attn_implementation == "eager"
+        _check(config, parts, layers)
+        if any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in model.modules()):
+            raise ValueError("a compiled model does not see windows that come later: give it before torch.compile")
+    additive = config._attn_implementation == "eager"
     hook = _Window(window, sinks, additive)
     with ExitStack() as undo:
         for i in layers:
@@ -94,9 +97,8 @@ def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sink
         yield model
 
 
-def _check(model: nn.Module, parts: Anatomy, layers: list[int]) -> None:
+def _check(config: PretrainedConfig, parts: Anatomy, layers: list[int]) -> None:
     """ValueError where these layers cannot have windows."""
-    config = model.config
     missing = [i for i in layers if i not in parts.live("attn")]
     if missing:
         raise ValueError(f"no attention in layers {missing} to give a window; there is in {parts.live('attn')}")
@@ -262,6 +264,7 @@ def score_windows(
     ValueError where no sample is longer than window + sinks, for activations that are not finite, naming the layer, and
     what `windowed` raises.
     """
+    model = unwrapped(model)
     parts = find_anatomy(model)
     live = parts.live("attn")
     run = SublayerRun(model, parts, calibration, batch_size)
@@ -280,7 +283,7 @@ def score_windows(
                 narrow = run.through(streams, "attn", i)
             streams = run.through(streams, "attn", i)
             cosines = [
-                torch.cosine_similarity(full[which].double(), cut[which].double(), dim=-1)
+                torch.cosine_similarity(in_float64(full[which]), in_float64(cut[which]), dim=-1)
                 for full, cut, which in zip(streams, narrow, changed, strict=True)
             ]
             score = 1 - float(torch.cat(cosines).mean())

@@ -9,7 +9,7 @@ from operator import itemgetter
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration import SOURCES, Calibration, load_calibration
+from ..calibration import DATASETS, SOURCES, Calibration, load_calibration
 from .mirror import read_split, split_file
 
 
@@ -70,6 +70,27 @@ SOURCES |= {
     "mathinstruct": Documents("TIGER-Lab/MathInstruct", None, "train", "mathematics instructions", _instruction),
     "wikitext": Documents(*_WIKITEXT, "encyclopedia articles", itemgetter("page")),
 }
+
+
+def _text(row: dict) -> str:
+    if "text" not in row:
+        raise ValueError(
+            f'the dataset has columns {", ".join(row)}; expected one called "text". Give the texts as a list instead: '
+            'datasets.load_dataset(...)["a column"]'
+        )
+    return row["text"]
+
+
+def _dataset(name: str) -> Documents:
+    """A dataset that datasets can load: a directory, or owner/name[/config[/split]] of the hub."""
+    if os.path.isdir(name):
+        return Documents(name, None, "train", "own", _text)
+    owner, dataset, *rest = name.split("/")
+    config, split = [*rest, None, None][:2]
+    return Documents(f"{owner}/{dataset}", config, split or "train", "from the hub", _text)
+
+
+DATASETS.append(_dataset)
 
 
 def available_sources(data_dir: str | os.PathLike | None = None) -> list[str]:

@@ -9,6 +9,7 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..anatomy import unwrapped
 from ..plan import DropPlan
 from ..prune import eval_mode
 from .sweep import whole_plans
@@ -101,6 +102,12 @@ def _run(
     """(`SweepLM`, parts of the task lm.label, what `lm_eval.evaluate` gives for the plan lm.current), one by one."""
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise ValueError(f"limit={limit}; give a number of questions per task, at least 1, or None for all")
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "this tokenizer has neither a begin- nor an end-of-sequence token, and lm-eval puts one before texts; name "
+            "one, as tokenizer.eos_token = '<|endoftext|>'"
+        )
+    model = unwrapped(model)
     whole_plans(model, plans.values())
     loaded = load_tasks(tasks, data_dir, num_fewshot)
     from lm_eval import evaluate as lm_evaluate  # an optional dependency, and slow to import

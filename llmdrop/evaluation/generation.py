@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..anatomy import check_has_weights, unwrapped
+from ..calibration import check_vocabulary
 from ..plan import DropPlan
 from ..prune import eval_mode
 from .sweep import Item, loglikelihoods
@@ -37,6 +39,8 @@ def generate(
     runs once, and its KV cache serves all of their batches. Raises ValueError for a prompt that with its answer is
     longer than the model's positions: nothing is ever cut off.
     """
+    model = unwrapped(model)
+    check_has_weights(model)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     check_length(model, ids, max_new_tokens)
     padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
@@ -100,9 +104,14 @@ def greedy_matches(
 
 
 def check_length(model: nn.Module, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """ValueError if a prompt's tokens and its answer's are more than the model has positions, or a prompt is empty."""
+    """ValueError if a prompt's tokens and its answer's are more than the model has positions, or a prompt is empty.
+
+    Also for tokens that are beyond the model's vocabulary.
+    """
+    model = unwrapped(model)
     if not ids or not all(ids):
         raise ValueError("no prompts, or an empty prompt: give at least one prompt, each of one token or more")
+    check_vocabulary(max(map(max, ids)), len(model.get_input_embeddings().weight))
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(range(len(ids)), key=lambda k: len(ids[k]))
     if limit is not None and len(ids[longest]) + max_new_tokens > limit:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..calibration import load_calibration
 from ..checkpoints.load import load_model
-from ..plan import DropPlan, plan_drop
+from ..plan import DropPlan, as_plan, plan_drop
 from ..prune import apply_plan, dropped
 from ..scoring import score
 from .sweep import Item, loglikelihoods
@@ -66,7 +66,7 @@ class DroppedLM(SweepLM):
     """One model with layers dropped, by lm-eval model arguments (see `llmdrop.evaluation.__main__`).
 
     pretrained: any name for `load_model`. drop_*: how many of each to drop, by scores on `n_samples` x `seq_len` tokens
-    of `calibration`; or plan: a DropPlan's JSON in a file. Raises ValueError for counts the model does not have.
+    of `calibration`; or plan: a .json file with one. Raises ValueError for counts the model does not have.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DroppedLM(SweepLM):
         counts = {"attn": drop_attn, "mlp": drop_mlp, "block": drop_block, "joint": drop_joint}
         chosen = DropPlan()
         if plan:
-            chosen = DropPlan.from_json(Path(plan).read_text())
+            chosen = as_plan(Path(plan))
         elif any(counts.values()):
             text = load_calibration(calibration, tokenizer, n_samples, seq_len, seed, data_dir)
             scores = score(model, text)

@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..calibration import Calibration
+from ..calibration import Calibration, TokenIds
 from ..plan import DropPlan
 from .sweep import Item, loglikelihoods
 
 
-def text_items(calibration: Calibration) -> list[Item]:
+def text_items(calibration: Calibration | TokenIds) -> list[Item]:
     """Each sample without its padding, every token but the first to be scored. ValueError for less than two tokens."""
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
     ids = calibration.input_ids
     mask = calibration.attention_mask
     samples = list(ids) if mask is None else [row[mask[k].bool()] for k, row in enumerate(ids)]
@@ -21,14 +23,17 @@ def text_items(calibration: Calibration) -> list[Item]:
     return [Item(tuple(sample.tolist()), len(sample) - 1) for sample in samples]
 
 
-def perplexity(model: nn.Module, calibration: Calibration, progress: bool = True) -> dict:
+def perplexity(model: nn.Module, calibration: Calibration | TokenIds, progress: bool = True) -> dict:
     """Token-level next-token perplexity of one model: see `perplexity_sweep`."""
     frame = perplexity_sweep(model, {"": DropPlan()}, calibration, progress)
     return frame.drop(columns="plan").to_dict("records")[0]
 
 
 def perplexity_sweep(
-    model: nn.Module, plans: Mapping[str, DropPlan], calibration: Calibration, progress: bool = True
+    model: nn.Module,
+    plans: Mapping[str, DropPlan],
+    calibration: Calibration | TokenIds,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Perplexity of many plans of one model on the samples of `calibration` (each token but a sample's first).
 

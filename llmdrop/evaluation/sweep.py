@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ..anatomy import Anatomy, find_anatomy
+from ..anatomy import Anatomy, find_anatomy, unwrapped
+from ..calibration import check_readable
 from ..plan import DropPlan
 from ..prune import eval_mode
-from ..sublayers import LayerCall, head_logits, layer_calls, run_layer
+from ..sublayers import NOT_FINITE, LayerCall, head_logits, layer_calls, not_finite, run_layer
 
 VERSION = 1  # raised when the numbers change
 
@@ -121,9 +122,11 @@ def loglikelihoods(
     plans part, a mask [B, 1, N, N] and logits [128, vocabulary]. Rows are `row_tokens` long (N; by default 256 on CPUs,
     1024 on CUDA), or longer (see `pack`); B rows run together while B N is at most 1024 on CPUs, 4096 on CUDA.
 
-    Raises ValueError without plans or items, for a plan of another depth, and for a model whose attention takes no
-    explicit mask.
+    Raises ValueError without plans or items, for a plan of another depth, for a model whose attention takes no explicit
+    mask, or that cannot read the tokens (see `calibration.check_readable`), and for values that are not finite, naming
+    the layer.
     """
+    model = unwrapped(model)
     _check(model, items)
     parts = find_anatomy(model)
     plans = whole_plans(model, plans)
@@ -146,6 +149,8 @@ def loglikelihoods(
             ends = np.cumsum([len(tokens) for _, _, tokens in targets])[:-1]
             for group, hidden in _walk(model, parts, plans, call):
                 logp, is_likeliest = _read_off(model, parts, hidden.flatten(0, 1), nodes, tokens)
+                if not np.isfinite(logp).all():
+                    raise ValueError(_not_finite(model, parts, plans[group[0]], call))
                 of_items = zip(targets, np.split(logp, ends), np.split(is_likeliest, ends), strict=True)
                 for (index, _, _), item_logp, item_is_likeliest in of_items:
                     sums[group, index] = item_logp.sum()
@@ -175,6 +180,8 @@ def _check(model: nn.Module, items: Sequence[Item]) -> None:
     for item in items:
         if not 1 <= item.n_scored < len(item.tokens):
             raise ValueError(f"an item scores {item.n_scored} of {len(item.tokens)} tokens; needs a context of >= 1")
+    largest = max(max(item.tokens) for item in items)
+    check_readable(model, largest, max(len(item.tokens) for item in items) - 1)  # the last token is not read
 
 
 def _walk(model, parts: Anatomy, plans: list[DropPlan], rows: list[Row]) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -198,6 +205,18 @@ def _walk(model, parts: Anatomy, plans: list[DropPlan], rows: list[Row]) -> Iter
         return hidden if len(gone) == 2 else run_layer(parts, i, hidden, calls[i], without=gone)
 
     yield from walk(list(range(len(plans))), 0, hidden)
+
+
+def _not_finite(model: nn.Module, parts: Anatomy, plan: DropPlan, rows: list[Row]) -> str:
+    """The complaint about the first layer, without the plan's sublayers, whose streams are not finite."""
+    hidden, calls = _layer_calls(model, parts, rows)
+    for i in range(parts.n_layers):
+        gone = [kind for kind in ("attn", "mlp") if i in getattr(plan, kind)]
+        if len(gone) < 2:
+            hidden = run_layer(parts, i, hidden, calls[i], without=gone)
+            if not hidden.isfinite().all():
+                return not_finite("block", i)
+    return f"the head gives values that are not finite on this text. {NOT_FINITE}"
 
 
 def _layer_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, dict[int, LayerCall]]:
@@ -235,5 +254,5 @@ def _read_off(
         token = tokens[part].to(logits.device)
         is_likeliest.append((logits.argmax(-1)[place] == token).cpu())
         # log_softmax, not logsumexp: its rounding is lm-eval's rounding (a bias of 1e-5 a token in float32)
-        logp.append(logits.log_softmax(-1)[place, token].double().cpu())
+        logp.append(logits.log_softmax(-1)[place, token].cpu().double())
     return torch.cat(logp).numpy(), torch.cat(is_likeliest).numpy()

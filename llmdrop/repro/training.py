@@ -241,7 +241,7 @@ def _train_step(
     """One step on these windows, [B, T]; returns the loss before it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    with torch.autocast("cuda", torch.bfloat16, enabled=ids.device.type != "cpu"):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type != "cpu"):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

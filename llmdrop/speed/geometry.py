@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..anatomy import find_anatomy
-from ..plan import DropPlan
+from ..anatomy import find_anatomy, unwrapped
+from ..plan import DropPlan, as_plan
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def shape_of(model: nn.Module | str) -> Shape:
         if model not in GEOMETRIES:
             raise ValueError(f"unknown geometry {model!r}; known: {', '.join(GEOMETRIES)}")
         return GEOMETRIES[model]
+    model = unwrapped(model)
     config = model.config
     parts = find_anatomy(model)
     heads = config.num_attention_heads
@@ -104,6 +105,7 @@ def shape_of(model: nn.Module | str) -> Shape:
 
 def has_tied_head(model: nn.Module) -> bool:
     """Whether the head is the word embedding."""
+    model = unwrapped(model)
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
@@ -111,7 +113,8 @@ def has_tied_head(model: nn.Module) -> bool:
 def whole_plan(model: nn.Module | str, plan: DropPlan) -> DropPlan:
     """`plan` and what is dropped from the model already. Raises ValueError for a plan made for another depth."""
     if isinstance(model, str):
-        return plan.for_depth(shape_of(model).layers)
+        n_layers = shape_of(model).layers
+        return as_plan(plan, n_layers).for_depth(n_layers)
     return find_anatomy(model).whole_plan(plan)
 
 
@@ -124,7 +127,7 @@ def kv_cache_bytes(
     `dtype`. Raises ValueError for an unknown name or architecture, and for a plan that does not fit.
     """
     shape = shape_of(model)
-    kind = getattr(torch, dtype) if isinstance(model, str) else model.dtype
+    kind = getattr(torch, dtype) if isinstance(model, str) else unwrapped(model).dtype
     tokens = shape.cached_tokens(whole_plan(model, plan), seq_len)
     return int(shape.kv_values * kind.itemsize * tokens * batch_size)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
+from ..anatomy import check_has_weights, unwrapped
 from ..plan import DropPlan
 from ..prune import dropped, eval_mode
 from .geometry import has_tied_head
@@ -43,7 +44,8 @@ def measure_speed(
 
     One forward pass over random prompts [batch_size, prompt_len], then new_tokens single-token passes on a KV cache
     ("dynamic" or "static"), every pass on the one before. A discarded prefill and a few steps warm up (warm_up=False: a
-    run of these shapes was made just before). The clock is read after synchronizing CUDA.
+    run of these shapes was made just before). The clock is read after synchronizing the device. What torch.compile made
+    is timed as it is, what other wrappers hold without them.
 
     decoding: "eager"; or, with a static cache, "compiled" (torch.compile(mode="reduce-overhead"): a minute for a large
     model) or "graph" (the ordinary kernels of one step recorded in a CUDA graph within a second: nothing is fused, but
@@ -55,8 +57,8 @@ def measure_speed(
     and all_decode_seconds (lists), spread (range of the totals over their median), generated_tokens, tokens_per_second
     (over decode time), kv_bytes (of the cache at the end), weight_bytes (read at each decode step), decode_bytes
     (weights and cached tokens that all steps must read; a static cache reads its empty rest too), decode_bandwidth
-    (those per second), peak_bytes (CUDA only, else None). Raises ValueError for what does not go together,
-    torch.OutOfMemoryError as is.
+    (those per second), peak_bytes (CUDA only, else None). Raises ValueError for what does not go together and for a
+    model on the meta device, torch.OutOfMemoryError as is.
     """
     if min(batch_size, prompt_len, new_tokens, repeats) < 1 or cache not in ("dynamic", "static"):
         raise ValueError(
@@ -64,11 +66,15 @@ def measure_speed(
         )
     if timed_steps is not None and timed_steps < 1:
         raise ValueError(f"{timed_steps=} must be at least 1, or None to time every step")
+    inside = unwrapped(model)
+    timed = model if getattr(model, "_orig_mod", None) is inside else inside
+    model = inside
+    check_has_weights(model)
     device = model.get_input_embeddings().weight.device
     check_decoding(decoding, cache, device)
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, prompt_len), generator=generator)
-    generation = _Generation(model, prompt.to(device), new_tokens, cache)
+    generation = _Generation(timed, prompt.to(device), new_tokens, cache)
     stretches = _stretches(prompt_len, new_tokens, timed_steps or new_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -100,6 +106,12 @@ def measure_speed(
         "decode_bandwidth": decode_bytes / decode_seconds,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator (CUDA, MPS, XPU, ...) has done what it was told; a CPU has already."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def check_decoding(decoding: str, cache: str, device: torch.device) -> None:
@@ -177,8 +189,7 @@ class _Generation:
         return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds, "kv_bytes": cache_bytes(past)}
 
     def clock(self) -> float:
-        if self.prompt.is_cuda:
-            torch.cuda.synchronize(self.prompt.device)
+        synchronize(self.prompt.device)
         return time.perf_counter()
 
 
@@ -296,7 +307,7 @@ def time_rounds(
 
 def _timed_rows(model: nn.Module, **settings) -> list[dict]:
     """A row per repeat, or a single one that says what would fit."""
-    embedding = model.get_input_embeddings().weight
+    embedding = unwrapped(model).get_input_embeddings().weight
     taken = torch.cuda.memory_allocated(embedding.device) if embedding.is_cuda else 0
     timing, largest = measure_if_fits(model, **settings)
     if timing is None:
@@ -321,8 +332,8 @@ def measure_if_fits(model: nn.Module, batch_size: int = 1, **settings) -> tuple[
         except RuntimeError as error:
             if not isinstance(error, torch.cuda.OutOfMemoryError) and "alloc" not in str(error).lower():
                 raise  # a CPU says "can't allocate memory", cuBLAS CUBLAS_STATUS_ALLOC_FAILED
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
         size //= 2
     return None, 0
 

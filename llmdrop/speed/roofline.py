@@ -15,6 +15,7 @@ from torch import nn
 
 from ..plan import DropPlan
 from .geometry import shape_of, whole_plan
+from .measure import synchronize
 
 VERSION = 1  # of `measure_hardware`: raised when its numbers change
 TIMES = ("seconds", "prefill_seconds", "decode_seconds")
@@ -204,8 +205,8 @@ def measure_hardware(device: str = "cpu", dtype: str = "float32") -> tuple[float
     The bytes are those of 512 MiB arrays in float32, the products of square matrices in `dtype`: what a program gets
     here, below any data sheet. Takes 2 s on two CPU cores.
     """
-    is_cuda = torch.device(device).type == "cuda"
-    loops = 10 if is_cuda else 1  # so that waiting for the GPU once does not count
+    is_gpu = torch.device(device).type != "cpu"
+    loops = 10 if is_gpu else 1  # so that waiting for the GPU once does not count
 
     def best(function: Callable) -> float:
         seconds = []
@@ -213,8 +214,7 @@ def measure_hardware(device: str = "cpu", dtype: str = "float32") -> tuple[float
             start = time.perf_counter()
             for _ in range(loops):
                 function()
-            if is_cuda:
-                torch.cuda.synchronize(device)
+            synchronize(torch.device(device))
             seconds.append((time.perf_counter() - start) / loops)
         return min(seconds[1:])
 
@@ -223,6 +223,6 @@ def measure_hardware(device: str = "cpu", dtype: str = "float32") -> tuple[float
     other = torch.empty_like(matrix)
     copied = 2 * matrix.nbytes / best(lambda: other.copy_(matrix))
     read = matrix.nbytes / best(lambda: matrix @ vector)
-    width = 8192 if is_cuda else 2048
+    width = 8192 if is_gpu else 2048
     square = torch.randn(width, width, device=device).to(getattr(torch, dtype))
     return max(copied, read), 2 * width**3 / best(lambda: square @ square)

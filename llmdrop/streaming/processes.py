@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..anatomy import find_anatomy
-from ..calibration import Calibration
+from ..calibration import Calibration, TokenIds, read_by
 from ..checkpoints.extras import import_extra
 from ..scoring import ImportanceScores, sample_sums, scores_from_sums
 
@@ -15,7 +15,7 @@ Sums = tuple[torch.Tensor, torch.Tensor | None]  # as from `scoring.sample_sums`
 
 def score_distributed(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: Calibration | TokenIds,
     batch_size: int = 8,
     with_residual: bool = True,
     gap: bool = False,
@@ -29,6 +29,7 @@ def score_distributed(
     """
     if batch_size < 1:  # before the processes wait for each other
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+    calibration = read_by(model, calibration)
 
     def part(share: Calibration) -> Sums:
         return sample_sums(model, share, batch_size, with_residual, gap, progress)

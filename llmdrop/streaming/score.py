@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .. import scoring
 from ..anatomy import RECORD, Anatomy, find_anatomy
-from ..calibration import Calibration
+from ..calibration import Calibration, TokenIds, check_vocabulary
 from ..checkpoints.extras import import_extra
 from ..checkpoints.load import check_device, check_dtype
 from ..files import build_dir, locked
@@ -37,7 +37,7 @@ CHUNK = 64 * 2**20  # bytes of the word embedding in memory at a time
 @torch.inference_mode()
 def score_checkpoint(
     checkpoint: str | os.PathLike,
-    calibration: Calibration,
+    calibration: Calibration | TokenIds,
     batch_size: int = 8,
     with_residual: bool = True,
     progress: bool = True,
@@ -70,7 +70,7 @@ def score_checkpoint(
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
     if stream_on not in PLACES:
         raise ValueError(f"{stream_on=}; allowed are {', '.join(PLACES)}")
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     if device == "balanced":
         raise ValueError("device='balanced' spreads a model in memory; streaming takes one device per process")
     if distributed and device == "auto" and torch.cuda.is_available():
@@ -78,9 +78,9 @@ def score_checkpoint(
     device = torch.device(check_device(device))
     source = open_checkpoint(checkpoint, dtype, attn_implementation)
     vocabulary, width = source.model.get_input_embeddings().weight.shape
-    largest = calibration.input_ids.max().item()
-    if largest >= vocabulary:
-        raise ValueError(f"token id {largest} is beyond the model's vocabulary of {vocabulary}")
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    check_vocabulary(int(calibration.input_ids.max()), vocabulary)
     key = {
         "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.shards],
         "config": source.model.config.to_dict(),

@@ -125,7 +125,8 @@ def test_no_loader_makes_up_weights(family, plan, writer, tmp_path):
                 auto.from_pretrained(path, trust_remote_code=True, **EAGER)
             continue
         check(auto.from_pretrained(path, trust_remote_code=True, **EAGER), needs_head=auto is AutoModelForCausalLM)
-    generator = pipeline("text-generation", str(path), tokenizer=TOKENIZER, trust_remote_code=True, model_kwargs=EAGER)
+    settings = {"trust_remote_code": True, "model_kwargs": dict(EAGER)}
+    generator = pipeline("text-generation", str(path), tokenizer=TOKENIZER, **settings)
     check(generator.model, needs_head=True)
     if plan == "blocks":
         check(stock.from_pretrained(path, **EAGER), needs_head=True)

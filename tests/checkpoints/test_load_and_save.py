@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import llmdrop
 from llmdrop import DropPlan, apply_plan, dropped, load_model, save_model
 from llmdrop.checkpoints.embedded import EMBEDDED
 from llmdrop.checkpoints.gguf_format import drop_gguf
-from llmdrop.checkpoints.load import load_weights
+from llmdrop.checkpoints.load import check_device, load_weights
 from llmdrop.streaming.shards import open_checkpoint
 
 
@@ -139,7 +140,11 @@ def test_dtype_auto_is_the_checkpoints_own(tmp_path, tokenizer):
             path = save_model(apply_plan(tiny("llama"), plan).to(dtype), tokenizer, tmp_path / "m", overwrite=True)
             model = load_model(path, dtype="auto", device="cpu")[0]
             assert {p.dtype for p in model.parameters()} == {dtype} == {model.dtype}
-            assert load_model(path, device="cpu")[0].dtype == torch.float32, "unless asked"
+            assert load_model(path, device="cpu")[0].dtype == dtype, "the default"
+            for other in ("bfloat16", torch.bfloat16, "torch.bfloat16"):
+                assert load_model(path, other, "cpu")[0].dtype == torch.bfloat16
+            assert load_model(path, device="cpu", torch_dtype=torch.float16)[0].dtype == torch.float16
+    assert load_model("smollm2-135m", device="cpu")[0].dtype == torch.float32
     assert load_model("smollm2-135m", dtype="auto", device="cpu")[0].dtype == torch.float32
     with pytest.raises(ValueError, match="dtype 'int8' is not one of float32, bfloat16, float16, auto"):
         load_model(path, dtype="int8")
@@ -339,3 +344,80 @@ def test_a_saved_tokenizer_is_needed(tmp_path):
     with pytest.raises(Exception):  # noqa: B017  (transformers words this differently between versions)
         AutoTokenizer.from_pretrained(tmp_path / "m")
     shutil.rmtree(tmp_path / "m")
+
+
+# ---- what from_pretrained takes
+
+
+@pytest.fixture
+def hub(tmp_path, tokenizer):
+    """A hub's cache with one repository, "me/tiny": two revisions, and a subfolder of each plan in the first."""
+    plans = {"whole": DropPlan(), "less": DropPlan([1]), "blocks": DropPlan([2], [2])}
+    for name, plan in plans.items():
+        save_model(apply_plan(tiny("llama"), plan), tokenizer, tmp_path / "made" / name)
+    repository = tmp_path / "cache" / "models--me--tiny"
+    for revision, commit, source in (("main", "a" * 40, "whole"), ("v2", "b" * 40, "less")):
+        shutil.copytree(tmp_path / "made" / source, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    shutil.copytree(tmp_path / "made", repository / "snapshots" / ("a" * 40), dirs_exist_ok=True)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    "name, options, plan",
+    [
+        ("me/tiny", {}, DropPlan()),
+        ("me/tiny", {"revision": "v2"}, DropPlan([1])),
+        ("me/tiny@v2", {}, DropPlan([1])),
+        ("me/tiny@v2", {"revision": "v2"}, DropPlan([1])),
+        ("me/tiny", {"subfolder": "blocks"}, DropPlan([2], [2])),
+        ("me/tiny", {"subfolder": "less", "local_files_only": True, "token": "mine"}, DropPlan([1])),
+    ],
+)
+def test_where_files_come_from_goes_to_config_weights_and_tokenizer(name, options, plan, hub, monkeypatch):
+    seen = []
+    read = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: seen.append(k) or read(*a, **k))
+    model, tokenizer = load_model(name, cache_dir=hub, device=torch.device("cpu"), **options)
+    assert llmdrop.find_anatomy(model).plan == plan and len(tokenizer) == len(TOKENIZER)
+    assert (options | {"cache_dir": hub}).items() <= (seen[0] | {"revision": options.get("revision", "main")}).items()
+    with pytest.raises(FileNotFoundError, match="cannot load 'me/tiny"):
+        load_model(name, **options)  # which is not in the cache of this machine
+
+
+def test_a_subfolder_of_a_directory(hub):
+    folder = hub.parent / "made"
+    for name, plan in (("whole", DropPlan()), ("less", DropPlan([1])), ("blocks", DropPlan([2], [2]))):
+        assert llmdrop.find_anatomy(load_model(folder, subfolder=name, device="cpu")[0]).plan == plan
+    with pytest.raises(FileNotFoundError, match="made/none is a directory without config.json"):
+        load_model(folder, subfolder="none")
+
+
+def test_two_revisions_or_two_places_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="'me/tiny@v2' names another revision than revision='main'; give one"):
+        load_model("me/tiny@v2", revision="main")
+    with pytest.raises(ValueError, match="device='cpu' and device_map='auto' both place it; give one"):
+        load_model(checkpoint, device="cpu", device_map="auto")
+    for places in ("auto", {"": "cpu"}):
+        assert load_model(checkpoint, device_map=places)[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind, n", [("mps", 1), ("xpu", 2), ("npu", 1), ("cuda", 2)])
+def test_any_accelerator_that_torch_knows(kind, n, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: n)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type=kind))
+    assert check_device("auto") == kind
+    for name in ("cpu", kind, f"{kind}:0", f"{kind}:{n - 1}", "balanced"):
+        assert check_device(name) == name
+    with pytest.raises(ValueError, match=f"device '{kind}:{n}' is not available: this machine has {n} {kind.upper()}"):
+        check_device(f"{kind}:{n}")
+    with pytest.raises(ValueError, match="device 'hpu' is not available: this machine has 0 HPU device"):
+        check_device("hpu")
+
+
+def test_weights_that_are_not_there_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="on the meta device"):
+        save_model(tiny("llama").to("meta"), None, tmp_path / "m")
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ import torch
 from lm_eval import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 from made_up import SUBJECTS, write
+from tiny import byte_tokenizer, random_ids, tiny
 
 from llmdrop import (
     Calibration,
@@ -26,6 +27,7 @@ from llmdrop import (
     find_anatomy,
     load_calibration,
     perplexity,
+    perplexity_sweep,
 )
 from llmdrop.data.mirror import split_file
 from llmdrop.evaluation.evaluate import ask
@@ -318,3 +320,40 @@ def test_errors(smollm2):
         evaluate(model, tokenizer, [])
     with pytest.raises(ValueError, match="at least two tokens"):
         perplexity(model, Calibration(torch.ones(2, 1, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite_are_refused_by_layer(value):
+    """They would be counted as wrong answers."""
+    model, tokenizer = tiny("llama", vocab_size=257), byte_tokenizer()
+    model.model.layers[3].mlp.down_proj.weight.data[0, 0] = value
+    uses = [
+        lambda: evaluate(model, tokenizer, ["piqa"], limit=2, progress=False),
+        lambda: perplexity(model, random_ids(3, 9), progress=False),
+        lambda: perplexity_sweep(model, {"a": DropPlan([1]), "b": DropPlan()}, random_ids(3, 9), progress=False),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="layer 3's block gives values that are not finite.*load the checkpoint"):
+            use()
+    with dropped(model, DropPlan(mlp=[3])):
+        assert np.isfinite(perplexity(model, random_ids(3, 9), progress=False)["perplexity"])
+    head = tiny("llama")
+    head.lm_head.weight.data[5, 5] = value
+    with pytest.raises(ValueError, match="the head gives values that are not finite"):
+        perplexity(head, random_ids(3, 9), progress=False)
+
+
+def test_a_padding_token_is_not_needed_and_one_that_opens_texts_is():
+    tokenizer, model = byte_tokenizer(), tiny("llama", vocab_size=257)
+    expected = evaluate(model, tokenizer, ["piqa"], limit=2, progress=False)
+    tokenizer.pad_token = None
+    assert evaluate(model, tokenizer, ["piqa"], limit=2, progress=False).equals(expected)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a begin- nor an end-of-sequence token.*tokenizer.eos_token ="):
+        evaluate(model, tokenizer, ["piqa"], limit=2, progress=False)
+
+
+def test_a_model_on_the_meta_device_or_of_another_vocabulary_is_refused():
+    for model, message in ((tiny("llama"), "beyond the model's vocabulary of 97"), (tiny("llama").to("meta"), "meta")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, byte_tokenizer(), ["piqa"], limit=2, progress=False)

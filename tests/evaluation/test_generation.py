@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_ids, tiny
+from tiny import byte_tokenizer, random_ids, tiny
 
 from llmdrop import DropPlan, apply_plan, dropped
 from llmdrop.evaluation import generation
@@ -168,3 +168,15 @@ def test_answers_end_at_the_stop_string(smollm2):
     assert cut[0] == whole[0][:3] and "<|im_end|>" not in whole[1]
     with pytest.raises(ValueError, match="no chat template"):
         chat(Numbers(), "Hello")
+
+
+def test_what_the_model_cannot_read_is_refused():
+    model = tiny("llama")
+    for use in (
+        lambda m: generate(m, byte_tokenizer(), ["a \u00e9"], 2),
+        lambda m: greedy_matches(m, byte_tokenizer(), [DropPlan()], ["a"], [" b"], progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"token id \d+ is beyond the model's vocabulary of 97"):
+            use(model)
+        with pytest.raises(ValueError, match="on the meta device"):
+            use(tiny("llama", vocab_size=257).to("meta"))

@@ -338,3 +338,16 @@ def test_other_errors_are_not_taken_for_lack_of_memory(monkeypatch):
     short_of_memory(monkeypatch, lambda layers, batch: False, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         compare_speed(tiny("llama"), PLANS, rounds=1)
+
+
+def test_a_model_without_weights_is_not_timed():
+    with pytest.raises(ValueError, match="on the meta device, so it has shapes and no weights"):
+        measure_speed(tiny("llama").to("meta"), prompt_len=2, new_tokens=2)
+
+
+def test_the_clock_waits_for_any_accelerator(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for name in ("cuda:1", "mps", "xpu", "cpu"):
+        speed_module.synchronize(torch.device(name))
+    assert [str(device) for device in waited] == ["cuda:1", "mps", "xpu"]

@@ -92,6 +92,23 @@ def test_in_any_dtype(dtype, saved, tmp_path, monkeypatch):
         same(score_checkpoint(path, text(), 8, with_residual, False, dtype=dtype, device="cpu"), expected)
 
 
+@pytest.mark.parametrize("kind, matrix", [("attn", "self_attn.o_proj"), ("mlp", "mlp.down_proj")])
+def test_values_that_are_not_finite_are_refused_by_layer(kind, matrix, saved, tmp_path):
+    for value, dtype in ((float("nan"), "float32"), (60000.0, torch.float16)):
+        model, path = saved()
+        model.model.layers[3].get_submodule(matrix).weight.data[:] = value
+        model.save_pretrained(path, max_shard_size="20KB")
+        with pytest.raises(ValueError, match=f"layer 3's {kind} gives values that are not finite.*float16 overflows"):
+            score_checkpoint(path, text(), progress=False, dtype=dtype, device="cpu", work_dir=tmp_path / "work")
+
+
+def test_what_a_calibration_can_be_made_of_is_streamed(saved, tmp_path):
+    model, path = saved()
+    ids = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    got = score_checkpoint(path, ids, progress=False, device=torch.device("cpu"), work_dir=tmp_path / "work")
+    same(got, score(model, Calibration(ids), progress=False))
+
+
 @pytest.mark.parametrize("plan", PLANS[1:4])
 def test_a_dropped_checkpoint_is_scored_as_the_dropped_model(plan, saved, tmp_path, tokenizer):
     model, path = saved("qwen2")

@@ -42,8 +42,8 @@ def score_checkpoint(
     with_residual: bool = True,
     progress: bool = True,
     distributed: bool = False,
-    dtype: str = "float32",
-    device: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "auto",
     stream_on: str = "auto",
     work_dir: str | os.PathLike | None = None,
     attn_implementation: str | None = None,
@@ -53,10 +53,10 @@ def score_checkpoint(
     checkpoint: a hub id (optionally @revision; downloaded first), a directory, or a checkpoint of `save_model`.
     calibration, batch_size, with_residual, progress: as in `score`, and so are the scores. distributed: called in every
     process of torchrun or accelerate launch, as `score_distributed`. dtype, device, attn_implementation: as in
-    `load_model` ("bfloat16" for the paper's 70B models). stream_on: where the residual stream of all samples waits
-    between layers, see `StreamBuffer`. work_dir: where a run keeps the stream and the finished layers' sums, so that a
-    killed one goes on at the layer it was in when called again with the same arguments; removed at the end. Default
-    `build_dir()`/streams.
+    `load_model`, but for dtype="auto" ("bfloat16" for the paper's 70B models). stream_on: where the residual stream of
+    all samples waits between layers, see `StreamBuffer`. work_dir: where a run keeps the stream and the finished
+    layers' sums, so that a killed one goes on at the layer it was in when called again with the same arguments; removed
+    at the end. Default `build_dir()`/streams.
 
     Raises what `open_checkpoint` raises, ValueError for other arguments that are not allowed, OSError when the disk
     is full or a file cannot be read, RuntimeError if another process is at the same scores.

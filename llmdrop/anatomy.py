@@ -39,6 +39,9 @@ LAYOUTS = {
     "qwen2": _PRE_NORM,
     "qwen3": _PRE_NORM,
     "phi3": _PRE_NORM,
+    "qwen2_vl_text": _PRE_NORM,
+    "qwen2_5_vl_text": _PRE_NORM,
+    "qwen3_vl_text": _PRE_NORM,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
     "olmo2": Layout(("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
@@ -147,22 +150,23 @@ def _class_names(kind: type) -> frozenset[str]:
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:
-    """Find the parts of a transformers causal language model (or its bare decoder).
+    """Find the parts of a transformers causal language model (or its bare decoder), also inside of a multimodal one.
 
     Raises ValueError for an architecture, or a variant of a known one, whose residual stream is not known, and what
     `unwrapped` raises.
     """
     model = unwrapped(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    text = model.config.get_text_config() if hasattr(model, "config") else None
+    model_type = getattr(text, "model_type", type(model).__name__)
     if model_type not in LAYOUTS:
-        hint = " (use its text model)" if model_type == "gemma3" else ""
         raise ValueError(
-            f"llmdrop does not know where attention and MLP sit in a {model_type!r} model{hint}; "
+            f"llmdrop does not know where attention and MLP sit in a {model_type!r} model; "
             f"known: {', '.join(sorted(LAYOUTS))}. A new entry in llmdrop.anatomy.LAYOUTS teaches it."
         )
     layout = LAYOUTS[model_type]
     decoder = model.base_model
-    decoder = getattr(decoder, "decoder", decoder)  # OPT nests one level deeper
+    for name in ("language_model", "decoder"):  # of multimodal models; OPT nests one level deeper
+        decoder = getattr(decoder, name, decoder)
     layers_name = "h" if model_type == "gpt2" else "layers"
     present = getattr(decoder, layers_name)
     for layer in present:

@@ -7,7 +7,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from ..anatomy import find_anatomy
 from ..plan import DropPlan
@@ -152,6 +155,8 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
 
 def _deepened(raw: dict, record: dict) -> dict:
     """The settings of a config that names what is left, as they were with all layers."""
+    if "text_config" in raw:  # of a multimodal model
+        return {"text_config": _deepened(raw["text_config"], record)}
     depth = "n_layer" if "n_layer" in raw else "num_hidden_layers"
     settings = {depth: record["n_layers"]}
     if raw.get("layer_types"):
@@ -164,8 +169,14 @@ def _deepened(raw: dict, record: dict) -> dict:
 
 
 def stock_class(config):
-    """The causal language model class of this config in transformers. ValueError where there is none."""
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    """The class in transformers of this config's language model, or of the multimodal model that holds it.
+
+    Raises ValueError where there is none.
+    """
+    is_whole = config.get_text_config() is config
+    mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
+    stocks = [mapping.get(type(config), None) for mapping in (mappings if is_whole else mappings[::-1])]
+    stock = next(filter(None, stocks), None)
     if stock is None:
         raise ValueError(f"model type {config.model_type!r} is not a causal language model that transformers knows")
     return stock

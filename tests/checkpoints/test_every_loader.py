@@ -15,8 +15,10 @@ from exports import TOKENIZER, logits
 from peft import LoraConfig, get_peft_model
 from tiny import random_ids, tiny
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -281,3 +283,83 @@ def test_others_may_read_the_files_and_nothing_is_left_over(tmp_path):
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+# -- multimodal models: dropping is in their language model, what is saved is the whole -------------------------------
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+MIXED_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+MULTIMODAL = {
+    "gemma3": {
+        "text_config": TEXT | {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": MIXED_TYPES},
+        "vision_config": VISION | {"image_size": 28, "patch_size": 14},
+        "image_token_index": 90,
+        "mm_tokens_per_image": 4,
+    },
+    "qwen2_5_vl": {"text_config": TEXT | SECTIONS, "vision_config": QWEN_VISION},
+    "qwen3_vl": {"text_config": TEXT, "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0]}},
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14},
+    },
+}
+
+
+def multimodal(family: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **MULTIMODAL[family])
+    model = AutoModelForImageTextToText.from_config(config, **EAGER).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        scale = 0.6 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1))
+    return model
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_multimodal_models_are_saved_whole(family, plan, tmp_path):
+    model = multimodal(family)
+    ids = IDS.clamp(3, 80)
+    inputs = {"input_ids": ids}
+    if family == "gemma3":
+        inputs["input_ids"] = torch.cat([torch.full((2, 4), 90), ids], 1)
+        inputs["token_type_ids"] = (inputs["input_ids"] == 90).long()
+        inputs["pixel_values"] = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        apply_plan(model, PLANS[plan])
+        expected = model(**inputs).logits
+    assert (expected - dense).abs().max() > 1e-3
+    save_model(model, TOKENIZER, tmp_path / "m")
+    model.save_pretrained(tmp_path / "by transformers")
+    for path in (tmp_path / "m", tmp_path / "by transformers"):
+        ours = load_weights(path, **EAGER)
+        theirs = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, **EAGER).eval()
+        assert type(ours) is type(model)
+        for loaded in (ours, theirs):
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=0)
+            how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+            cached = loaded.generate(input_ids=ids, **how)
+            assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **how))
+        if plan == "blocks":
+            with torch.no_grad():
+                stock = type(model).from_pretrained(path, **EAGER)
+                torch.testing.assert_close(stock(**inputs).logits, expected, atol=1e-5, rtol=0)
+        else:
+            with pytest.raises(Exception, match="minus dropped ones"):
+                type(model).from_pretrained(path, **EAGER)

@@ -280,7 +280,7 @@ def score_windows(
                 narrow = run.through(streams, "attn", i)
             streams = run.through(streams, "attn", i)
             cosines = [
-                torch.cosine_similarity(full[which].double(), cut[which].double(), dim=-1)
+                torch.cosine_similarity(full[which.to(full.device)].double(), cut[which.to(cut.device)].double(), dim=-1)
                 for full, cut, which in zip(streams, narrow, changed, strict=True)
             ]
             score = 1 - float(torch.cat(cosines).mean())

@@ -1,22 +1,21 @@
 """A pretended GPU: tensors that say "cuda:0" or "cuda:1" and hold their numbers in main memory.
 
-`with pretended_gpus():` makes a CPU build of torch behave as if there were two CUDA devices. It shows what Python decides:
-that branches on `device.type == "cuda"` run and give the CPU's numbers, that every tensor is moved to where it is used, that
-nothing asks a GPU tensor for `.numpy()`, that a CUDA graph's step neither waits for the host nor copies from memory that is
-not pinned, and how many times anything waits (`gpus.waits`).
+`with pretended_gpus():` makes a CPU build of torch behave as if there were two CUDA devices. It shows what Python
+decides: that branches on `device.type == "cuda"` run and give the CPU's numbers, that every tensor is moved to where it
+is used, that nothing asks a GPU tensor for `.numpy()`, that the step of a CUDA graph neither waits for the host nor
+copies from memory that is not pinned, and how many times anything waits (`gpus.waits`).
 
-It can't show kernels and their numerics (cuDNN, int4, bfloat16 on tensor cores), races between streams, speed, memory that
-runs out, torch.compile, bitsandbytes, NCCL, or gradients: torch's autograd wants a CUDA device guard in C++, so nothing on it
-requires them, and nothing is trained. Those are for a real one: `make gpu`.
+It can't show kernels and their numerics (cuDNN, int4, bfloat16 on tensor cores), races between streams, speed, memory
+that runs out, torch.compile, bitsandbytes, NCCL, or gradients: torch's autograd wants a CUDA device guard in C++, so
+nothing on it requires them, and nothing is trained. Those are for a real one: `make gpu`.
 
-It rests on private names of torch (2.11 to 2.13 have them): where they changed, `reason_not_to` says so, and tests skip.
+It rests on private names of torch (2.13 has them): where they changed, `reason_not_to` says so, and the tests skip.
 """
 
 import concurrent.futures
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
-from weakref import WeakSet
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -30,6 +29,7 @@ SHAPES_ONLY = {"view_as", "expand_as", "reshape_as"}  # of their second tensor, 
 # these want a device guard, or a table of devices, in C++ before they dispatch what stands here
 GUARDED = {
     torch.Tensor.contiguous: torch.ops.aten.contiguous.default,
+    torch.Tensor.nonzero: torch.ops.aten.nonzero.default,
     torch.Tensor.__invert__: torch.ops.aten.bitwise_not.default,
     torch.nn.functional.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
 }
@@ -68,7 +68,6 @@ class GPUs:
         self.count = count
         self.current = 0
         self.waits = 0
-        self.pinned: WeakSet[torch.UntypedStorage] = WeakSet()
         self.pinned_at: set[int] = set()
         self.graph: Graph | None = None  # that records
 
@@ -154,7 +153,9 @@ class GPUs:
         strays = {t.device for t in used if isinstance(t, OnGPU)} - {tensor.device}
         if strays:
             raise RuntimeError(f"Expected all tensors to be on {tensor.device}, but an index or value is on {strays}")
-        if _index_waits(index) or any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values):
+        if _index_waits(index) or any(
+            isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values
+        ):
             self.wait()
         out = self.run(func, tree_map(_inner, (tensor, index, *values)), {})
         return None if out is None else OnGPU(out, tensor.device)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from safetensors import SafetensorError
@@ -38,11 +39,9 @@ def load_model(
         return _load_gguf(name, dtype, device, **kwargs)
     path, revision = locate(str(name))
     revision = kwargs.pop("revision", revision)
-    if device == "balanced":
-        kwargs["device_map"] = "balanced"
     try:
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = load_weights(path, revision, dtype=torch_dtype, **kwargs)
+        model = load_weights(path, revision, device, dtype=torch_dtype, **kwargs)
         # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
         tokenizer = AutoTokenizer.from_pretrained(path, config=model.config, trust_remote_code=False, revision=revision)
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
@@ -63,16 +62,26 @@ def check_dtype(dtype: str, allowed: Sequence[str] = DTYPES) -> None:
 
 
 def check_device(device: str) -> str:
-    """Resolve "auto" and refuse a CUDA device that is not there (ValueError)."""
+    """Resolve "auto": a GPU where there is one; of several processes of a launcher, each its own.
+
+    For a GPU, cuDNN's attention is switched off in the whole process: torch from 2.11 on prefers it in 16 bits on
+    Hopper and Blackwell, where it is reported to give NaN for left-padded rows and other greedy text with few KV
+    heads, and it plans anew for every shape. `torch.backends.cuda.enable_cudnn_sdp(True)` takes that back.
+
+    Raises ValueError for a device that is not there, also where a launcher started more processes than there are GPUs.
+    """
     n_gpus = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if n_gpus else "cpu"
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        device = "cpu" if not n_gpus else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several else "cuda"
     allowed = ["cpu", "cuda", "balanced", *(f"cuda:{i}" for i in range(n_gpus))] if n_gpus else ["cpu"]
     if device not in allowed:
         raise ValueError(
             f"device {device!r} is not available: this machine has {n_gpus} CUDA device(s). Use device='auto' or one "
-            f"of {', '.join(allowed)}; CUDA needs a CUDA build of torch"
+            f"of {', '.join(allowed)}; CUDA needs a CUDA build of torch, and every process a GPU of its own"
         )
+    if device != "cpu":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -92,9 +101,10 @@ def locate(name: str) -> tuple[str, str]:
     return repo, revision or "main"
 
 
-def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
+def load_weights(path: str | os.PathLike, revision: str = "main", device: str = "cpu", **kwargs):
     """The model of a directory or hub id, in eval mode, without its tokenizer; kwargs go to `from_pretrained`.
 
+    device: of `check_device`; weights go there one by one as they are read (without accelerate, by the host's memory).
     Raises OSError for missing files, SafetensorError for damaged ones, ValueError where weights and config do not fit.
     """
     path = str(path)
@@ -113,6 +123,9 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
         cls = _dropped_class(stock, record)
     else:
         llm_drop = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+    is_quantized = bool(raw.get("quantization_config"))  # which transformers would put on the current GPU
+    if device == "balanced" or ((is_quantized or device != "cpu") and find_spec("accelerate")):
+        kwargs["device_map"] = device if device == "balanced" else {"": device}
     model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
     model.__class__ = stock
     _refuse_random_weights(model, info, llm_drop, path)
@@ -178,6 +191,6 @@ def _load_gguf(path: str | os.PathLike, dtype: str, device: str, attn_implementa
         raise ValueError(f"a GGUF is not loaded with {what}; allowed are dtype, one device and attn_implementation")
     from .gguf_format import load_gguf  # needs an extra
 
-    model, tokenizer = load_gguf(os.path.expanduser(path), dtype, attn_implementation)
+    model, tokenizer = load_gguf(os.path.expanduser(path), dtype, attn_implementation, device)
     model.name_or_path = str(path)
-    return model.to(device), tokenizer
+    return model, tokenizer

@@ -220,11 +220,16 @@ def test_weights_go_to_the_gpu_as_they_are_read(gpus, tmp_path, monkeypatch):
     """Not by way of a whole model in main memory."""
     tiny("llama").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    moved = []
+    moved_from = set()
     to = torch.nn.Module.to
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *args, **kwargs: moved.append(args) or to(module, *args))
+
+    def watched(module, *args, **kwargs):
+        moved_from.update(parameter.device.type for parameter in module.parameters())
+        return to(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
     model, _ = load_model(tmp_path / "model", device="cuda:1")
-    assert str(model.device) == "cuda:1" and not any("cpu" in str(parameter.device) for parameter in model.parameters())
+    assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:1"} and moved_from == {"cuda"}
 
 
 # -- the rest of the flow

@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup reproduce smoke test drop evaluate serve lab report clean
+.PHONY: help setup reproduce smoke test drop evaluate serve lab report gpu clean
 
 PROFILE ?= embedded
 VENV := .venv
@@ -108,6 +108,12 @@ evaluate: $(STAMP) ## make evaluate MODEL=… TASKS=piqa,… [GPUS=4] [LIMIT=] [
 serve: $(STAMP) ## make serve MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [PORT=8080]: an OpenAI-compatible server on the dropped model
 	@$(OFFLINE) $(PY) notebooks/serve.py --model '$(MODEL)' --attn '$(ATTN)' --mlp '$(MLP)' --block '$(BLOCK)' \
 		--port '$(PORT)'
+
+# On the Python that is there: clusters without a network have torch, transformers and no environment of ours.
+gpu: ## make gpu [DRY=1] [ONLY=check] [MINUTES=9] [MODEL=…] [DATA_DIR=…] [DRAW=1]: all of CUDA on a real GPU (docs/gpu.md)
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON3)) benchmarks/gpu.py $(if $(filter-out 0,$(DRY)),--dry) \
+		$(if $(filter-out 0,$(DRAW)),--draw) $(if $(filter-out 0,$(FRESH)),--fresh) $(if $(MINUTES),--minutes $(MINUTES)) \
+		--only '$(ONLY)' --model '$(MODEL)' --data-dir '$(DATA_DIR)' --device '$(or $(DEVICE),cuda)'
 
 # -- people -----------------------------------------------------------------------------------------------------------
 test: $(STAMP) ## ruff and pytest

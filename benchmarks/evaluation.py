@@ -21,6 +21,13 @@ from llmdrop.evaluation.lm_eval_models import SweepLM
 from llmdrop.evaluation.sweep import Item, pack
 from llmdrop.evaluation.tasks import load_tasks
 
+# what keeps a device busy: batches of the plain forward pass, and batch sizes of stock lm-eval
+SHAPES = {
+    "cpu": ((1, 256), (1, 512), (4, 128), (8, 64), (8, 128)),
+    "cuda": ((4, 512), (8, 512), (32, 128), (64, 128), (128, 64), (16, 1024)),
+}
+STOCK = {"cpu": [1, 4, 16], "cuda": [16, 64, 256]}
+
 
 def timed(function):
     if torch.cuda.is_available():
@@ -48,7 +55,7 @@ def chosen(values: np.ndarray, requests) -> list[int]:
 def limit_seconds(model, n_tokens: int, rounds: int) -> tuple[float, str]:
     """Least time for n_tokens of plain forward, head included, over a few batch shapes."""
     best = (float("inf"), "")
-    for batch, length in ((1, 256), (1, 512), (4, 128), (8, 64), (8, 128)):
+    for batch, length in SHAPES[model.device.type]:
         ids = torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
         with torch.inference_mode():
             model.base_model(ids, use_cache=False)
@@ -64,12 +71,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--plans", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="of stock lm-eval")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--data-dir")
+    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model, tokenizer = llmdrop.load_model(args.model, dtype=args.dtype)
+    model, tokenizer = llmdrop.load_model(args.model, args.dtype, args.device)
     task = next(iter(load_tasks([args.task], args.data_dir)[args.task].values()))
     task.build_all_requests(limit=args.limit, rank=0, world_size=1)
     requests = task.instances
@@ -100,7 +108,10 @@ def main() -> None:
         rows.setdefault("limit", []).append(body + head)
         seconds, mine = timed(lambda: answers(ours(dense), requests))
         rows.setdefault("ours", []).append(seconds)
-        for size in (*args.batch_sizes, *(["auto"] if turn == 0 else [])):  # auto takes minutes to find its size
+        for size in (
+            *(args.batch_sizes or STOCK[model.device.type]),
+            *(["auto"] if turn == 0 else []),
+        ):  # auto takes minutes to find its size
             seconds, theirs = timed(lambda size=size: answers(stock(size), requests))
             rows.setdefault(f"stock, batch size {size}", []).append(seconds)
     median = {name: statistics.median(values) for name, values in rows.items()}
@@ -122,7 +133,7 @@ def main() -> None:
         flips = sum(a != b for a, b in zip(chosen(one, requests), chosen(many, requests), strict=True))
         print(f"  stock against itself, batch 1 and 16: {np.abs(one - many).max():.2e}, answers that differ {flips}")
 
-    text = llmdrop.load_calibration("xsum", tokenizer, 8, 256)
+    text = llmdrop.load_calibration("xsum", tokenizer, 8, 256, data_dir=args.data_dir)
     scores = llmdrop.score(model, text, progress=False)
     plans = {f"Attn-{n}": llmdrop.plan_drop(scores, "attn", n) for n in range(1, args.plans + 1)}
     swept = ours(plans)

@@ -1,6 +1,6 @@
 """Time of `score` over the model's plain forward pass, and its peak memory for 16 and for 128 samples.
 
-    .venv/bin/python benchmarks/scoring.py [--model smollm2-135m] [--device auto] [--rounds 5]
+    .venv/bin/python benchmarks/scoring.py [--model smollm2-135m] [--device auto] [--dtype float32] [--rounds 5]
 
 The two are timed in turn on the same batches in one process; quote the median ratio. Goal 1.05, at most 1.10.
 Memory is the peak resident set of a fresh process per size (CUDA: peak allocated bytes). Goal: ratio at most 1.02.
@@ -32,7 +32,8 @@ def timed(function, device) -> float:
 
 def peak(args, n_samples: int) -> int:
     """Peak bytes of a fresh process that scores n_samples."""
-    command = [sys.executable, __file__, "--model", args.model, "--device", args.device, "--peak-of", str(n_samples)]
+    command = [sys.executable, __file__, "--model", args.model, "--device", args.device, "--dtype", args.dtype]
+    command += ["--peak-of", str(n_samples)] + (["--data-dir", args.data_dir] if args.data_dir else [])
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -40,21 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--data-dir")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    model, tokenizer = llmdrop.load_model(args.model, dtype="float32", device=args.device)
+    model, tokenizer = llmdrop.load_model(args.model, args.dtype, args.device)
     device = model.get_input_embeddings().weight.device
     if args.peak_of:
-        text = llmdrop.load_calibration("xsum", tokenizer, args.peak_of, 128)
+        text = llmdrop.load_calibration("xsum", tokenizer, args.peak_of, 128, data_dir=args.data_dir)
         llmdrop.score(model, text, batch_size=args.batch_size, progress=False)
         cuda = device.type == "cuda"
         print(torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
 
-    text = llmdrop.load_calibration("xsum", tokenizer, 2 * args.batch_size, args.seq_len)
+    text = llmdrop.load_calibration("xsum", tokenizer, 2 * args.batch_size, args.seq_len, data_dir=args.data_dir)
     batches = text.input_ids.to(device).split(args.batch_size)
 
     def forward() -> None:

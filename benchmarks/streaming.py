@@ -55,18 +55,24 @@ def forward(args) -> dict:
     from synthetic import config
     from transformers import AutoModelForCausalLM
 
+    from llmdrop.checkpoints.load import check_device
+
+    device = check_device("auto")  # where `score_checkpoint` computes, too
     layers = max(1, args.layers // 4)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config(layers), dtype=getattr(torch, args.dtype)).eval().base_model
     weights = {name: torch.full(p.shape, 0.01, dtype=p.dtype) for name, p in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
+    model.to(device)
     timed = max(BATCH, args.samples // 4)
-    batches = ids(timed).split(BATCH)
+    batches = ids(timed).to(device).split(BATCH)
     with torch.inference_mode():
         model(batches[0], use_cache=False)  # warm up
         start = time.perf_counter()
         for batch in batches:
             model(batch, use_cache=False)
+        if device != "cpu":
+            torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return {"seconds": seconds * args.layers / layers * args.samples / timed / 2}  # of half of the samples
 

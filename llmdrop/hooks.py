@@ -78,8 +78,8 @@ class ResidualTap:
             if threading.get_ident() != self.thread:
                 return
             seen, self.seen = self.seen, {}
-            x = seen["x"]
             y = output[0] if isinstance(output, tuple) else output
+            x = seen["x"].to(y.device)  # of a model over several GPUs accelerate moves it inside the layer
             m = None if parallel else seen["m"].view_as(x)  # OPT flattens [B, T, C] to [B * T, C] before its MLP
             f_attn = None if i in plan.attn else seen["f_attn"].view_as(x)
             f_mlp = None if i in plan.mlp else seen["f_mlp"].view_as(x)

@@ -158,6 +158,12 @@ def failure(notebook: Path) -> str:
     return errors[0] if errors else "the kernel died"
 
 
+def gpu_steps(figures: Path) -> list[dict]:
+    """What `make gpu` wrote for this profile's page, step by step; [] where it was not run."""
+    file = figures / "gpu.json"
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
 def build(profile_file: Path, done: Path, figures: Path) -> Path:
     """Write <figures>/index.html, claims.csv and notebooks/*.html; returns the path of the index."""
     figures.mkdir(parents=True, exist_ok=True)
@@ -211,7 +217,7 @@ def build(profile_file: Path, done: Path, figures: Path) -> Path:
         page=None, title=f"llmdrop · {name}", about=profile.get("about", ""),
         claims=shown, never_run=not outputs, counts=claims["verdict"].value_counts().to_dict(), errata=paper.ERRATA,
         paper=paper.PAPER, items=items, beyond=beyond, others=others,
-        notebooks=notebooks, written=written, label=label, **pages,
+        notebooks=notebooks, written=written, label=label, gpu=gpu_steps(figures), **pages,
     )  # fmt: skip
     (figures / "index.html").write_text(index)
     return figures / "index.html"

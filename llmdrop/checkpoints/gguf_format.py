@@ -140,11 +140,13 @@ def _kept_tensors(reader: gguf.GGUFReader, plan: DropPlan) -> Tensors:
         yield name, tensor.data, tensor.tensor_type
 
 
-def load_gguf(path: str | os.PathLike, dtype: str = "float32", attn_implementation: str | None = None):
+def load_gguf(
+    path: str | os.PathLike, dtype: str = "float32", attn_implementation: str | None = None, device: str = "cpu"
+):
     """(model, tokenizer) from a GGUF with a Llama in it: ours, with the plan it was written with, or an undropped one.
 
-    Weights are dequantized to `dtype`; "auto" is the file's own type, float32 where it is quantized. Raises ValueError
-    for other architectures, and for files whose plan is not recorded.
+    Weights are dequantized to `dtype`, one by one, and go to `device`; "auto" is the file's own type, float32 where it
+    is quantized. Raises ValueError for other architectures, and for files whose plan is not recorded.
     """
     reader, facts = _read(path)
     if facts["general.architecture"] != "llama" and "llmdrop.plan" not in facts:
@@ -175,7 +177,7 @@ def load_gguf(path: str | os.PathLike, dtype: str = "float32", attn_implementati
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
         if name.endswith(("attn_q", "attn_k")):
             array = _reordered(array, (_head_width(facts) // 2, 2))
-        state[f"{names[name]}.{what}"] = torch.tensor(array).to(torch_dtype)
+        state[f"{names[name]}.{what}"] = torch.tensor(array).to(device, torch_dtype)
         if what == "bias":
             biases.append((kept[slot], names[name].split(".", 3)[3]))
     if config.tie_word_embeddings:
@@ -183,7 +185,8 @@ def load_gguf(path: str | os.PathLike, dtype: str = "float32", attn_implementati
     give_biases(ExitStack(), model, biases)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is no part of the state; Mistral's is the same
+    # its table is no part of the state; Mistral's is the same
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     return model.eval(), read_tokenizer(path, facts)
 
 

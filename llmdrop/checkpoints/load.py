@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from safetensors import SafetensorError
@@ -50,12 +51,10 @@ def load_model(
     revision = kwargs.pop("revision", None) or named_revision
     if named_revision not in (revision, "main"):
         raise ValueError(f"{str(name)!r} names another revision than revision={revision!r}; give one")
-    if device == "balanced":
-        kwargs["device_map"] = "balanced"
     places = {option: kwargs[option] for option in PLACES if option in kwargs}
     try:
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = load_weights(path, revision, dtype=torch_dtype, **kwargs)
+        model = load_weights(path, revision, device, dtype=torch_dtype, **kwargs)
         # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
         own = {"config": model.config, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, **own, **places)
@@ -67,7 +66,8 @@ def load_model(
             "a damaged file again; for a gated model accept its license on the hub and run `hf auth login`."
         ) from error
     model.name_or_path = str(name)
-    return (model if "device_map" in kwargs else model.to(device)), tokenizer
+    is_placed = device == "balanced" or "device_map" in kwargs
+    return (model if is_placed else model.to(device)), tokenizer
 
 
 def check_dtype(dtype: str | torch.dtype, allowed: Sequence[str] = DTYPES) -> str:
@@ -79,19 +79,30 @@ def check_dtype(dtype: str | torch.dtype, allowed: Sequence[str] = DTYPES) -> st
 
 
 def check_device(device: str | torch.device) -> str:
-    """The name of a device. Resolves "auto" and refuses an accelerator that is not there (ValueError)."""
+    """The name of a device. Resolves "auto": an accelerator if there is one; each of a launcher's processes its own.
+
+    For CUDA, cuDNN's attention is switched off in the whole process: torch from 2.11 on prefers it in 16 bits on
+    Hopper and Blackwell, where it is reported to give NaN for left-padded rows and other greedy text with few KV
+    heads, and it plans anew for every shape. `torch.backends.cuda.enable_cudnn_sdp(True)` takes that back.
+
+    Raises ValueError for a device that is not there, also where a launcher started more processes than there are.
+    """
     name = str(device)
     n_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     kind = torch.accelerator.current_accelerator().type if n_devices else "cpu"
     if name == "auto":
-        return kind
+        several = n_devices and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        name = f"{kind}:{os.environ.get('LOCAL_RANK', 0)}" if several else kind
     allowed = ["cpu", kind, "balanced", *(f"{kind}:{i}" for i in range(n_devices))] if n_devices else ["cpu"]
     if name not in allowed:
         asked = name.partition(":")[0]
         raise ValueError(
             f"device {name!r} is not available: this machine has {n_devices if asked == kind else 0} {asked.upper()} "
-            f"device(s). Use device='auto' or one of {', '.join(allowed)}; an accelerator needs a torch built for it"
+            f"device(s). Use device='auto' or one of {', '.join(allowed)}; an accelerator needs a torch built for it, "
+            "and every process one of its own"
         )
+    if name != "cpu":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return name
 
 
@@ -113,9 +124,10 @@ def locate(name: str, subfolder: str = "") -> tuple[str, str]:
     return repo, revision or "main"
 
 
-def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
+def load_weights(path: str | os.PathLike, revision: str = "main", device: str = "cpu", **kwargs):
     """The model of a directory or hub id, in eval mode, without its tokenizer; kwargs go to `from_pretrained`.
 
+    device: of `check_device`; weights go there one by one as they are read (without accelerate, by the host's memory).
     Raises OSError for missing files, SafetensorError for damaged ones, ValueError where weights and config do not fit.
     """
     path = str(path)
@@ -126,6 +138,11 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
     config, record, llm_drop = undropped_config(raw)
     stock = stock_class(config)
     cls = _dropped_class(stock, record) if record else stock
+    is_quantized = bool(raw.get("quantization_config"))  # which transformers would put on the current GPU
+    if "device_map" not in kwargs and (
+        device == "balanced" or ((is_quantized or device != "cpu") and find_spec("accelerate"))
+    ):
+        kwargs["device_map"] = device if device == "balanced" else {"": device}
     model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
     model.__class__ = stock
     _refuse_random_weights(model, info, llm_drop, path)
@@ -216,6 +233,6 @@ def _load_gguf(path: str | os.PathLike, dtype: str, device: str, attn_implementa
         raise ValueError(f"a GGUF is not loaded with {what}; allowed are dtype, one device and attn_implementation")
     from .gguf_format import load_gguf  # needs an extra
 
-    model, tokenizer = load_gguf(os.path.expanduser(path), dtype, attn_implementation)
+    model, tokenizer = load_gguf(os.path.expanduser(path), dtype, attn_implementation, device)
     model.name_or_path = str(path)
-    return model.to(device), tokenizer
+    return model, tokenizer

@@ -155,16 +155,19 @@ def _peft():
 
 def _train(student: nn.Module, teacher: nn.Module, healing: Healing, progress: bool) -> tuple[list[float], bool]:
     """Train what requires gradients: (the mean loss of each step, whether this is the main process)."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=student.get_input_embeddings().weight.device.type == "cpu")
+    device = student.get_input_embeddings().weight.device
     ids = healing.text.input_ids
     mask = torch.ones_like(ids) if healing.text.attention_mask is None else healing.text.attention_mask
     order = torch.Generator().manual_seed(healing.seed)
     loader = DataLoader(TensorDataset(ids, mask), healing.batch_size, shuffle=True, generator=order)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, healing.learning_rate, weight_decay=0.0)
-    student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+    accelerator = None  # has one device for the whole process, so it is for the processes of a launcher alone
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=device.type == "cpu")
+        student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     losses = []
     n_steps = len(loader)
     for step, (ids, real) in enumerate(tqdm(loader, desc="heal", unit="step", disable=not progress)):
@@ -172,13 +175,13 @@ def _train(student: nn.Module, teacher: nn.Module, healing: Healing, progress: b
         falling = (n_steps - step) / max(0.9 * n_steps, 1)
         for group in optimizer.param_groups:
             group["lr"] = healing.learning_rate * min(rising, falling, 1.0)
-        value = _loss(student, teacher, ids, real, healing.loss)
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(trained, 1.0)
+        value = _loss(student, teacher, ids.to(device), real.to(device), healing.loss)
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(accelerator.reduce(value.detach(), "mean")))
-    return losses, accelerator.is_main_process
+        losses.append(float(accelerator.reduce(value.detach(), "mean") if accelerator else value))
+    return losses, accelerator is None or accelerator.is_main_process
 
 
 def _loss(student: nn.Module, teacher: nn.Module, ids: torch.Tensor, real: torch.Tensor, loss: str) -> torch.Tensor:

@@ -238,7 +238,7 @@ def fit(
         if method in ALONE:
             rest = whole
         elif change is not None:
-            rest = [y + (h @ change.weight.T.to(h.dtype)).to(y) for y, h in zip(rest, read, strict=True)]
+            rest = [y + (h @ change.weight.T.to(h)).to(y) for y, h in zip(rest, read, strict=True)]
     return changes
 
 
@@ -304,9 +304,9 @@ def _regress(method: str, read: list | None, now: list, target: list, masks: lis
     """What brings the streams `now` nearest to `target`, both [B, T, C] per batch; None where nothing helps."""
     if method == "mean":  # the regression on a constant
         ones = [torch.ones_like(y[..., :1]) for y in now]
-        gram, cross, _ = _sums(_samples(ones, now, target, masks))
+        gram, cross, _ = _sums(_samples(ones, now, masks, target))
         return Change(bias=(cross / gram)[0].float())
-    weight = _ridge(_samples(read, now, target, masks))
+    weight = _ridge(_samples(read, now, masks, target))
     return None if weight is None else Change(weight=weight)
 
 
@@ -318,8 +318,9 @@ def _samples(*by_batch: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
 def _sums(samples: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Over real tokens, weighted, in float64: h h' [H, H], h e' [H, C] and e^2 [C]; h: what is read, e: what lacks."""
     gram = cross = error = torch.zeros((), dtype=torch.float64)
-    for read, now, target, mask in samples:
-        real = mask.bool().to(target.device)  # padding may hold anything, also NaN
+    for *given, target in samples:
+        read, now, mask = (tensor.to(target.device) for tensor in given)  # a layer before may be on another GPU
+        real = mask.bool()  # padding may hold anything, also NaN
         whole = target[real].float()
         scale = (1 / whole.square().mean(-1).clamp_min(1e-12)).sqrt()[:, None]  # of a token: sqrt(w_t)
         lacks = (whole - now[real].float()) * scale

@@ -157,7 +157,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _scaled(scale: torch.Tensor, module: nn.Module, args: tuple, out):
     """Forward hook: what the module gives, times `scale`."""
-    return (out[0] * scale, *out[1:]) if isinstance(out, tuple) else out * scale
+    first, *others = out if isinstance(out, tuple) else (out,)
+    scaled = first * scale.to(first.device)
+    return (scaled, *others) if isinstance(out, tuple) else scaled
 
 
 def next_tokens(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -236,6 +238,7 @@ class _Search:
         total = 0.0
         predictions = self._predictions(self._through(streams, first, gone))
         for predicted, target in zip(predictions, self.targets, strict=True):
+            target = target.to(predicted.device)
             if target.ndim == 1:
                 losses = -predicted.gather(-1, target[:, None])
             else:
@@ -270,4 +273,4 @@ class _Search:
     def _predictions(self, final: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Log-probabilities [n, vocabulary], batch after batch, of the tokens where the loss is taken."""
         for x, taken in zip(final, self.taken, strict=True):
-            yield head_logits(self.model, self.parts, x[taken]).log_softmax(-1)
+            yield head_logits(self.model, self.parts, x[taken.to(x.device)]).log_softmax(-1)

@@ -186,9 +186,13 @@ def zeroed(model: nn.Module, zeros: Zeros) -> Iterator[nn.Module]:
 @torch.no_grad()
 def _zero(undo: ExitStack, module: nn.Module, index: torch.Tensor) -> None:
     rows = _rows(module)
-    index = index.long()
-    undo.callback(rows.scatter_, 1, index, rows.gather(1, index))
-    rows.scatter_(1, index, 0)
+    former = rows.gather(1, index.long())
+
+    def put_back() -> None:
+        rows.scatter_(1, index.long(), former)
+
+    undo.callback(put_back)  # keeps the indices as they are: 64-bit ones of a whole model would be larger than it
+    rows.scatter_(1, index.long(), 0)
 
 
 def removed_share(model: nn.Module, plan: DropPlan) -> float:

@@ -202,6 +202,8 @@ class _Window:
         """[1 or B, 1, n, keys]: what each token sees; long ones with `blocks` for `_attend_in_blocks`."""
         n = hidden.shape[1]
         past = cached.seen if cached else 0
+        if given is None and (cached or positions is None) and not self._hides(past, n):
+            return None  # known without asking the device: a decode step waits for nothing
         now = past + torch.arange(n, device=hidden.device)[None]
         keys = torch.cat([cached.held().to(hidden.device)[None], now], 1) if cached else now
         seen = (keys[:, None] <= now[..., None])[:, None]  # [1, 1, n, keys]: all but what is to come
@@ -235,6 +237,11 @@ class _Window:
                 reached = part.flatten(0, 2).any(0).nonzero()[:, 0]
                 mask.blocks.append((start, reached, part[..., reached]))
         return mask
+
+    def _hides(self, past: int, n: int) -> bool:
+        """Whether the last of n tokens after `past` ones is too far from the first that is there and no sink."""
+        first = max(past - self.window + 1, self.sinks)
+        return past + n - 1 - first >= self.window
 
     def _slot(self, cache: Cache, slot: int) -> WindowLayer:
         while len(cache.layers) <= slot and cache.layer_class_to_replicate is not None:
@@ -282,10 +289,11 @@ def score_windows(
             with windowed(model, [i], window, sinks):
                 narrow = run.through(streams, "attn", i)
             streams = run.through(streams, "attn", i)
-            cosines = [
-                torch.cosine_similarity(in_float64(full[which]), in_float64(cut[which]), dim=-1)
-                for full, cut, which in zip(streams, narrow, changed, strict=True)
-            ]
+            cosines = []
+            for full, cut, which in zip(streams, narrow, changed, strict=True):
+                which = which.to(full.device)
+                pair = in_float64(full[which]), in_float64(cut[which])
+                cosines.append(torch.cosine_similarity(*pair, dim=-1))
             score = 1 - float(torch.cat(cosines).mean())
         scores.append(score)
         if layer is not None:

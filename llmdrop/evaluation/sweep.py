@@ -146,9 +146,10 @@ def loglikelihoods(
             ]
             nodes = torch.tensor([node for _, nodes, _ in targets for node in nodes])
             tokens = torch.tensor([token for _, _, tokens in targets for token in tokens])
+            reads = _reads(nodes, tokens, model.get_output_embeddings().weight.device)
             ends = np.cumsum([len(tokens) for _, _, tokens in targets])[:-1]
             for group, hidden in _walk(model, parts, plans, call):
-                logp, is_likeliest = _read_off(model, parts, hidden.flatten(0, 1), nodes, tokens)
+                logp, is_likeliest = _read_off(model, parts, hidden.flatten(0, 1), reads)
                 if not np.isfinite(logp).all():
                     raise ValueError(_not_finite(model, parts, plans[group[0]], call))
                 of_items = zip(targets, np.split(logp, ends), np.split(is_likeliest, ends), strict=True)
@@ -233,26 +234,36 @@ def _layer_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, 
     mask = additive(visible)
     window = getattr(model.config, "sliding_window", None)  # how many tokens back, itself included
     if window is not None:
-        distance = position[:, :, None] - position[:, None, :]
-        near = additive(visible & (distance < window))
+        near = mask
+        if window < ids.shape[1]:
+            distance = position.int()[:, :, None] - position.int()[:, None, :]
+            near = additive(visible & (distance < window))
         by_type = getattr(model.config, "layer_types", None) is not None
         mask = {"full_attention": mask, "sliding_attention": near} if by_type else near
     return layer_calls(parts, input_ids=ids, attention_mask=mask, position_ids=position)
 
 
+def _reads(nodes: torch.Tensor, tokens: torch.Tensor, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+    """HEAD_POSITIONS scored positions at a time: (distinct nodes, the place of each position's among them, its token).
+
+    All of them go to the device at once: every copy waits for what the GPU has to do.
+    """
+    pieces: list[torch.Tensor] = []
+    for node, token in zip(nodes.split(HEAD_POSITIONS), tokens.split(HEAD_POSITIONS), strict=True):
+        pieces += [*torch.unique(node, return_inverse=True), token]
+    on_device = torch.cat(pieces).to(device).split([len(piece) for piece in pieces])
+    return list(zip(on_device[::3], on_device[1::3], on_device[2::3], strict=True))
+
+
 def _read_off(
-    model, parts: Anatomy, hidden: torch.Tensor, nodes: torch.Tensor, tokens: torch.Tensor
+    model, parts: Anatomy, hidden: torch.Tensor, reads: list[tuple[torch.Tensor, ...]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability of each token after its node of the streams [n_nodes, C], and whether it is the most likely."""
-    logp: list[torch.Tensor] = []
-    is_likeliest: list[torch.Tensor] = []
-    for start in range(0, len(nodes), HEAD_POSITIONS):
-        part = slice(start, start + HEAD_POSITIONS)
-        read, place = torch.unique(nodes[part], return_inverse=True)
+    found: list[torch.Tensor] = []
+    for read, place, token in reads:
         logits = head_logits(model, parts, hidden[read.to(hidden.device)])
-        place = place.to(logits.device)
-        token = tokens[part].to(logits.device)
-        is_likeliest.append((logits.argmax(-1)[place] == token).cpu())
+        is_likeliest = logits.argmax(-1)[place] == token
         # log_softmax, not logsumexp: its rounding is lm-eval's rounding (a bias of 1e-5 a token in float32)
-        logp.append(logits.log_softmax(-1)[place, token].cpu().double())
-    return torch.cat(logp).numpy(), torch.cat(is_likeliest).numpy()
+        found.append(torch.stack([logits.log_softmax(-1)[place, token].double(), is_likeliest.double()]))
+    logp, is_likeliest = torch.cat(found, 1).cpu().numpy()  # waits for the device, once
+    return logp, is_likeliest.astype(bool)

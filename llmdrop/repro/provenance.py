@@ -106,7 +106,10 @@ def version(package: str) -> str | None:
 
 def _numerics(model: nn.Module) -> dict:
     parameter = next(model.parameters())
-    return {
+    of_gpu = {}
+    if parameter.device.type == "cuda":
+        of_gpu["cudnn_attention"] = torch.backends.cuda.cudnn_sdp_enabled()
+    return of_gpu | {
         "model_type": model.config.model_type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device_type": parameter.device.type,

@@ -16,7 +16,7 @@ from ..plan import DropPlan
 from ..prune import apply_plan
 from ..speed import roofline
 from ..speed.geometry import GEOMETRIES, Int4Linear, geometry_model, shape_of
-from ..speed.measure import measure_if_fits
+from ..speed.measure import is_out_of_memory, measure_speed
 from ..speed.roofline import (
     HARDWARE,
     implied_batch,
@@ -237,7 +237,8 @@ def largest_batches(published: pd.DataFrame, memory: float = 48e9, device: str |
 
     published: the rows of Table 4. Columns model, weight_bits, tokens, dropped; fits_before, fits_after: weights and
     cache within `memory` bytes; measured_before, measured_after: what a prefill and the generation of one token really
-    run with on `device`, to 5 % (None without one): activations and the allocator take their part of its memory.
+    run with on `device`, as `largest_measured_batch` finds it (None without one): activations and the allocator take
+    their part of its memory.
     """
     rows = []
     for printed in published.itertuples(index=False):
@@ -261,18 +262,32 @@ def largest_batches(published: pd.DataFrame, memory: float = 48e9, device: str |
 
 
 def largest_measured_batch(model: nn.Module, tokens: int, at_most: int) -> int:
-    """Largest batch up to at_most, to 5 %, with which a prefill of tokens - 1 and one generated token fit in memory."""
-    fits = 0
-    too_many = at_most + 1
-    batch = at_most
-    while batch > fits:
-        _, largest = measure_if_fits(model, batch, prompt_len=tokens - 1, new_tokens=1, repeats=1, warm_up=False)
-        fits = max(fits, largest)
-        while batch > largest:  # this failed, and each of its halves down to the one that fits
-            too_many = batch
-            batch //= 2
-        batch = (fits + too_many) // 2 if too_many - fits > max(1, 0.05 * fits) else fits
-    return fits
+    """Largest batch up to at_most with which a prefill of tokens - 1 and one generated token fit in a GPU's memory.
+
+    Memory grows by as much with every sequence, so the peaks of one and of two say how many fit. That many are run to
+    make sure, and 5 % fewer until they do.
+    """
+    device = model.get_input_embeddings().weight.device
+    one, two = (_peak_bytes(model, batch, tokens) if batch <= at_most else None for batch in (1, 2))
+    if one is None or two is None:
+        return 0 if one is None else 1
+    room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - one
+    batch = max(2, min(at_most, 1 + room // max(two - one, 1)))
+    while batch > 2 and _peak_bytes(model, batch, tokens) is None:
+        batch = max(2, int(0.95 * batch))
+    return batch
+
+
+def _peak_bytes(model: nn.Module, batch_size: int, tokens: int) -> int | None:
+    """Memory in use at most while that runs; None where it is not enough."""
+    try:
+        timing = measure_speed(model, batch_size, prompt_len=tokens - 1, new_tokens=1, repeats=1, warm_up=False)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()
+        return None
+    return timing["peak_bytes"]
 
 
 def panels(published: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:

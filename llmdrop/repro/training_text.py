@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import sparse
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -109,13 +108,14 @@ def count_baselines(train: np.ndarray, valid: np.ndarray, vocabulary: int) -> di
     """
     counts = np.bincount(train.ravel(), minlength=vocabulary) + 1.0
     unigram = counts / counts.sum()
-    first = train[:, :-1].ravel()
-    second = train[:, 1:].ravel()
-    pairs = sparse.coo_array((np.ones(len(first)), (first, second)), shape=(vocabulary, vocabulary)).tocsr()
-    before = valid[:, :-1].ravel()
+    first = train[:, :-1].ravel().astype(np.int64)
+    pairs, n_pairs = np.unique(first * vocabulary + train[:, 1:].ravel(), return_counts=True)  # each as one number
+    before = valid[:, :-1].ravel().astype(np.int64)
     after = valid[:, 1:].ravel()
-    times_together = pairs[before, after]
-    times_before = pairs.sum(axis=1)[before]
+    asked = before * vocabulary + after
+    place = np.searchsorted(pairs, asked).clip(max=len(pairs) - 1)
+    times_together = np.where(pairs[place] == asked, n_pairs[place], 0)
+    times_before = np.bincount(first, minlength=vocabulary)[before]
     losses = []  # by strength
     for strength in 2.0 ** np.arange(-2, 12):
         probability = (times_together + strength * unigram[after]) / (times_before + strength)

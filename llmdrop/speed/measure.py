@@ -114,6 +114,27 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+@torch.no_grad()
+def greedy_tokens(
+    model: nn.Module, prompt: torch.Tensor, new_tokens: int, cache: str = "dynamic", decoding: str = "eager"
+) -> torch.Tensor:
+    """What the steps that `measure_speed` times write after prompts [B, T] of equal length: [B, new_tokens].
+
+    Whatever cache and decoding, it must be the same. Raises ValueError for what does not go together.
+    """
+    check_decoding(decoding, cache, prompt.device)
+    generation = _Generation(model, prompt, new_tokens, cache)
+    written = []
+    with eval_mode(model):
+        generation.get_ready(decoding, warm_up=True)
+        past = generation.empty_cache()
+        generation.token.copy_(generation.next_token(prompt, past))
+        for _ in range(new_tokens):
+            written.append(generation.token.clone())
+            generation.step(past)
+    return torch.cat(written, 1)
+
+
 def check_decoding(decoding: str, cache: str, device: torch.device) -> None:
     """Raises ValueError where `decoding` cannot be had, saying why."""
     if decoding not in ("eager", "compiled", "graph"):
@@ -330,12 +351,18 @@ def measure_if_fits(model: nn.Module, batch_size: int = 1, **settings) -> tuple[
             timing = measure_speed(model, size, **settings)
             return (timing if size == batch_size else None), size
         except RuntimeError as error:
-            if not isinstance(error, torch.cuda.OutOfMemoryError) and "alloc" not in str(error).lower():
-                raise  # a CPU says "can't allocate memory", cuBLAS CUBLAS_STATUS_ALLOC_FAILED
+            if not is_out_of_memory(error):
+                raise
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
         size //= 2
     return None, 0
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory is short: a CPU "can't allocate memory", cuBLAS says CUBLAS_STATUS_ALLOC_FAILED."""
+    text = str(error).lower()
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text or "alloc" in text
 
 
 def speedups(rows: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from .. import scoring
 from ..anatomy import RECORD, Anatomy, find_anatomy
 from ..calibration import Calibration, TokenIds, check_vocabulary
-from ..checkpoints.extras import import_extra
 from ..checkpoints.load import check_device, check_dtype
 from ..files import build_dir, locked
 from ..scoring import ImportanceScores, sample_sums, scores_from_sums
@@ -73,8 +72,6 @@ def score_checkpoint(
     dtype = check_dtype(dtype)
     if device == "balanced":
         raise ValueError("device='balanced' spreads a model in memory; streaming takes one device per process")
-    if distributed and device == "auto" and torch.cuda.is_available():
-        device = str(import_extra("accelerate", "streaming").PartialState().device)
     device = torch.device(check_device(device))
     source = open_checkpoint(checkpoint, dtype, attn_implementation)
     vocabulary, width = source.model.get_input_embeddings().weight.shape

@@ -1,7 +1,10 @@
 """Training after the drop lowers the loss, merges exactly, is kept once it is done, and says what it lacks."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +53,38 @@ def test_the_adapter_is_kept_and_merges_exactly(tmp_path, monkeypatch):
     assert kept == losses and torch.equal(logits(again), logits(healed))
     with pytest.raises(ValueError, match="another training .rank differ"):
         heal(model, PLAN, TEXT, changes, learning_rate=1e-2, rank=4, folder=folder, progress=False)
+
+
+def test_it_trains_on_the_models_device_whatever_accelerate_was_used_for_before(monkeypatch):
+    """accelerate has one device for the whole process: that of its first use, which may be another."""
+    pytest.importorskip("peft")
+    losses = heal(tiny("llama"), PLAN, TEXT, progress=False)[1]
+    monkeypatch.setattr("accelerate.Accelerator", None)  # must not be asked
+    assert heal(tiny("llama"), PLAN, TEXT, progress=False)[1] == losses
+
+
+def test_two_processes_share_the_samples(tmp_path):
+    pytest.importorskip("peft")
+    script = tmp_path / "heal.py"
+    script.write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])}
+    subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | hidden)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 6  # of twelve batches
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+
+
+SHARED = """
+import os, sys, torch
+from tiny import random_ids, tiny
+from llmdrop import Calibration, DropPlan
+from llmdrop.compress.healing import heal
+
+plan = DropPlan(attn=[1, 3], mlp=[2])
+healed, losses = heal(tiny("llama"), plan, Calibration(random_ids(24, 16)), progress=False)
+torch.save({"losses": losses, "state": healed.state_dict()}, f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+"""
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from tiny import tiny
 
 from llmdrop import DropPlan, Store
@@ -149,16 +150,24 @@ def test_largest_batches_by_formula():
     assert rows[["measured_before", "measured_after"]].isna().all().all()
 
 
-@pytest.mark.parametrize("limit", [0, 1, 7, 100, 1000, 2000])
-def test_largest_measured_batch(monkeypatch, limit):
+@pytest.mark.parametrize("limit", [0, 1, 2, 7, 100, 1000, 2000])
+@pytest.mark.parametrize("wasted", [0, 40])
+def test_largest_measured_batch(monkeypatch, limit, wasted):
+    """Of a GPU with room for `limit` sequences, and less by what fragments of free memory waste of many."""
     tried = []
+    weights = 5000
+    bytes_each = 300
 
     def run(model, batch, **sizes):
         tried.append(batch)
-        if batch <= limit:
-            return {}, batch
-        return None, next((size for size in (batch >> k for k in range(12)) if size <= limit), 0)
+        peak = weights + bytes_each * batch
+        if peak + wasted * (batch > 2) > weights + bytes_each * limit:
+            raise torch.AcceleratorError("CUDA error: out of memory") if batch > 2 else torch.OutOfMemoryError("CUDA")
+        return {"peak_bytes": peak}
 
-    monkeypatch.setattr(speedups, "measure_if_fits", run)
-    found = speedups.largest_measured_batch(None, 2048, 1000)
-    assert 0.95 * min(limit, 1000) <= found <= limit and len(tried) <= 9
+    monkeypatch.setattr(speedups, "measure_speed", run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (bytes_each * limit, 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: weights)
+    found = speedups.largest_measured_batch(tiny("llama"), 2048, 1000)
+    assert 0.94 * (min(limit, 1000) - 1) <= found <= limit and (wasted or found == min(limit, 1000))
+    assert len(tried) <= 3 + bool(wasted)

@@ -209,7 +209,7 @@ def test_without_the_extra_one_error_says_what_to_install(package, saved, tmp_pa
     monkeypatch.setitem(sys.modules, package, None)
     calls = [lambda: score_checkpoint(path, text(), progress=False, work_dir=tmp_path / "work", device="cpu")]
     if package == "accelerate":
-        calls.append(lambda: score_distributed(model, text(), progress=False))
+        assert score_distributed(model, text(), progress=False) == score(model, text(), progress=False)
         calls.append(lambda: drop_checkpoint(path, PLANS[0], tmp_path / "out", progress=False))
     for call in calls:
         with pytest.raises(ImportError, match=rf"needs {package}.*pip install 'llmdrop\[streaming\]'"):

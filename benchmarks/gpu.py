@@ -464,7 +464,10 @@ def main() -> int:
     if args.draw:
         draw(all_steps(), args.figures)
         return 0
-    args.device = check_device(args.device)  # says so where there is none, and switches cuDNN's attention off
+    try:
+        args.device = check_device(args.device)  # switches cuDNN's attention off
+    except ValueError as error:
+        sys.exit(f"{error}. make gpu DRY=1 says what would run")
     if args.step:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         in_this_process(next(step for step in steps if step.name == args.step), args)

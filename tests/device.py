@@ -66,7 +66,6 @@ class GPUs:
 
     def __init__(self, count: int):
         self.count = count
-        self.current = 0
         self.waits = 0
         self.pinned_at: set[int] = set()
         self.graph: Graph | None = None  # that records
@@ -78,7 +77,7 @@ class GPUs:
         given = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
         if given.type != "cuda":
             return None
-        index = self.current if given.index is None else given.index
+        index = given.index or 0  # the current one is the first
         if index >= self.count:
             raise RuntimeError("CUDA error: invalid device ordinal")
         return torch.device("cuda", index)
@@ -324,29 +323,14 @@ def pretended_gpus(count: int = 2) -> Iterator[GPUs]:
             gpus.graph = None
 
     stream = mock.MagicMock()
-    patches = {
-        "is_available": lambda: True,
-        "device_count": lambda: count,
-        "current_device": lambda: gpus.current,
-        "synchronize": lambda device=None: gpus.wait(),
-        "get_device_name": lambda device=None: "a pretended GPU",
-        "get_device_capability": lambda device=None: (9, 0),
-        "get_device_properties": lambda device=None: mock.Mock(total_memory=2**34, major=9, minor=0),
-        "mem_get_info": lambda device=None: (2**34, 2**34),
-        "memory_allocated": lambda device=None: 0,
-        "memory_reserved": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 1,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "is_bf16_supported": lambda *args: True,
-        "Stream": lambda *args, **kwargs: stream,
-        "current_stream": lambda device=None: stream,
-        "stream": lambda stream: mock.MagicMock(),
-        "device": lambda device: mock.MagicMock(),
-        "CUDAGraph": Graph,
-        "graph": captured,
-        "_lazy_init": lambda: None,
-    }
+    answers = {"is_available": True, "device_count": count, "current_device": 0, "is_bf16_supported": True}
+    answers |= {"get_device_name": "a pretended GPU", "get_device_capability": (9, 0), "mem_get_info": (2**34, 2**34)}
+    answers |= {"get_device_properties": mock.Mock(total_memory=2**34, major=9, minor=0), "max_memory_allocated": 1}
+    answers |= {"memory_allocated": 0, "memory_reserved": 0, "current_stream": stream, "Stream": stream}
+    answers |= {"stream": stream, "device": stream, "reset_peak_memory_stats": None, "empty_cache": None}
+    answers |= {"_lazy_init": None}
+    patches = {name: mock.Mock(return_value=value) for name, value in answers.items()}
+    patches |= {"synchronize": lambda device=None: gpus.wait(), "CUDAGraph": Graph, "graph": captured}
     with ExitStack() as undo:
         for name, function in patches.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, function))

@@ -30,6 +30,7 @@ CELLS = {  # parameters, measure
 }
 REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()"
 FOREIGN = set("MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR LIMIT ONLY FRESH PROFILE JOBS".split())  # not ours
+FOREIGN.add("LLMDROP_BUILD")  # else FRESH=1 puts aside the measurements of whoever runs the tests
 
 
 def write_notebook(path: Path, parameters: str, code: str) -> None:

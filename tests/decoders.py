@@ -97,7 +97,7 @@ OF_TYPE: dict[str, dict] = {
     "roc_bert": dict(shape_vocab_size=97, pronunciation_vocab_size=97),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(attention_hidden_size=64, attention_head_dim=16),
-    "zamba2": dict(attention_hidden_size=64, n_mamba_heads=8, attention_head_dim=16, layer_types=["linear_attention", "hybrid"] * 3),
+    "zamba2": dict(n_mamba_heads=8),
 }
 
 
@@ -134,11 +134,10 @@ def _small(cls: type, beside: dict):
             settings[name] = min(size, value) if value and value > 0 else size if value is None else value
     if "kv_lora_rank" in settings:  # latent attention has no shared heads
         settings["num_key_value_heads"] = settings["num_attention_heads"]
-    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or []))
-    if len(kinds) > 1 and not isinstance(
-        getattr(cls, cls.attribute_map.get("layer_types", "layer_types"), None), property
-    ):
-        settings["layer_types"] = [kinds[i % len(kinds)] for i in range(DEPTH)]
+    name = cls.attribute_map.get("layer_types", "layer_types")
+    kinds = list(dict.fromkeys(getattr(default, name, None) or []))
+    if len(kinds) > 1 and not isinstance(getattr(cls, name, None), property):
+        settings[name] = [kinds[i % len(kinds)] for i in range(DEPTH)]
     return cls(**settings | beside)
 
 

@@ -1,27 +1,29 @@
 """Remove sublayers from a stock model: for good (`apply_plan`) or for a while (`dropped`)."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer
 
-from .anatomy import Anatomy, Layout, find_anatomy
+from .anatomy import Anatomy, find_anatomy
 from .plan import DropPlan
+from .proof import Gone, Sublayer
 
 
 def apply_plan(model: nn.Module, plan: DropPlan) -> nn.Module:
     """Drop the plan's sublayers from `model` in place and return it.
 
-    The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both
-    leaves the layer list, so a plan of blocks only gives an ordinary, shorter model. The remaining attention modules
-    are renumbered and every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped
-    model, also when the model was dropped from before. What was dropped is recorded in `model.config.llmdrop`, beside
-    the biases that reconstruction gave to what stays.
+    The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both is
+    gone whole. Layers keep their numbers, and in every KV cache the slot of a dropped attention holds nothing. Indices
+    mean the undropped model, also when the model was dropped from before; of a layer that has no such sublayer nothing
+    is dropped. What was dropped is recorded in `model.config.llmdrop`, beside the biases that reconstruction gave to
+    what stays.
 
-    Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, and
-    plans that leave no sublayer at all. The model is unchanged then.
+    Raises ValueError for architectures whose residual split cannot be proven, indices the model does not have, a plan
+    made for another depth, and plans that leave no sublayer at all. The model is unchanged then.
     """
     _drop(model, plan)
     return model
@@ -66,46 +68,103 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
     """Drop, and return what restores the model when it is closed. Where dropping fails, the model is restored."""
     parts = find_anatomy(model)
     plan = _checked(parts, plan)
-    layout = parts.layout
-    config = model.config
+    layers = parts.layer_list
+    cut = getattr(parts.decoder, "_llmdrop_cache", None)
+    slots = set(cut.slots if cut else ())
     with ExitStack() as undo:
         for kind in ("attn", "mlp"):
-            for i in sorted(set(getattr(plan, kind)) - set(getattr(parts.plan, kind))):
-                for name, stub in stubs(layout, kind).items():
-                    put(undo, parts.layers[i], name, stub)
-
-        kept = [i for i in range(parts.n_layers) if i not in plan.blocks]
-        present = [i for i in range(parts.n_layers) if parts.layers[i] is not None]
-        if kept != present:
-            put(undo, parts.decoder, parts.layers_name, nn.ModuleList(parts.layers[i] for i in kept))
-            if getattr(config, "layer_types", None) is not None:
-                put(undo, config, "layer_types", [config.layer_types[present.index(i)] for i in kept])
-            put(undo, config, "num_hidden_layers", len(kept))
-
-        with_attention = [i for i in kept if i not in plan.attn]
-        for slot, i in enumerate(with_attention):
-            put(undo, getattr(parts.layers[i], layout.attn_core), "layer_idx", slot)
-        cut = getattr(parts.decoder, "_llmdrop_cache", None)
-        if cut is None:
-            cut = CacheCut()
-            undo.callback(parts.decoder.register_forward_pre_hook(cut, with_kwargs=True).remove)
-            put(undo, parts.decoder, "_llmdrop_cache", cut)
-        put(undo, cut, "slots", tuple(kept.index(i) for i in with_attention))
-        put(undo, cut, "n_layers", len(kept))
-        if not with_attention:
-            put(undo, getattr(parts.layers[kept[0]], layout.attn_core), "counts_tokens", True)
-
-        record = {"n_layers": parts.n_layers} | plan.key
-        gone = {layout.attn_core: plan.attn, layout.mlp_core: plan.mlp}
-        biases = [[i, name] for i, name in given_biases(config) if i not in gone[name.split(".")[0]]]
+            for i in getattr(plan, kind):
+                if not parts.has(kind, i):
+                    continue
+                if kind == "attn":
+                    slots.add(cache_slot(parts, i))
+                put_stubs(undo, parts.layers[i], parts.sublayer(kind, i))
+        for i in plan.blocks:
+            if parts.splits[i] is not None:
+                put(undo, layers, str(parts.places[i]), Gone(parts.layers[i], 0, 0, parts.splits[i].n_outputs))
+        cut_caches(undo, parts.decoder, slots)
+        former = getattr(model.config, "llmdrop", None) or {}
+        record = {key: former[key] for key in ("removed",) if key in former} | {"n_layers": parts.n_layers} | plan.key
+        biases = [[i, name] for i, name in given_biases(model.config) if _is_there(parts, i, name)]
         if biases:
             record["biases"] = biases
-        put(undo, config, "llmdrop", record)
+        put(undo, model.config, "llmdrop", record)
         return undo.pop_all()
 
 
+def put_stubs(undo: ExitStack, layer: nn.Module, sublayer: Sublayer) -> None:
+    """Take a sublayer and its norms out of a layer; `undo` puts them back."""
+    for name, stub in sublayer.stubs.items():
+        owner, _, child = name.rpartition(".")
+        former = layer.get_submodule(name)
+        put(undo, layer.get_submodule(owner), child, Gone(former, stub.passes, stub.width, stub.n_outputs))
+
+
+def cache_slot(parts: Anatomy, i: int) -> int:
+    """The slot of a KV cache that the attention of layer i uses."""
+    core = parts.layers[i].get_submodule(parts.sublayer("attn", i).core)
+    numbers = [module.layer_idx for module in core.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return numbers[0] if numbers else i
+
+
+def cut_caches(undo: ExitStack, decoder: nn.Module, slots: Iterable[int]) -> None:
+    """Let the decoder's KV caches hold nothing in these slots."""
+    cut = getattr(decoder, "_llmdrop_cache", None)
+    if cut is None:
+        cut = CacheCut()
+        undo.callback(decoder.register_forward_pre_hook(cut.before, with_kwargs=True).remove)
+        undo.callback(decoder.register_forward_hook(cut.after, with_kwargs=True).remove)
+        put(undo, decoder, "_llmdrop_cache", cut)
+    put(undo, cut, "slots", tuple(sorted(slots)))
+
+
+def _is_there(parts: Anatomy, i: int, name: str) -> bool:
+    """Whether a module of layer i is in the model."""
+    try:
+        return not isinstance(parts.layer_list[parts.places[i]].get_submodule(name), Gone)
+    except (AttributeError, TypeError):  # something above it is gone, or the whole layer
+        return False
+
+
+def placements(model: nn.Module) -> dict:
+    """What stands where in a dropped model, for a checkpoint's record: see `place`."""
+    parts = find_anatomy(model)
+    names = {module: name for name, module in model.named_modules()}
+    gone = {names[module]: module for module in names if isinstance(module, Gone)}
+    return {
+        "stubs": {name: [module.passes, module.width, module.n_outputs] for name, module in gone.items()},
+        "decoder": names[parts.decoder],
+        "slots": list(parts.decoder._llmdrop_cache.slots) if hasattr(parts.decoder, "_llmdrop_cache") else [],
+        "matrices": [f"{names[parts.layers[i]]}.{name}" for i, name in given_biases(model.config)],
+    }
+
+
+def place(model: nn.Module, record: dict) -> None:
+    """Take out of an undropped model what a checkpoint's record lists, and make room for its biases.
+
+    record: "stubs", by the name of the module that each stands for, the arguments of `Gone`; "slots" of KV caches that
+    hold nothing; "decoder", the name of the module that makes the caches; "biases", names of matrices.
+    """
+    for name, arguments in record["stubs"].items():
+        model.set_submodule(name, Gone(model.get_submodule(name), *arguments))
+    decoder = model.get_submodule(record["decoder"])
+    cut = CacheCut()
+    cut.slots = tuple(record["slots"])
+    decoder._llmdrop_cache = cut
+    decoder.register_forward_pre_hook(cut.before, with_kwargs=True)
+    decoder.register_forward_hook(cut.after, with_kwargs=True)
+    for name in record.get("matrices", ()):
+        matrix = model.get_submodule(name)
+        matrix.bias = zero_bias(matrix)
+
+
 def drop_recorded(model: nn.Module, record: dict) -> nn.Module:
-    """`apply_plan` of what a checkpoint's record lists, with room for its biases; returns the model."""
+    """What a checkpoint's record lists, dropped from the undropped model, with room for its biases; returns it."""
+    if "stubs" in record:
+        place(model, record)
+        kept = ("n_layers", "attn", "mlp", "biases", "removed")
+        model.config.llmdrop = {key: record[key] for key in kept if key in record}
+        return model
     apply_plan(model, DropPlan(record["attn"], record["mlp"], record["n_layers"]))
     give_biases(ExitStack(), model, record.get("biases", ()))
     return model
@@ -139,41 +198,15 @@ def zero_bias(matrix: nn.Linear) -> nn.Parameter:
     return nn.Parameter(zeros, requires_grad=matrix.weight.requires_grad)
 
 
-def stubs(layout: Layout, kind: str) -> dict[str, nn.Module]:
-    """What stands in a layer where its "attn" or "mlp" sublayer and its norms were: {name in the layer: module}."""
-    core, names = (layout.attn_core, layout.attn) if kind == "attn" else (layout.mlp_core, layout.mlp)
-    nothing = NoAttention() if kind == "attn" else NoMLP()
-    return {name: nothing if name == core else nn.Identity() for name in names}
-
-
 def _checked(parts: Anatomy, plan: DropPlan) -> DropPlan:
     """The plan with what is dropped already. ValueError where it does not fit the model or leaves nothing of it."""
     whole = parts.whole_plan(plan)
-    if len(whole) == 2 * parts.n_layers:
+    left = [(kind, i) for kind in ("attn", "mlp") for i in parts.live(kind) if i not in getattr(whole, kind)]
+    if not left:
         raise ValueError(
             f"the plan drops all {parts.n_layers} attention and all {parts.n_layers} MLP layers; keep at least one"
         )
     return whole
-
-
-class NoAttention(nn.Module):
-    """Stands where an attention module was: adds nothing to the residual stream and owns no KV-cache slot."""
-
-    counts_tokens = False  # True in one layer of a model with no attention left
-
-    def forward(self, hidden_states, *args, past_key_values=None, layer_past=None, **kwargs):
-        cache = layer_past if past_key_values is None else past_key_values  # GPT-NeoX says layer_past
-        if self.counts_tokens and cache is not None:
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 0)  # [B, 1, T, 0]
-            cache.update(nothing, nothing, 0)
-        return hidden_states.new_zeros(()), None  # one zero, broadcast: no [B, T, C] is made
-
-
-class NoMLP(nn.Module):
-    """Stands where an MLP was: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.new_zeros(())
 
 
 class TokenCount(DynamicLayer):
@@ -182,28 +215,46 @@ class TokenCount(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.keys.shape[-2] if self.is_initialized else 0
 
+    def count(self, hidden: torch.Tensor) -> None:
+        """hidden: [B, T, C] of the tokens that come."""
+        nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 0)  # [B, 1, T, 0]
+        self.update(nothing, nothing)
+
 
 class CacheCut:
-    """Forward pre-hook of the decoder: gives every fresh KV cache exactly the slots of the remaining attention layers.
+    """Hooks of the decoder: in every KV cache, the slots of dropped attention layers hold nothing.
 
-    transformers sizes caches from the config, one slot per layer, typed by config.layer_types (sliding or full
-    attention). Picking the live layers' slots, in order, keeps types and modules in step, and slot 0, from which the
-    cache length is read, belongs to a layer that is there.
+    transformers gives a cache one slot per layer, which the modules know by number, and `DummyLayer` to layers without
+    any attention. The length of the text is read from the first slot that has one.
     """
 
-    slots: tuple[int, ...]  # of a cache made from the config, the slots that stay
-    n_layers: int  # how many slots such a cache has
+    slots: tuple[int, ...] = ()
 
-    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=decoder.config)
-            kwargs = kwargs | {"past_key_values": cache}
+    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        cache = self._cache(args, kwargs)
+        if cache is None and "past_key_values" in inspect.signature(decoder.forward).parameters:
+            use_cache = kwargs.get("use_cache")
+            if getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache:
+                cache = DynamicCache(config=decoder.config)
+                kwargs = kwargs | {"past_key_values": cache}
         if cache is None:
             return args, kwargs
-        if not self.slots:
-            if not (cache.layers and isinstance(cache.layers[0], TokenCount)):  # else it is counting already
-                cache.layers = [TokenCount()]
-        elif len(cache.layers) == self.n_layers != len(self.slots):  # fresh; once cut, shorter
-            cache.layers = [cache.layers[slot] for slot in self.slots]
+        while len(cache.layers) <= max(self.slots, default=-1) and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        had_length = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+        for slot in self.slots:
+            if slot < len(cache.layers) and not isinstance(cache.layers[slot], DummyLayer | TokenCount):
+                cache.layers[slot] = DummyLayer()
+        if had_length and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+            cache.layers[self.slots[0]] = TokenCount()
         return args, kwargs
+
+    def after(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        cache = self._cache(args, kwargs)
+        for layer in cache.layers if cache is not None else ():
+            if isinstance(layer, TokenCount):
+                layer.count(output[0])
+
+    @staticmethod
+    def _cache(args: tuple, kwargs: dict) -> Cache | None:
+        return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)

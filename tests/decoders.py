@@ -131,7 +131,10 @@ def _small(cls: type, beside: dict):
             settings[name] = TOKENS.get(name, None if name == "eos_token_id" or value is None else 2)
         elif name in FILLED and value is None or isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
-            settings[name] = min(size, value) if value and value > 0 else size if value is None else value
+            if value is None or size == DEPTH:
+                settings[name] = size
+            else:
+                settings[name] = min(size, value) if value > 0 else value
     if "kv_lora_rank" in settings:  # latent attention has no shared heads
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     name = cls.attribute_map.get("layer_types", "layer_types")

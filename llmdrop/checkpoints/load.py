@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..anatomy import find_anatomy
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
+from .blocks import renumber
 from .destination import MARK
 from .embedded import EMBEDDED, convert_embedded
 
@@ -108,13 +110,14 @@ def load_weights(path: str | os.PathLike, revision: str = "main", **kwargs):
     stock = stock_class(config)
     cls = stock
     llm_drop = DropPlan()
-    if "undropped" in record:
-        config.llmdrop = None
-        cls = _dropped_class(stock, record)
-    else:
-        llm_drop = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
-    model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
-    model.__class__ = stock
+    with ExitStack() as undo:  # what is only for the length of loading
+        if "undropped" in record:
+            config.llmdrop = None
+            cls = _dropped_class(stock, record, undo)
+        else:
+            llm_drop = DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+        model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
+        model.__class__ = stock
     _refuse_random_weights(model, info, llm_drop, path)
     if llm_drop:
         apply_plan(model, llm_drop)
@@ -136,6 +139,11 @@ def saved_record(raw: dict, path: str | os.PathLike) -> dict:
     return record
 
 
+def is_renumbered(record: dict) -> bool:
+    """Whether names in the checkpoint count the layers without dropped blocks: for engines, and before 0.3."""
+    return record.get("renumbered", "stubs" not in record)
+
+
 def stock_class(config):
     """The causal language model class of this config in transformers. ValueError where there is none."""
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -144,12 +152,14 @@ def stock_class(config):
     return stock
 
 
-def _dropped_class(stock: type, record: dict) -> type:
+def _dropped_class(stock: type, record: dict, undo: ExitStack) -> type:
     """The stock class, but that it drops what the record lists before weights are matched to modules."""
 
     def init(self, config):
         stock.__init__(self, config)
         drop_recorded(self, record)
+        if is_renumbered(record):
+            renumber(undo, self)
 
     # under the stock name and module, or transformers takes it for custom code and skips its key renamings
     return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
@@ -159,9 +169,9 @@ def _refuse_random_weights(model, info: dict, llm_drop: DropPlan, path: str) -> 
     """ValueError unless every parameter came from the file. LLM-Drop's checkpoints may omit what their lists drop."""
     places = []
     if llm_drop:
-        layout = find_anatomy(model).layout
-        places += [f".{i}.{name}." for i in llm_drop.attn for name in layout.attn]
-        places += [f".{i}.{name}." for i in llm_drop.mlp for name in layout.mlp]
+        parts = find_anatomy(model)
+        dropped = [(kind, i) for kind in ("attn", "mlp") for i in getattr(llm_drop, kind)]
+        places += [f".{i}.{name}." for kind, i in dropped for name in parts.sublayer(kind, i).stubs]
     missing = [key for key in info["missing_keys"] if not any(place in key for place in places)]
     reshaped = sorted(map(str, info.get("mismatched_keys") or ()))
     if missing or reshaped:

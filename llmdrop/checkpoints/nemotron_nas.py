@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import prune
 from ..anatomy import find_anatomy
 from . import configuration_nemotron_nas
+from .blocks import renumber
 from .destination import mark
 from .transformers_format import for_transformers_4, our_config, save_weights_and_tokenizer
 
@@ -45,11 +46,13 @@ def write_nemotron_nas(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fol
         for name, module in model.named_modules():
             if name.endswith(endings) and module.bias is None:
                 prune.put(undo, module, "bias", prune.zero_bias(module))
+        renumber(undo, model)
         save_weights_and_tokenizer(model, tokenizer, folder)
     file = folder / "config.json"
     written = json.loads(file.read_text())
     undropped = {"n_layers": parts.n_layers} | parts.plan.key
-    record = our_config(written | {"llmdrop": written.get("llmdrop") or undropped}, parts)["llmdrop"]
+    given = written | {"llmdrop": getattr(config, "llmdrop", None) or undropped}
+    record = our_config(given, model)["llmdrop"] | {"renumbered": True}
     written |= {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",

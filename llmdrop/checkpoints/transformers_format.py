@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
@@ -11,8 +11,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import prune
-from ..anatomy import Anatomy, find_anatomy
+from ..proof import Gone
+from ..prune import placements
 from . import modeling_llmdrop
+from .blocks import is_ordinary, renumber
 from .destination import mark
 
 OURS = "llmdrop"  # model type of a checkpoint that stock classes must not read
@@ -20,15 +22,16 @@ OURS = "llmdrop"  # model type of a checkpoint that stock classes must not read
 
 def write_hf(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write safetensors, config.json and tokenizer into `folder`, and the modeling file if the model needs one."""
-    save_weights_and_tokenizer(model, tokenizer, folder)
-    parts = find_anatomy(model)
+    ordinary = is_ordinary(model)
+    with ExitStack() as undo:
+        if ordinary:
+            renumber(undo, model)
+        save_weights_and_tokenizer(model, tokenizer, folder)
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    scaled = getattr(model.config, "scale_attn_by_inverse_layer_idx", False)  # GPT-2 with depth in its attention
-    whole_blocks = parts.plan.attn == parts.plan.mlp and not (scaled and parts.plan)
-    if (not whole_blocks or prune.given_biases(model.config)) and config["model_type"] != OURS:
+    if not ordinary and config["model_type"] != OURS:
         (folder / "modeling_llmdrop.py").write_text(_modeling_file(config["model_type"]))
-        config = our_config(config, parts)
+        config = our_config(config, model)
     file.write_text(json.dumps(config | for_transformers_4(config) | mark(), indent=2))
 
 
@@ -44,26 +47,21 @@ def save_weights_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerB
         file.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
-def our_config(config: dict, parts: Anatomy) -> dict:
-    """The saved config with what is needed to rebuild the undropped skeleton, unreadable for stock classes."""
-    depth = next(key for key in ("num_hidden_layers", "n_layer") if key in config)
-    undropped = {"model_type": config["model_type"], depth: parts.n_layers}
-    remaining = config.get("layer_types")  # of the layers that are left; the type of a removed one has no effect
-    if remaining:
-        types = iter(remaining)
-        undropped["layer_types"] = [remaining[0] if layer is None else next(types) for layer in parts.layers]
-    record = {"undropped": undropped, "depth": depth, "layers": parts.layers_name, "layout": asdict(parts.layout)}
+def our_config(config: dict, model: nn.Module) -> dict:
+    """The saved config with what is needed to take the same out of the stock model, unreadable for stock classes."""
+    depth = model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    undropped = {"model_type": config["model_type"], depth: model.config.num_hidden_layers}
     stock, stock_config = stock_names(undropped["model_type"])
     changes = {
         "model_type": OURS,
-        depth: f"{parts.n_layers} minus dropped ones: load with llmdrop.load_model or trust_remote_code=True",
+        depth: f"{undropped[depth]} minus dropped ones: load with llmdrop.load_model or trust_remote_code=True",
         "auto_map": {
             "AutoConfig": f"modeling_llmdrop.{stock_config}",
             "AutoModelForCausalLM": f"modeling_llmdrop.{stock}",
         },
-        "llmdrop": config["llmdrop"] | record,
+        "llmdrop": config["llmdrop"] | {"undropped": undropped, "depth": depth} | placements(model),
     }
-    return {key: value for key, value in config.items() if key != "layer_types"} | changes
+    return config | changes
 
 
 def stock_names(model_type: str) -> tuple[str, str]:
@@ -78,7 +76,7 @@ def _modeling_file(model_type: str) -> str:
     source = source.replace("LlamaForCausalLM", stock).replace("LlamaConfig", stock_config)
     start = source.index("# in a checkpoint these stand here themselves")
     end = source.index("\n", source.index("from llmdrop.prune import")) + 1
-    parts = (prune.stubs, prune.zero_bias, prune.NoAttention, prune.NoMLP, prune.TokenCount, prune.CacheCut)
+    parts = (Gone, prune.zero_bias, prune.TokenCount, prune.CacheCut, prune.place)
     return source[:start].rstrip() + "\n\n\n" + "\n\n".join(map(inspect.getsource, parts)) + source[end:]
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..anatomy import find_anatomy
 from ..calibration import Calibration, batches
 from ..plan import DropPlan, plan_of
+from ..proof import first_tensor, with_first
 from ..prune import eval_mode, put
 from ..sublayers import NOT_FINITE, SublayerRun, head_logits, run_layer
 from .reconstruction import Changes, Sublayer, combined, put_changes
@@ -125,8 +126,9 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
     scales = [torch.ones((), device=device, requires_grad=True) for _ in items]
     with frozen(model), ExitStack() as hooks:
         for (kind, i), scale in zip(items, scales, strict=True):
-            last = parts.layers[i].get_submodule(getattr(parts.layout, kind)[-1])
-            hooks.callback(last.register_forward_hook(partial(_scaled, scale)).remove)
+            for name in parts.sublayer(kind, i).writers:
+                writer = parts.layers[i].get_submodule(name)
+                hooks.callback(writer.register_forward_hook(partial(_scaled, scale)).remove)
         for _, inputs in batches(calibration, batch_size, device):
             with torch.enable_grad():
                 loss = model(**inputs, labels=next_tokens(inputs), use_cache=False).loss
@@ -153,7 +155,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _scaled(scale: torch.Tensor, module: nn.Module, args: tuple, out):
     """Forward hook: what the module gives, times `scale`."""
-    return (out[0] * scale, *out[1:]) if isinstance(out, tuple) else out * scale
+    return with_first(out, first_tensor(out) * scale)
 
 
 def next_tokens(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

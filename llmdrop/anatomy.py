@@ -5,11 +5,11 @@ Every layer is one or two sublayers on a residual stream of width C,
     sequential   m = x + attn(x)        y = m + mlp(m)              x, m, y: [B, T, C]
     parallel     y = x + attn(x) + mlp(x)
 
-where attn() and mlp() stand for whole sublayers, their norms included, wherever these are (Llama, OLMo-2, Gemma). Scaled
-branches (Granite), several writers to the stream (shared experts, a Mamba beside an attention) and layers with attention
-or MLP alone are of this kind, too: `proof.Split` says which modules add what. Layers of one signature (their class, and
-names and classes of their children) are alike, so that one of them is proven, on a small copy with random weights: where
-a model's weights are (on a GPU, in 4 bits, on a disk) makes no difference.
+where attn() and mlp() stand for whole sublayers, their norms included, wherever these are (Llama, OLMo-2, Gemma).
+Scaled branches (Granite), several writers to the stream (shared experts, a Mamba beside an attention) and layers with
+attention or MLP alone are of this kind, too: `proof.Split` says which modules add what. Layers of one signature (their
+class, and names and classes of their children) are alike, so that the first and the last of them are proven, on copies
+with random weights: where a model's weights are (on a GPU, in 4 bits, on a disk) makes no difference.
 """
 
 import copy
@@ -21,10 +21,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from .plan import DropPlan
-from .proof import N_TOKENS, Gone, NotAdditive, Split, Sublayer, first_tensor, prove, random_copy
+from .proof import N_TOKENS, Gone, NotAdditive, Split, Sublayer, prove, random_copy
 
 Signature = tuple
 _PROVEN: WeakKeyDictionary[nn.Module, dict[Signature, Split | None]] = WeakKeyDictionary()  # by model
@@ -139,18 +138,18 @@ def _class(module: nn.Module) -> type:
 
 
 def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Split | None]:
-    """The split of every signature, by one run of a copy of the decoder whose layers only look at how they are called."""
+    """The split of every signature, by one run of a copy of the decoder whose layers look at how they are called."""
     model_type = getattr(decoder.config, "model_type", type(decoder).__name__)
     signatures = [None if isinstance(layer, Gone) else _signature(layer) for layer in layers]
-    examples: dict[Signature, nn.Module] = {}  # whole ones
+    examples: dict[Signature, list[nn.Module]] = {}  # whole ones
     for signature, layer in zip(signatures, layers, strict=True):
-        if signature is not None and signature not in examples and not _has_gone(layer):
-            examples[signature] = layer
+        if signature is not None and not _has_gone(layer):
+            examples.setdefault(signature, []).append(layer)
     missing = {signature for signature in signatures if signature is not None} - examples.keys()
     if missing:  # of these every layer has something dropped
         for layer in find_layers(undropped_decoder(decoder))[1]:
             if _signature(layer) in missing:
-                examples.setdefault(_signature(layer), layer)
+                examples.setdefault(_signature(layer), []).append(layer)
     with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         probes = nn.ModuleList(
             layer if signature is None else _Probe(i, layer, signature, examples)
@@ -210,7 +209,7 @@ def _weights_on_meta() -> Iterator[None]:
 class _Probe(nn.Module):
     """Stands for a layer in a copy of the decoder: proves its signature, once, and passes the stream on."""
 
-    def __init__(self, index: int, layer: nn.Module, signature: Signature, examples: dict[Signature, nn.Module]):
+    def __init__(self, index: int, layer: nn.Module, signature: Signature, examples: dict[Signature, list]):
         super().__init__()
         self.index = index
         self.signature = signature
@@ -232,14 +231,14 @@ class _Probe(nn.Module):
         return (hidden, *[None] * (n_outputs - 1)) if n_outputs else hidden
 
     def _prove(self, hidden: torch.Tensor, call: tuple[tuple, dict]) -> Split:
-        layer = self.examples[self.signature]
-        name = f"layer {self.index} ({type(layer).__name__})"
+        first, *_, last = [*self.examples[self.signature]] * 2  # other weights, and perhaps another depth
+        name = f"layer {self.index} ({type(first).__name__})"
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
             shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
             raise NotAdditive(f"{name} has several residual streams, or none: it reads {shape}, not [batch, tokens, C]")
         try:
-            split = prove(random_copy(layer), call, hidden.shape)
-            again = prove(random_copy(layer, seed=1), call, hidden.shape)
+            split = prove(random_copy(first), call, hidden.shape)
+            again = prove(random_copy(last, seed=1), call, hidden.shape)
         except NotAdditive as error:
             raise NotAdditive(f"{name}: {error}") from error
         return split.in_common_with(again)

@@ -117,8 +117,8 @@ class ResidualTap:
         if (off > 8 * rounding * size + 1e-30).any():  # what is not finite is no sum, either, and compares as False
             raise RuntimeError(
                 f"layer {i} ({type(self.parts.layers[i]).__name__}) does not give the sum of its input and of what its "
-                f"attention and MLP add, as a copy of it did: off by {off.nan_to_num().max():.2g}. Something changes its "
-                "forward pass (an adapter, a hook, a patch); take that away first"
+                f"attention and MLP add, as a copy of it did: off by {off.nan_to_num().max():.2g}. Something changes "
+                "its forward pass (an adapter, a hook, a patch); take that away first"
             )
 
 

@@ -71,9 +71,9 @@ class Sublayer:
 class Split:
     """The proven sum of a layer. carry: what x is multiplied by, or None where that depends on weights.
 
-    attn, mlp: None where the layer has no such sublayer. parallel: attention and MLP read the same x. n_outputs: 0 where
-    the layer returns the stream, else the length of the tuple that it is the first of. overwrites: whether the layer
-    writes into x or into what its modules gave.
+    attn, mlp: None where the layer has no such sublayer. parallel: attention and MLP read the same x. n_outputs: 0
+    where the layer returns the stream, else the length of the tuple that it is the first of. overwrites: whether the
+    layer writes into x or into what its modules gave.
     """
 
     attn: Sublayer | None
@@ -84,13 +84,22 @@ class Split:
     overwrites: bool
 
     def in_common_with(self, other: "Split") -> "Split":
-        """What does not depend on weights, from the splits of two layers that differ in nothing else."""
+        """What does not depend on weights or depth, from the splits of two layers of one kind.
+
+        Raises NotAdditive where more than that differs.
+        """
+        if [self._structure(kind) for kind in ("attn", "mlp")] != [other._structure(kind) for kind in ("attn", "mlp")]:
+            raise NotAdditive("layers of its kind differ in what their attention and MLP are made of")
         parts = {}
         for kind in ("attn", "mlp"):
             mine, theirs = getattr(self, kind), getattr(other, kind)
             parts[kind] = mine and replace(mine, scales=mine.scales if mine.scales == theirs.scales else None)
         same = self.carry == other.carry
         return replace(self, carry=self.carry if same else None, **parts)
+
+    def _structure(self, kind: str) -> Sublayer | None:
+        part = getattr(self, kind)
+        return part and replace(part, scales=None)
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -292,9 +301,9 @@ def _fresh(values):
 
 
 def prove(layer: nn.Module, call: Call, shape: torch.Size) -> Split:
-    """The split of a layer, of which this is a random copy. shape: of a residual stream, [1, T, C]; call: how the decoder calls it.
+    """The split of a layer, of which this is a random copy.
 
-    Raises NotAdditive, saying why, for a layer without a residual split.
+    call: how the decoder calls it; shape: of the stream that it reads, [1, T, C]. Raises NotAdditive, saying why, for a layer without a residual split.
     """
     with torch.no_grad():
         proof = _Proof(layer, call, shape)
@@ -587,8 +596,8 @@ def _held(value: float, module: nn.Module, args: tuple, output):
 class Gone(nn.Module):
     """Stands where a module was: adds nothing to the residual stream, or passes it on. Has no parameters.
 
-    passes, width, n_outputs: as of `Stub`. Plain attributes of the module (is it a sliding layer? which number?) stay, for
-    decoders that ask.
+    passes, width, n_outputs: as of `Stub`. Plain attributes of the module (is it a sliding layer? which number?) stay,
+    for decoders that ask.
     """
 
     def __init__(self, former: nn.Module, passes: int | str | None, width: int, n_outputs: int):

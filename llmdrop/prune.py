@@ -77,7 +77,7 @@ def _drop(model: nn.Module, plan: DropPlan) -> ExitStack:
                 if not parts.has(kind, i):
                     continue
                 if kind == "attn":
-                    slots.add(cache_slot(parts, i))
+                    slots.add(parts.places[i])  # modules know their slot by it
                 put_stubs(undo, parts.layers[i], parts.sublayer(kind, i))
         for i in plan.blocks:
             if parts.splits[i] is not None:
@@ -98,13 +98,6 @@ def put_stubs(undo: ExitStack, layer: nn.Module, sublayer: Sublayer) -> None:
         owner, _, child = name.rpartition(".")
         former = layer.get_submodule(name)
         put(undo, layer.get_submodule(owner), child, Gone(former, stub.passes, stub.width, stub.n_outputs))
-
-
-def cache_slot(parts: Anatomy, i: int) -> int:
-    """The slot of a KV cache that the attention of layer i uses."""
-    core = parts.layers[i].get_submodule(parts.sublayer("attn", i).core)
-    numbers = [module.layer_idx for module in core.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    return numbers[0] if numbers else i
 
 
 def cut_caches(undo: ExitStack, decoder: nn.Module, slots: Iterable[int]) -> None:
@@ -206,7 +199,22 @@ def _checked(parts: Anatomy, plan: DropPlan) -> DropPlan:
         raise ValueError(
             f"the plan drops all {parts.n_layers} attention and all {parts.n_layers} MLP layers; keep at least one"
         )
+    silent = [i for i, layer in enumerate(parts.layers) if layer is not None and parts.splits[i] is None]
+    if silent and not any(kind == "attn" and i < silent[0] for kind, i in left):
+        raise ValueError(
+            f"layer {silent[0]} does not run on text alone, and its cache does not count the tokens of the text; keep "
+            "at least one attention before it"
+        )
     return whole
+
+
+class EmptySlot(DummyLayer):
+    """Cache slot of a dropped attention layer: holds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_initialized = False
+        self.keys = self.values = torch.empty(0)
 
 
 class TokenCount(DynamicLayer):
@@ -224,8 +232,8 @@ class TokenCount(DynamicLayer):
 class CacheCut:
     """Hooks of the decoder: in every KV cache, the slots of dropped attention layers hold nothing.
 
-    transformers gives a cache one slot per layer, which the modules know by number, and `DummyLayer` to layers without
-    any attention. The length of the text is read from the first slot that has one.
+    transformers gives a cache one slot per layer, which the modules know by number. The length of the text is read
+    from the first slot that has one.
     """
 
     slots: tuple[int, ...] = ()
@@ -243,8 +251,8 @@ class CacheCut:
             cache.layers.append(cache.layer_class_to_replicate())
         had_length = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
         for slot in self.slots:
-            if slot < len(cache.layers) and not isinstance(cache.layers[slot], DummyLayer | TokenCount):
-                cache.layers[slot] = DummyLayer()
+            if slot < len(cache.layers) and not isinstance(cache.layers[slot], EmptySlot | TokenCount):
+                cache.layers[slot] = EmptySlot()
         if had_length and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
             cache.layers[self.slots[0]] = TokenCount()
         return args, kwargs

@@ -108,8 +108,8 @@ def score(
 
     Models larger than memory: `llmdrop.score_checkpoint`. Several processes: `llmdrop.score_distributed`.
 
-    Raises ValueError for architectures without a provable residual split, an empty calibration set, a batch size below 1, and activations that
-    are not finite, naming the layer.
+    Raises ValueError for architectures without a provable residual split, an empty calibration set, a batch size below
+    1, and activations that are not finite, naming the layer.
     """
     sums, gaps = sample_sums(model, calibration, batch_size, with_residual, gap, progress)
     return scores_from_sums(sums, gaps, calibration)

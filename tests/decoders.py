@@ -70,6 +70,7 @@ DOTS3 |= {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64}
 INDEXER |= {"indexer_compress_ratio": 2}
 OF_TYPE: dict[str, dict] = {
+    "bamba": dict(attn_layer_indices=[1, 3, 5]),
     "blt": dict(encoder_hash_byte_group_vocab=97)
     | {f"{part}coder_config": {"hidden_size_global": 32} for part in ("en", "de")},
     "cohere_compass_text": dict(rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
@@ -87,6 +88,7 @@ OF_TYPE: dict[str, dict] = {
     "gemma4_unified": dict(text_config=dict(global_head_dim=16)),
     "gemma4_unified_text": dict(global_head_dim=16),
     "gpt_neo": dict(attention_types=[[["global", "local"], 3]]),
+    "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 3),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=3),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 3),
     "longcat_flash": dict(zero_expert_num=2),
@@ -95,9 +97,10 @@ OF_TYPE: dict[str, dict] = {
     "qwen4_exp_text": INDEXER,
     "reformer": dict(is_decoder=True, axial_pos_embds_dim=(16, 16), axial_pos_shape=(16, 16)),
     "roc_bert": dict(shape_vocab_size=97, pronunciation_vocab_size=97),
+    "xlstm": dict(qk_dim_factor=1.0),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(attention_hidden_size=64, attention_head_dim=16),
-    "zamba2": dict(n_mamba_heads=8),
+    "zamba2": dict(n_mamba_heads=8, attention_hidden_size=64, attention_head_dim=16, kv_channels=8),
 }
 
 

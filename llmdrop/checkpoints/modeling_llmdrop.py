@@ -8,17 +8,17 @@ are loaded. Needs a transformers that has `DummyLayer`, as this file was written
 from __future__ import annotations
 
 import copy
-import inspect
+import inspect  # noqa: F401
 import json
 
-import torch
+import torch  # noqa: F401
 import transformers
-from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer
+from torch import nn  # noqa: F401
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer  # noqa: F401
 
 # in a checkpoint these stand here themselves
-from llmdrop.proof import Gone
-from llmdrop.prune import CacheCut, TokenCount, place, zero_bias
+from llmdrop.proof import Gone  # noqa: F401
+from llmdrop.prune import CacheCut, EmptySlot, TokenCount, place, zero_bias  # noqa: F401
 
 
 class LlamaConfig(transformers.LlamaConfig):

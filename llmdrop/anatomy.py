@@ -1,92 +1,72 @@
-"""Where attention, MLP, norms and the residual stream sit in a decoder layer of a transformers model.
+"""Where attention, MLP and the residual stream sit in a transformers decoder: found and proven, not listed by hand.
 
-Every supported layer is two sublayers on a residual stream of width C,
+Every layer is one or two sublayers on a residual stream of width C,
 
     sequential   m = x + attn(x)        y = m + mlp(m)              x, m, y: [B, T, C]
-    parallel     y = x + attn(x) + mlp(x)                           (GPT-NeoX with use_parallel_residual)
+    parallel     y = x + attn(x) + mlp(x)
 
-where attn() and mlp() stand for whole sublayers, their norms included: the norm before (Llama), after (OLMo-2)
-or on both sides (Gemma-2, Gemma-3). A `Layout` names the modules of each sublayer in the order they run; the
-first one reads the residual stream and the last one returns what is added to it. That is all the rest of
-llmdrop knows about an architecture.
+where attn() and mlp() stand for whole sublayers, their norms included, wherever these are (Llama, OLMo-2, Gemma).
+Scaled branches (Granite), several writers to the stream (shared experts, a Mamba beside an attention) and layers with
+attention or MLP alone are of this kind, too: `proof.Split` says which modules add what. Layers of one signature (their
+class, and names and classes of their children) are alike, so that the first and the last of them are proven, on copies
+with random weights: where a model's weights are (on a GPU, in 4 bits, on a disk) makes no difference.
 """
 
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from .plan import AnyPlan, DropPlan, as_plan
+from .proof import N_TOKENS, Gone, NotAdditive, Split, Sublayer, prove, random_copy
 
-
-@dataclass(frozen=True)
-class Layout:
-    attn: tuple[str, ...]  # modules of the attention sublayer, first reads x, last returns what is added
-    mlp: tuple[str, ...]
-    attn_core: str = "self_attn"  # the module with the KV cache
-    mlp_core: str = "mlp"  # the module whose output is zero when the MLP is dropped
-    final: str = "norm"  # the decoder's norm after its last layer
-
-
-_PRE_NORM = Layout(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
-_SANDWICH = Layout(
-    ("input_layernorm", "self_attn", "post_attention_layernorm"),
-    ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-)
-LAYOUTS = {
-    "llama": _PRE_NORM,
-    "mistral": _PRE_NORM,
-    "qwen2": _PRE_NORM,
-    "qwen3": _PRE_NORM,
-    "phi3": _PRE_NORM,
-    "qwen2_vl_text": _PRE_NORM,
-    "qwen2_5_vl_text": _PRE_NORM,
-    "qwen3_vl_text": _PRE_NORM,
-    "gemma2": _SANDWICH,
-    "gemma3_text": _SANDWICH,
-    "olmo2": Layout(("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
-    "gpt_neox": Layout(
-        ("input_layernorm", "attention"),
-        ("post_attention_layernorm", "mlp"),
-        attn_core="attention",
-        final="final_layer_norm",
-    ),
-    "gpt2": Layout(("ln_1", "attn"), ("ln_2", "mlp"), attn_core="attn", final="ln_f"),
-    "opt": Layout(
-        ("self_attn_layer_norm", "self_attn"),
-        ("final_layer_norm", "fc1", "activation_fn", "fc2"),
-        mlp_core="fc2",
-        final="final_layer_norm",
-    ),
-}
-# attribute of a decoder that was dropped from: its depth before ("n_layers"), DropPlan.key, and biases that were added
+# attribute of a decoder that was dropped from: its depth before ("n_layers"), DropPlan.key, biases that were added, and
+# layers that its list does not even hold a place for ("removed")
 RECORD = "_llmdrop"
-# what architectures call a sublayer's last matrix
-OUTPUT_MATRICES = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2")
+Signature = tuple
+_PROVEN: WeakKeyDictionary[nn.Module, dict[Signature, Split | None]] = WeakKeyDictionary()  # by model
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of one model. Layers are numbered as in the undropped model, whatever is dropped already."""
 
-    decoder: nn.Module  # owns the layer list and is called with input_ids; its output is the final hidden state
-    layers_name: str  # the attribute of `decoder` that holds the layer list
+    decoder: nn.Module  # is called with input_ids; its output is the final hidden state
+    layer_list: nn.ModuleList  # of the decoder; what stands for a layer that is gone included
+    places: tuple[int | None, ...]  # of each layer in the list; None in a shorter model that lacks it
     layers: tuple[nn.Module | None, ...]  # None where the whole block is gone
-    layout: Layout
-    parallel: bool  # attention and MLP read the same x
+    splits: tuple[Split | None, ...]  # of each layer that is there and runs (not without an image: Mllama)
     plan: DropPlan  # what is dropped already
 
     @property
     def n_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of any layer read the same x."""
+        return any(split.parallel for split in self.splits if split)
+
+    def has(self, kind: str, i: int) -> bool:
+        """Whether layer i has an "attn" or "mlp" sublayer that is not dropped."""
+        return self.sublayer(kind, i) is not None and i not in getattr(self.plan, kind)
+
     def live(self, kind: str) -> list[int]:
-        """Indices of the layers whose "attn" or "mlp" sublayer is still there."""
-        gone = set(getattr(self.plan, kind))
-        return [i for i in range(self.n_layers) if i not in gone]
+        """Indices of the layers whose "attn" or "mlp" sublayer is there."""
+        return [i for i in range(self.n_layers) if self.has(kind, i)]
+
+    def sublayer(self, kind: str, i: int) -> Sublayer | None:
+        """What the "attn" or "mlp" of layer i is made of, dropped or not; None where the layer is gone or has none."""
+        return self.splits[i] and getattr(self.splits[i], kind)
 
     def whole_plan(self, plan: AnyPlan) -> DropPlan:
-        """`plan` and what is dropped already.
+        """`plan` (whatever `as_plan` takes) and what is dropped already.
 
         Raises what `as_plan` raises, and ValueError for a plan of another depth or unknown indices.
         """
@@ -150,51 +130,177 @@ def _class_names(kind: type) -> frozenset[str]:
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:
-    """Find the parts of a transformers causal language model (or its bare decoder), also inside of a multimodal one.
+    """Find the parts of a transformers causal language model (or its bare decoder), and prove them.
 
-    Raises ValueError for an architecture, or a variant of a known one, whose residual stream is not known, and what
-    `unwrapped` raises.
+    What is proven stays with the model; a layer whose class or child modules have changed is proven again. Raises
+    ValueError, saying which layer and why, for a model without a residual split that can be proven: several residual
+    streams, norms after the sum, layers that run more than once, attention that looks ahead; and what `unwrapped` does.
     """
     model = unwrapped(model)
-    text = model.config.get_text_config() if hasattr(model, "config") else None
-    model_type = getattr(text, "model_type", type(model).__name__)
-    if model_type not in LAYOUTS:
-        raise ValueError(
-            f"llmdrop does not know where attention and MLP sit in a {model_type!r} model; "
-            f"known: {', '.join(sorted(LAYOUTS))}. A new entry in llmdrop.anatomy.LAYOUTS teaches it."
-        )
-    layout = LAYOUTS[model_type]
-    decoder = model.base_model
-    for name in ("language_model", "decoder"):  # of multimodal models; OPT nests one level deeper
-        decoder = getattr(decoder, name, decoder)
-    layers_name = "h" if model_type == "gpt2" else "layers"
-    present = getattr(decoder, layers_name)
-    for layer in present:
-        _check(layer, layout, model_type)
-    record = getattr(decoder, RECORD, None) or {"n_layers": len(present)}
+    decoder, layer_list = find_layers(model)
+    record = getattr(decoder, RECORD, None) or {"n_layers": len(layer_list)}
     plan = DropPlan(record.get("attn", ()), record.get("mlp", ()), record["n_layers"])
-    remaining = iter(present)
-    layers = tuple(None if i in plan.blocks else next(remaining) for i in range(record["n_layers"]))
-    parallel = bool(getattr(model.config, "use_parallel_residual", False))
-    return Anatomy(decoder, layers_name, layers, layout, parallel, plan)
+    removed = () if len(layer_list) == record["n_layers"] else record.get("removed", plan.blocks)
+    remaining = iter(range(len(layer_list)))
+    places = tuple(None if i in removed else next(remaining) for i in range(record["n_layers"]))
+    present = [None if place is None else layer_list[place] for place in places]
+    layers = tuple(None if isinstance(layer, Gone) else layer for layer in present)
+    proven = _PROVEN.setdefault(model, {})
+    signatures = [layer if layer is None else _signature(layer) for layer in layers]
+    if not proven.keys() >= {signature for signature in signatures if signature is not None}:
+        proven |= _prove_all(decoder, layer_list)
+    splits = tuple(signature and proven[signature] for signature in signatures)
+    return Anatomy(decoder, layer_list, places, layers, splits, plan)
 
 
-def _check(layer: nn.Module, layout: Layout, model_type: str) -> None:
-    """ValueError unless the layer is the stock one of its architecture."""
-    named = set(layout.attn + layout.mlp)
-    missing = [name for name in named if not hasattr(layer, name)]
-    unknown = [name for name, child in layer.named_children() if name not in named and list(child.parameters())]
-    if missing or unknown:
-        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)} besides"
-        raise ValueError(
-            f"this {model_type!r} layer ({type(layer).__name__}) is not the stock one: it {what}; expected "
-            f"{', '.join(layout.attn)} and {', '.join(layout.mlp)}. Merge adapters and remove wrappers first."
+def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """(The decoder, its list of layers) of a language model, also inside of a multimodal one.
+
+    Raises ValueError for what has no such list.
+    """
+    name = type(model).__name__
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ValueError(f"a {name} is no transformers model; give a causal language model of transformers")
+    text = model.config.get_text_config(decoder=True)
+    depth = getattr(text, "num_hidden_layers", None)
+    found: list[tuple[bool, int, nn.Module, nn.ModuleList]] = []
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in inside):
+            continue
+        inside.append(path)
+        owner = path
+        decoder = None
+        while owner and decoder is None:
+            owner = owner.rpartition(".")[0]
+            candidate = model.get_submodule(owner)
+            if "input_ids" in inspect.signature(candidate.forward).parameters:
+                decoder = candidate
+        if decoder is not None:
+            is_text = type(decoder.config) is type(text) and len(module) == depth
+            found.append((is_text, len(module), decoder, module))
+    if not found:
+        raise ValueError(f"this {name} has no list of layers; llmdrop drops layers of decoders that keep them in one")
+    *_, decoder, layers = max(found, key=lambda entry: entry[:2])
+    return decoder, layers
+
+
+def _signature(layer: nn.Module) -> Signature:
+    """What layers that are alike have in common, whatever is dropped from them."""
+    children = tuple((name, _class(child)) for name, child in layer.named_children())
+    facts = tuple((k, v) for k, v in vars(layer).items() if isinstance(v, str | bool) and k != "training")
+    return type(layer), children, facts
+
+
+def _class(module: nn.Module) -> type:
+    return module.stands_for if isinstance(module, Gone) else type(module)
+
+
+def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Split | None]:
+    """The split of every signature, by one run of a copy of the decoder whose layers look at how they are called."""
+    model_type = getattr(decoder.config, "model_type", type(decoder).__name__)
+    signatures = [None if isinstance(layer, Gone) else _signature(layer) for layer in layers]
+    examples: dict[Signature, list[nn.Module]] = {}  # whole ones
+    for signature, layer in zip(signatures, layers, strict=True):
+        if signature is not None and not _has_gone(layer):
+            examples.setdefault(signature, []).append(layer)
+    missing = {signature for signature in signatures if signature is not None} - examples.keys()
+    if missing:  # of these every layer has something dropped
+        for layer in find_layers(undropped_decoder(decoder))[1]:
+            if _signature(layer) in missing:
+                examples.setdefault(_signature(layer), []).append(layer)
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        probes = nn.ModuleList(
+            layer if signature is None else _Probe(i, layer, signature, examples)
+            for i, (layer, signature) in enumerate(zip(layers, signatures, strict=True))
         )
-    if getattr(layer, "do_layer_norm_before", True) is False:
-        raise ValueError(
-            "this OPT variant normalizes after the residual sum (do_layer_norm_before=False, as opt-350m): it has no "
-            "residual stream, so S = 1 - cos(x, x + f(norm(x))) is not defined. Use another OPT size."
-        )
+        proven: dict[Signature, Split] = {}
+        for probe in probes:
+            if isinstance(probe, _Probe):
+                probe.proven = proven
+        shell = random_copy(decoder, {layers: probes})
+        vocabulary = getattr(decoder.config.get_text_config(decoder=True), "vocab_size", N_TOKENS)
+        try:
+            shell(input_ids=torch.arange(N_TOKENS)[None] % vocabulary, use_cache=False)
+        except NotAdditive as error:
+            raise ValueError(f"no residual split of this {model_type!r} model can be proven: {error}") from error
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
+            raise ValueError(
+                f"no residual split of this {model_type!r} model can be proven: its decoder does not run on a line of "
+                f"tokens alone ({type(error).__name__}: {error})"
+            ) from error
+        often = [probe.index for probe in probes if isinstance(probe, _Probe) and probe.calls > 1]
+        if often:
+            what = f"it runs layer {often[0]} more than once (recurrent depth)"
+            raise ValueError(f"no residual split of this {model_type!r} model can be proven: {what}")
+        if not proven:
+            raise ValueError(
+                f"no residual split of this {model_type!r} model can be proven: no layer runs on text alone"
+            )
+    return proven | dict.fromkeys({signature for signature in signatures if signature} - proven.keys())
+
+
+def _has_gone(layer: nn.Module) -> bool:
+    return any(isinstance(module, Gone) for module in layer.modules())
+
+
+def undropped_decoder(decoder: nn.Module) -> nn.Module:
+    """The decoder that the config describes, before anything is dropped; its weights are on "meta"."""
+    with _weights_on_meta(), torch.device("cpu"):
+        return type(decoder)(copy.deepcopy(decoder.config))
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Modules that are made get parameters without memory, and buffers as ever."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self, name, parameter):
+        register(self, name, None if parameter is None else nn.Parameter(parameter.to("meta"), False))
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+class _Probe(nn.Module):
+    """Stands for a layer in a copy of the decoder: proves its signature, once, and passes the stream on."""
+
+    def __init__(self, index: int, layer: nn.Module, signature: Signature, examples: dict[Signature, list]):
+        super().__init__()
+        self.index = index
+        self.signature = signature
+        self.calls = 0
+        self.proven: dict[Signature, Split]
+        vars(self)["layer"] = layer  # not as a child
+        vars(self)["examples"] = examples
+
+    def __getattr__(self, name: str):
+        return getattr(vars(self)["layer"], name)  # what decoders ask a layer
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        call = args[1:], kwargs
+        if self.signature not in self.proven:
+            self.proven[self.signature] = self._prove(hidden, call)
+        n_outputs = self.proven[self.signature].n_outputs
+        return (hidden, *[None] * (n_outputs - 1)) if n_outputs else hidden
+
+    def _prove(self, hidden: torch.Tensor, call: tuple[tuple, dict]) -> Split:
+        first, *_, last = [*self.examples[self.signature]] * 2  # other weights, and perhaps another depth
+        name = f"layer {self.index} ({type(first).__name__})"
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+            shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            raise NotAdditive(f"{name} has several residual streams, or none: it reads {shape}, not [batch, tokens, C]")
+        try:
+            split = prove(random_copy(first), call, hidden.shape)
+            again = prove(random_copy(last, seed=1), call, hidden.shape)
+        except NotAdditive as error:
+            raise NotAdditive(f"{name}: {error}") from error
+        return split.in_common_with(again)
 
 
 def output_matrix(parts: Anatomy, i: int, kind: str) -> nn.Module:
@@ -207,18 +313,16 @@ def output_name(parts: Anatomy, i: int, kind: str) -> str:
 
     Raises ValueError where something follows that matrix, or attention and MLP run in parallel.
     """
-    layout = parts.layout
-    core = layout.attn_core if kind == "attn" else layout.mlp_core
-    last = getattr(layout, kind)[-1]
-    if core in OUTPUT_MATRICES:
-        name = core
-    else:
-        module = getattr(parts.layers[i], core)
-        name = next((f"{core}.{matrix}" for matrix in OUTPUT_MATRICES if hasattr(module, matrix)), None)
-    if name is None or core != last or parts.parallel:
-        why = "attention and MLP run in parallel" if parts.parallel else f"{last} follows its last matrix"
+    sublayer = parts.sublayer(kind, i)
+    parallel = parts.splits[i].parallel
+    if sublayer is None or sublayer.matrix is None or parallel:
+        why = "it has none"
+        if sublayer is not None:
+            why = (
+                "attention and MLP run in parallel" if parallel else f"{', '.join(sublayer.writers)} ends in no matrix"
+            )
         raise ValueError(
             f"cannot reconstruct at layer {i}'s {kind} sublayer: {why}; that needs sublayers one after the other, each "
             "ending in a matrix (Llama, Mistral, Qwen, Phi-3, GPT-2, OPT). Drop without reconstruction"
         )
-    return name
+    return sublayer.matrix

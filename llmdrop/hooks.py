@@ -8,17 +8,22 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .anatomy import find_anatomy
+from .proof import Split, Sublayer, first_tensor, measured_scales
 
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()  # one for each decoder
+Scale = float | torch.Tensor  # a number, or [C]
+Scales = tuple[Scale, list[Scale], list[Scale]]  # of x, and of the writers of attention and MLP
 
 
 class ResidualTap:
     """Calls `on_layer(i, x, m, y, f_attn, f_mlp)` as each decoder layer i finishes.
 
     x: residual stream entering the layer; m: between its attention and its MLP (None if they are parallel); y: leaving
-    it; f_attn, f_mlp: what the two sublayers add (None where dropped). All [B, T, C], in the model's dtype, on the
-    layer's device, and only alive during the call. Hooks are removed on exit, also after an exception. Threads tap a
-    model one after the other; what another thread runs meanwhile is not seen.
+    it; f_attn, f_mlp: what the two sublayers add, with the layer's scales (None where there is none). All [B, T, C], in
+    the model's dtype, on the layer's device, and only alive during the call. Hooks are removed on exit, also after an
+    exception. In the first batch of each run y must be the sum of x and of what is added to it, to the rounding of its
+    type; else the forward pass raises RuntimeError. Threads tap a model one after the other; what another thread runs
+    meanwhile is not seen.
 
         with ResidualTap(model, lambda i, x, m, y, f_attn, f_mlp: print(i, x.norm())):
             model(input_ids)
@@ -28,34 +33,52 @@ class ResidualTap:
         self.parts = find_anatomy(model)
         self.on_layer = on_layer
         self.hooks = ExitStack()
-        self.seen: dict[str, torch.Tensor] = {}  # of the layer that is running
+        self.seen: dict[str, torch.Tensor] = {}  # of the layer that is running, by module; "" for the layer
+        self.scales: dict[int, Scales] = {}  # of the layers that have run
 
     def __enter__(self) -> "ResidualTap":
-        layout = self.parts.layout
         with ExitStack() as hooks:
             hooks.enter_context(_LOCKS.setdefault(self.parts.decoder, threading.RLock()))
             self.thread = threading.get_ident()
-            for i, layer in enumerate(self.parts.layers):
-                if layer is None:
+            for i, split in enumerate(self.parts.splits):
+                if split is None:
                     continue
-                mlp_in = layer.get_submodule(layout.mlp[0])
-                attn_out = layer.get_submodule(layout.attn[-1])
-                mlp_out = layer.get_submodule(layout.mlp[-1])
-                handles = [
-                    layer.register_forward_pre_hook(self._keep_input("x"), with_kwargs=True),
-                    mlp_in.register_forward_pre_hook(self._keep_input("m"), with_kwargs=True),
-                    attn_out.register_forward_hook(self._keep_output("f_attn")),
-                    mlp_out.register_forward_hook(self._keep_output("f_mlp")),
-                    layer.register_forward_hook(self._finish(i)),
-                ]
-                for handle in handles:
-                    hooks.callback(handle.remove)
+                layer = self.parts.layers[i]
+                mlp = split.mlp if self.parts.has("mlp", i) else None
+                hooks.callback(layer.register_forward_pre_hook(self._start(i), with_kwargs=True).remove)
+                if mlp and mlp.reads:
+                    reader = layer.get_submodule(mlp.reads)
+                    hooks.callback(reader.register_forward_pre_hook(self._keep_input("m"), with_kwargs=True).remove)
+                for kind in ("attn", "mlp"):
+                    for name in getattr(split, kind).writers if self.parts.has(kind, i) else ():
+                        hooks.callback(
+                            layer.get_submodule(name)
+                            .register_forward_hook(self._keep_output(name, split.overwrites))
+                            .remove
+                        )
+                hooks.callback(layer.register_forward_hook(self._finish(i)).remove)
             self.hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *exc) -> None:
         self.hooks.close()
         self.seen = {}
+
+    def carried(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """x as layer i, which has run, adds to it."""
+        return _times(self.scales[i][0], x)
+
+    def _start(self, i: int) -> Callable:
+        def hook(layer, args, kwargs):
+            if threading.get_ident() != self.thread:
+                return
+            x = args[0] if args else kwargs["hidden_states"]
+            if i not in self.scales:
+                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                self.scales[i] = _scales(layer, self.parts.splits[i], x, (args[1:], rest))
+            self.seen = {"x": x.clone() if self.parts.splits[i].overwrites else x}
+
+        return hook
 
     def _keep_input(self, name: str) -> Callable:
         def hook(module, args, kwargs):
@@ -64,25 +87,68 @@ class ResidualTap:
 
         return hook
 
-    def _keep_output(self, name: str) -> Callable:
+    def _keep_output(self, name: str, copied: bool) -> Callable:
         def hook(module, args, output):
             if threading.get_ident() == self.thread:
-                self.seen[name] = output[0] if isinstance(output, tuple) else output
+                tensor = first_tensor(output)
+                self.seen[name] = tensor.clone() if copied else tensor
 
         return hook
 
     def _finish(self, i: int) -> Callable:
-        plan, parallel = self.parts.plan, self.parts.parallel
+        split = self.parts.splits[i]
+        checked = False
 
         def hook(module, args, output):
+            nonlocal checked
             if threading.get_ident() != self.thread:
                 return
             seen, self.seen = self.seen, {}
-            y = output[0] if isinstance(output, tuple) else output
+            y = first_tensor(output)
             x = seen["x"].to(y.device)  # of a model over several GPUs accelerate moves it inside the layer
-            m = None if parallel else seen["m"].view_as(x)  # OPT flattens [B, T, C] to [B * T, C] before its MLP
-            f_attn = None if i in plan.attn else seen["f_attn"].view_as(x)
-            f_mlp = None if i in plan.mlp else seen["f_mlp"].view_as(x)
+            carry, attn_scales, mlp_scales = self.scales[i]
+            f_attn = _added(split.attn, attn_scales, seen, x)
+            f_mlp = _added(split.mlp, mlp_scales, seen, x)
+            if not checked:
+                self._check_sum(i, x, y, carry, f_attn, f_mlp)
+                checked = True
+            m = None
+            if "m" in seen:
+                m = seen["m"].view_as(x)  # OPT flattens [B, T, C] to [B * T, C] before its MLP
+            elif not split.parallel:
+                m = _times(carry, x) if f_attn is None else _times(carry, x) + f_attn
             self.on_layer(i, x, m, y, f_attn, f_mlp)
 
         return hook
+
+    def _check_sum(self, i: int, x, y, carry, f_attn, f_mlp) -> None:
+        terms = [term.float() for term in (_times(carry, x), f_attn, f_mlp) if term is not None]
+        size = sum(term.abs() for term in terms)
+        off = (sum(terms) - y.float()).abs()
+        rounding = max(torch.finfo(term.dtype).eps for term in (x, y, f_attn, f_mlp) if term is not None)
+        if (off > 8 * rounding * size + 1e-30).any():  # what is not finite is no sum, either, and compares as False
+            raise RuntimeError(
+                f"layer {i} ({type(self.parts.layers[i]).__name__}) does not give the sum of its input and of what its "
+                f"attention and MLP add, as a copy of it did: off by {off.nan_to_num().max():.2g}. Something changes "
+                "its forward pass (an adapter, a hook, a patch); take that away first"
+            )
+
+
+def _added(sublayer: Sublayer | None, scales: list[Scale], seen: dict, x: torch.Tensor) -> torch.Tensor | None:
+    """What a sublayer adds to the stream, [B, T, C], or None where it is dropped or the layer has none."""
+    if sublayer is None or sublayer.writers[0] not in seen:
+        return None
+    terms = [_times(scale, seen[name].view_as(x)) for name, scale in zip(sublayer.writers, scales, strict=True)]
+    return sum(terms[1:], terms[0])
+
+
+def _times(scale: Scale, values: torch.Tensor) -> torch.Tensor:
+    return values if isinstance(scale, float) and scale == 1 else scale * values
+
+
+def _scales(layer: torch.nn.Module, split: Split, x: torch.Tensor, call: tuple[tuple, dict]) -> Scales:
+    """What the layer multiplies its input and each writer by. Where weights decide that, the layer runs to show it."""
+    known = [split.carry, *(scale for part in (split.attn, split.mlp) if part for scale in part.scales or (None,))]
+    if None in known:
+        return measured_scales(layer, split, x, call)
+    return split.carry, list(split.attn.scales if split.attn else ()), list(split.mlp.scales if split.mlp else ())

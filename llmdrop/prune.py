@@ -1,30 +1,35 @@
 """Remove sublayers from a stock model: for good (`apply_plan`) or for a while (`dropped`)."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from .anatomy import RECORD, Anatomy, Layout, find_anatomy, unwrapped
+from .anatomy import RECORD, Anatomy, find_anatomy, find_layers
 from .plan import AnyPlan, DropPlan
+from .proof import Gone, Sublayer
+
+SLOT_NAMES = ("layer_idx", "layer_id")  # attributes by which modules know their slot of a KV cache
+SHARED_SLOT = "kv_shared_layer_index"  # and that of another layer, whose keys and values they read
 
 
 def apply_plan(model: nn.Module, plan: AnyPlan) -> nn.Module:
     """Drop the plan's sublayers from `model` in place and return it.
 
-    The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both
-    leaves the layer list, so a plan of blocks only gives an ordinary, shorter model. The remaining attention modules
-    are renumbered and every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped
-    model, also when the model was dropped from before. The model knows what was dropped (`find_anatomy(model).plan`),
-    and its `save_pretrained` writes a checkpoint that stock classes refuse instead of filling it with random weights.
+    The sublayers and their norms are gone: parameters freed, the residual stream passes by. A layer that loses both is
+    gone whole. Every KV cache gets exactly one slot per remaining attention layer. Indices mean the undropped model,
+    also when the model was dropped from before; of a layer that has no such sublayer nothing is dropped. The model
+    knows what was dropped (`find_anatomy(model).plan`), and its `save_pretrained` writes a checkpoint that stock
+    classes refuse instead of filling it with random weights; where only whole blocks are gone, an ordinary one.
     plan: a DropPlan, or what `llmdrop.plan.as_plan` makes one of.
 
-    Raises ValueError for unknown architectures, indices the model does not have, a plan made for another depth, plans
-    that leave no sublayer at all, and a model in DistributedDataParallel; TypeError for what is no plan. The model is
-    unchanged then.
+    Raises ValueError for architectures whose residual split cannot be proven, indices the model does not have, a plan
+    made for another depth, plans that leave no sublayer at all, and a model in DistributedDataParallel; TypeError for
+    what is no plan. The model is unchanged then.
     """
     parts = model.modules() if isinstance(model, nn.Module) else ()
     if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
@@ -77,50 +82,132 @@ def _drop(model: nn.Module, plan: AnyPlan) -> ExitStack:
     """Drop, and return what restores the model when it is closed. Where dropping fails, the model is restored."""
     parts = find_anatomy(model)
     plan = _checked(parts, plan)
-    layout = parts.layout
     with ExitStack() as undo:
         for kind in ("attn", "mlp"):
-            for i in sorted(set(getattr(plan, kind)) - set(getattr(parts.plan, kind))):
-                for name, stub in stubs(layout, kind).items():
-                    put(undo, parts.layers[i], name, stub)
-
-        kept = [i for i in range(parts.n_layers) if i not in plan.blocks]
-        present = [i for i in range(parts.n_layers) if parts.layers[i] is not None]
-        if kept != present:
-            put(undo, parts.decoder, parts.layers_name, nn.ModuleList(parts.layers[i] for i in kept))
-            for config in text_configs(unwrapped(model), parts):
-                if getattr(config, "layer_types", None) is not None:
-                    put(undo, config, "layer_types", [config.layer_types[present.index(i)] for i in kept])
-                put(undo, config, "num_hidden_layers", len(kept))
-
-        with_attention = [i for i in kept if i not in plan.attn]
-        for slot, i in enumerate(with_attention):
-            put(undo, getattr(parts.layers[i], layout.attn_core), "layer_idx", slot)
-        cut = getattr(parts.decoder, "_llmdrop_cache", None)
-        if cut is None:
-            cut = CacheCut()
-            undo.callback(parts.decoder.register_forward_pre_hook(cut, with_kwargs=True).remove)
-            put(undo, parts.decoder, "_llmdrop_cache", cut)
-        put(undo, cut, "slots", tuple(kept.index(i) for i in with_attention))
-        put(undo, cut, "n_layers", len(kept))
-        put(undo, cut, "plan", (plan.attn, plan.mlp) if plan else None)
-        if plan != parts.plan:
-            put(undo, cut, "caches", WeakSet())
-            undo.callback(_close, cut.caches)
-        if not with_attention:
-            put(undo, getattr(parts.layers[kept[0]], layout.attn_core), "counts_tokens", True)
-
+            for i in getattr(plan, kind):
+                if parts.has(kind, i):
+                    put_stubs(undo, parts.layers[i], parts.sublayer(kind, i))
+        for i in plan.blocks:
+            if parts.splits[i] is not None:
+                gone = Gone(parts.layers[i], 0, 0, parts.splits[i].n_outputs)
+                put(undo, parts.layer_list, str(parts.places[i]), gone)
+        cut_caches(undo, parts, plan)
         record = {"n_layers": parts.n_layers} | plan.key
-        gone = {layout.attn_core: plan.attn, layout.mlp_core: plan.mlp}
-        biases = [[i, name] for i, name in given_biases(parts) if i not in gone[name.split(".")[0]]]
+        former = getattr(parts.decoder, RECORD, {})
+        if "removed" in former:
+            record["removed"] = former["removed"]
+        biases = [[i, name] for i, name in given_biases(parts) if _is_there(parts, i, name)]
         if biases:
             record["biases"] = biases
         put(undo, parts.decoder, RECORD, record)
         return undo.pop_all()
 
 
+def put_stubs(undo: ExitStack, layer: nn.Module, sublayer: Sublayer) -> None:
+    """Take a sublayer and its norms out of a layer; `undo` puts them back."""
+    for name, stub in sublayer.stubs.items():
+        owner, _, child = name.rpartition(".")
+        former = layer.get_submodule(name)
+        put(undo, layer.get_submodule(owner), child, Gone(former, stub.passes, stub.width, stub.n_outputs))
+
+
+def cut_caches(undo: ExitStack, parts: Anatomy, plan: DropPlan) -> None:
+    """Let KV caches have no slots for the attention layers of the plan, and number the modules of the others anew."""
+    fresh = DynamicCache(config=parts.decoder.config).layers
+    cut = getattr(parts.decoder, "_llmdrop_cache", None)
+    if cut is None:
+        cut = CacheCut()
+        undo.callback(parts.decoder.register_forward_pre_hook(cut.before, with_kwargs=True).remove)
+        undo.callback(parts.decoder.register_forward_hook(cut.after, with_kwargs=True).remove)
+        put(undo, parts.decoder, "_llmdrop_cache", cut)
+        cut.slots = tuple(range(len(fresh)))
+    gone = {i for i in plan.attn if parts.has("attn", i)} | {i for i in plan.blocks if parts.splits[i] is not None}
+    without = {parts.places[i] for i in gone}
+    slots = tuple(slot for slot in cut.slots if slot not in without)
+    counts = not any(isinstance(fresh[slot], CacheLayerMixin) for slot in slots)
+    numbers = {slot + cut.counts: slots.index(place) + counts for slot, place in enumerate(cut.slots) if place in slots}
+    for slot, place in enumerate(cut.slots):
+        for module in parts.layer_list[place].modules() if place in slots else ():
+            for name in SLOT_NAMES:
+                if vars(module).get(name) == slot + cut.counts:
+                    put(undo, module, name, numbers[slot + cut.counts])
+            if vars(module).get(SHARED_SLOT) in numbers:
+                put(undo, module, SHARED_SLOT, numbers[vars(module)[SHARED_SLOT]])
+    put(undo, cut, "slots", slots)
+    put(undo, cut, "n_slots", len(fresh))
+    put(undo, cut, "counts", counts)
+    put(undo, cut, "plan", (plan.attn, plan.mlp) if plan else None)
+    if plan != parts.plan:
+        put(undo, cut, "caches", WeakSet())
+        undo.callback(_close, cut.caches)
+
+
+def _is_there(parts: Anatomy, i: int, name: str) -> bool:
+    """Whether a module of layer i is in the model."""
+    try:
+        return not isinstance(parts.layer_list[parts.places[i]].get_submodule(name), Gone)
+    except (AttributeError, TypeError):  # something above it is gone, or the whole layer
+        return False
+
+
+def placements(model: nn.Module, parts: Anatomy) -> dict:
+    """What stands where in a dropped model, for a checkpoint's record (see `place`)."""
+    names = {module: name for name, module in model.base_model.named_modules()}
+    cut = getattr(parts.decoder, "_llmdrop_cache", None) or CacheCut()
+    numbers = {}
+    for slot in cut.slots:
+        for module in parts.layer_list[slot].modules():
+            known = [name for name in (*SLOT_NAMES, SHARED_SLOT) if type(vars(module).get(name)) is int]
+            numbers |= {f"{names[module]}.{name}": vars(module)[name] for name in known}
+    gone = {names[module]: module for module in names if isinstance(module, Gone)}
+    return {
+        "stubs": {name: [module.passes, module.width, module.n_outputs] for name, module in gone.items()},
+        "decoder": names[parts.decoder],
+        "cache": {"slots": list(cut.slots), "n_slots": cut.n_slots, "counts": cut.counts},
+        "numbers": numbers,
+        "matrices": [f"{names[parts.layers[i]]}.{name}" for i, name in given_biases(parts)],
+    }
+
+
+def place(model: nn.Module, record: dict) -> None:
+    """Take out of an undropped model what a checkpoint's record lists, and make room for its biases.
+
+    record: "stubs", by the name of the module that each stands for, the arguments of `Gone`; "decoder", the name of the
+    module that makes the KV caches; "cache", what `CacheCut` knows; "numbers" by which modules know their slots;
+    "matrices", names of those with biases. Names are from the base model on.
+    """
+    base = model.base_model
+    for name, arguments in record["stubs"].items():
+        owner, _, child = name.rpartition(".")
+        setattr(base.get_submodule(owner), child, Gone(base.get_submodule(name), *arguments))
+    for name, number in record["numbers"].items():
+        module, _, attribute = name.rpartition(".")
+        setattr(base.get_submodule(module), attribute, number)
+    for name in record["matrices"]:
+        matrix = base.get_submodule(name)
+        matrix.bias = zero_bias(matrix)
+    decoder = base.get_submodule(record["decoder"])
+    kept = ("n_layers", "attn", "mlp", "biases", "removed")
+    setattr(decoder, RECORD, {key: record[key] for key in kept if key in record})
+    if "config" in inspect.signature(DynamicCache.__init__).parameters:  # before 4.56 caches grow as layers use them
+        cut = CacheCut()
+        cut.slots = tuple(record["cache"]["slots"])
+        cut.n_slots = record["cache"]["n_slots"]
+        cut.counts = record["cache"]["counts"]
+        cut.plan = (tuple(record["attn"]), tuple(record["mlp"]))
+        decoder._llmdrop_cache = cut
+        decoder.register_forward_pre_hook(cut.before, with_kwargs=True)
+        decoder.register_forward_hook(cut.after, with_kwargs=True)
+
+
 def drop_recorded(model: nn.Module, record: dict) -> nn.Module:
-    """`apply_plan` of what a checkpoint's record lists, with room for its biases; returns the model."""
+    """What a checkpoint's record lists, dropped from the undropped model, with room for its biases; returns it."""
+    if "stubs" in record:
+        place(model, record)
+        return model
+    if "removed" in record:  # as far as the config goes there is nothing to drop
+        setattr(find_layers(model)[0], RECORD, record)
+        return model
     apply_plan(model, DropPlan(record["attn"], record["mlp"], record["n_layers"]))
     give_biases(ExitStack(), model, record.get("biases", ()))
     return model
@@ -159,41 +246,21 @@ def zero_bias(matrix: nn.Linear) -> nn.Parameter:
     return nn.Parameter(zeros, requires_grad=matrix.weight.requires_grad)
 
 
-def stubs(layout: Layout, kind: str) -> dict[str, nn.Module]:
-    """What stands in a layer where its "attn" or "mlp" sublayer and its norms were: {name in the layer: module}."""
-    core, names = (layout.attn_core, layout.attn) if kind == "attn" else (layout.mlp_core, layout.mlp)
-    nothing = NoAttention() if kind == "attn" else NoMLP()
-    return {name: nothing if name == core else nn.Identity() for name in names}
-
-
 def _checked(parts: Anatomy, plan: AnyPlan) -> DropPlan:
     """The plan with what is dropped already. ValueError where it does not fit the model or leaves nothing of it."""
     whole = parts.whole_plan(plan)
-    if len(whole) == 2 * parts.n_layers:
+    left = [(kind, i) for kind in ("attn", "mlp") for i in parts.live(kind) if i not in getattr(whole, kind)]
+    if not left:
         raise ValueError(
             f"the plan drops all {parts.n_layers} attention and all {parts.n_layers} MLP layers; keep at least one"
         )
+    silent = [i for i, layer in enumerate(parts.layers) if layer is not None and parts.splits[i] is None]
+    if silent and not any(kind == "attn" and i < silent[0] for kind, i in left):
+        raise ValueError(
+            f"layer {silent[0]} does not run on text alone, and its cache does not count the tokens of the text; keep "
+            "at least one attention before it"
+        )
     return whole
-
-
-class NoAttention(nn.Module):
-    """Stands where an attention module was: adds nothing to the residual stream and owns no KV-cache slot."""
-
-    counts_tokens = False  # True in one layer of a model with no attention left
-
-    def forward(self, hidden_states, *args, past_key_values=None, layer_past=None, **kwargs):
-        cache = layer_past if past_key_values is None else past_key_values  # GPT-NeoX says layer_past
-        if self.counts_tokens and cache is not None:
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 0)  # [B, 1, T, 0]
-            cache.update(nothing, nothing, 0)
-        return hidden_states.new_zeros(()), None  # one zero, broadcast: no [B, T, C] is made
-
-
-class NoMLP(nn.Module):
-    """Stands where an MLP was: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.new_zeros(())
 
 
 class TokenCount(DynamicLayer):
@@ -202,44 +269,61 @@ class TokenCount(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.keys.shape[-2] if self.is_initialized else 0
 
+    def count(self, hidden: torch.Tensor) -> None:
+        """hidden: [B, T, C] of the tokens that come."""
+        nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 0)  # [B, 1, T, 0]
+        self.update(nothing, nothing, 0)
+
 
 class CacheCut:
-    """Forward pre-hook of the decoder: gives every fresh KV cache exactly the slots of the remaining attention layers.
+    """Hooks of the decoder: every fresh KV cache gets exactly the slots of the layers that still have an attention.
 
     transformers sizes caches from the config, one slot per layer, typed by config.layer_types (sliding or full
     attention). Picking the live layers' slots, in order, keeps types and modules in step, and slot 0, from which the
-    cache length is read, belongs to a layer that is there.
+    cache length is read, belongs to a layer that is there. Where no slot is left that has a length, one counts tokens.
     """
 
-    slots: tuple[int, ...]  # of a cache made from the config, the slots that stay
-    n_layers: int  # how many slots such a cache has
+    slots: tuple[int, ...] = ()  # of a cache made from the config, the slots that stay
+    n_slots: int = 0  # how many such a cache has
+    counts: bool = False  # whether a slot that counts tokens stands before them
     plan: tuple | None = ()  # what is dropped, and so under what a cache must have been filled
     caches = None  # filled under a plan that may end
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "caches"}  # a copy has filled none
 
-    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=decoder.config)
-            kwargs = kwargs | {"past_key_values": cache}
+    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        cache = self._cache(args, kwargs)
+        if cache is None and "past_key_values" in inspect.signature(decoder.forward).parameters:
+            use_cache = kwargs.get("use_cache")
+            if getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache:
+                cache = DynamicCache(config=decoder.config)
+                kwargs = kwargs | {"past_key_values": cache}
         if cache is None:
             return args, kwargs
         if getattr(cache, "llmdrop_plan", None) != self.plan:
-            if cache.get_seq_length() or len(cache.layers) > self.n_layers:
+            if cache.get_seq_length() or len(cache.layers) > self.n_slots:
                 raise ValueError(
                     "this KV cache was made or filled while other layers were dropped than now, and its keys and "
                     "values are of another model; begin with a fresh one"
                 )
-            if not self.slots:
-                cache.layers = [TokenCount()]
-            elif len(cache.layers) == self.n_layers:
+            if len(cache.layers) == self.n_slots:  # else it grows as layers use it
                 cache.layers = [cache.layers[slot] for slot in self.slots]
+            if self.counts:
+                cache.layers.insert(0, TokenCount())
             cache.llmdrop_plan = self.plan
         if self.caches is not None and not torch.compiler.is_compiling():
             self.caches.add(cache)
         return args, kwargs
+
+    def after(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        cache = self._cache(args, kwargs) if self.counts else None
+        if cache is not None:
+            cache.layers[0].count(output[0])
+
+    @staticmethod
+    def _cache(args: tuple, kwargs: dict) -> Cache | None:
+        return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def _close(caches: Iterable[Cache]) -> None:

@@ -100,16 +100,18 @@ def score(
     For a sublayer f reading the residual stream x, y = x + f(x) (its norms are part of f) and S = 1 - mean cos(x, y):
     cosine in float32 per token, mean over every real token. A block's y is what leaves the layer. Where attention and
     MLP are parallel both read the same x, and each y holds only its own branch: y_attn = x + attn(x),
-    y_mlp = x + mlp(x). with_residual=False compares x with f(x) alone (Table 6). gap=True also fills the gap matrix
+    y_mlp = x + mlp(x). Branches count as they are added: scaled where the layer scales them (Granite), together where
+    several are one sublayer (a Mamba beside an attention; shared and routed experts). NaN where a layer has no such
+    sublayer. with_residual=False compares x with f(x) alone (Table 6). gap=True also fills the gap matrix
     (needs the residual streams of one batch at a time; otherwise nothing is kept and memory does not depend on the
     number of samples). Standard errors treat samples as independent. The language-model head is never computed.
     calibration: a Calibration, or what it can be made of (token ids, a tokenizer's batch, a DataLoader of these).
 
     Models larger than memory: `llmdrop.score_checkpoint`. Several processes: `llmdrop.score_distributed`.
 
-    Raises ValueError for unknown architectures, an empty calibration set, token ids or samples that the model cannot
-    read (see `calibration.check_readable`), a batch size below 1, and activations that are not finite, naming the
-    layer.
+    Raises ValueError for architectures without a provable residual split, an empty calibration set, token ids or
+    samples that the model cannot read (see `calibration.check_readable`), a batch size below 1, and activations that
+    are not finite, naming the layer.
     """
     calibration = read_by(model, calibration)
     sums, gaps = sample_sums(model, calibration, batch_size, with_residual, gap, progress)
@@ -135,7 +137,7 @@ def sample_sums(
     model = unwrapped(model)
     parts = find_anatomy(model)
     n_samples = len(calibration.input_ids)
-    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
+    present = [i for i, split in enumerate(parts.splits) if split is not None]
     next_layer = dict(zip(present, present[1:], strict=False))
     streams: list[tuple[int, torch.Tensor]] = []  # (layer, unit vectors of the stream before it), of this batch
     # per layer [6, B], left on the layer's device until the batch ends, so that CUDA never waits
@@ -144,8 +146,10 @@ def sample_sums(
     def on_layer(i, x, m, y, f_attn, f_mlp):
         x, y = x.float(), y.float()
         m = x if m is None else m.float()
-        y_attn = x + f_attn if parts.parallel and f_attn is not None else m
-        y_mlp = x + f_mlp if parts.parallel and f_mlp is not None else y
+        parallel = parts.splits[i].parallel
+        carried = tap.carried(i, x) if parallel else x
+        y_attn = carried + f_attn if parallel and f_attn is not None else m
+        y_mlp = carried + f_mlp if parallel and f_mlp is not None else y
         distinct = {id(stream): stream for stream in (x, m, y, y_attn, y_mlp)}  # most stand there twice
         size = {key: _norm(stream) for key, stream in distinct.items()}
         quantities = []  # cosine and relative magnitude of each kind, [B, T]
@@ -174,7 +178,7 @@ def sample_sums(
     for start in present:
         gaps[start, [i for i in present if i >= start]] = 0.0
     with ExitStack() as undo:
-        undo.enter_context(ResidualTap(model, on_layer))
+        tap = undo.enter_context(ResidualTap(model, on_layer))
         undo.enter_context(eval_mode(model))  # last, since other threads that score this model wait for the tap
         bar = undo.enter_context(tqdm(total=n_samples, desc="score", unit="sample", disable=not progress))
         for batch, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
@@ -192,7 +196,7 @@ def _check_finite(parts: Anatomy, sums: torch.Tensor) -> None:
     """ValueError naming the first layer whose activations are not finite: NaN in a score means "dropped already"."""
     for i, of_layer in enumerate(sums.isfinite().all(dim=-1)):  # [6]
         for k, kind in enumerate(("attn", "mlp")):
-            if i not in getattr(parts.plan, kind) and not of_layer[2 * k : 2 * k + 2].all():
+            if parts.has(kind, i) and not of_layer[2 * k : 2 * k + 2].all():
                 raise ValueError(not_finite(kind, i))
 
 

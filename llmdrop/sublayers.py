@@ -8,7 +8,7 @@ from torch import nn
 
 from .anatomy import Anatomy, output_matrix, unwrapped
 from .calibration import Calibration, batches, read_by
-from .prune import eval_mode, put, stubs
+from .prune import eval_mode, put, put_stubs
 
 LayerCall = tuple[tuple, dict]  # args and kwargs, besides the residual stream, with which the decoder calls a layer
 NOT_FINITE = (  # what to do about it
@@ -20,10 +20,18 @@ NOT_FINITE = (  # what to do about it
 class _Recorder(nn.Module):
     """Stands for a decoder layer: keeps what it was called with and passes the residual stream on."""
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        self.hidden = hidden
-        self.call = args, kwargs
-        return hidden
+    def __init__(self, layer: nn.Module, n_outputs: int):
+        super().__init__()
+        vars(self)["layer"] = layer  # not as a child
+        self.n_outputs = n_outputs
+
+    def __getattr__(self, name: str):
+        return getattr(vars(self)["layer"], name)  # what decoders ask a layer
+
+    def forward(self, *args, **kwargs):
+        self.hidden = args[0] if args else kwargs.pop("hidden_states")
+        self.call = args[1:], kwargs
+        return (self.hidden, *[None] * (self.n_outputs - 1)) if self.n_outputs else self.hidden
 
 
 def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, LayerCall]]:
@@ -31,13 +39,14 @@ def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, Layer
 
     inputs: of the decoder. The layers themselves do not run.
     """
-    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
-    recorders = nn.ModuleList(_Recorder() for _ in present)
+    running = {i: layer for i, layer in enumerate(parts.layers) if parts.splits[i] is not None}
+    recorders = {i: _Recorder(layer, parts.splits[i].n_outputs) for i, layer in running.items()}
     with ExitStack() as undo:
-        put(undo, parts.decoder, parts.layers_name, recorders)
+        for i, recorder in recorders.items():
+            put(undo, parts.layer_list, str(parts.places[i]), recorder)
         parts.decoder(**inputs, use_cache=False)
-    calls = {i: recorder.call for i, recorder in zip(present, recorders, strict=True)}
-    return recorders[0].hidden, calls
+    first = next(iter(recorders.values()))
+    return vars(first)["hidden"], {i: vars(recorder)["call"] for i, recorder in recorders.items()}
 
 
 def run_layer(
@@ -47,18 +56,40 @@ def run_layer(
     args, kwargs = call
     with ExitStack() as undo:
         for kind in without:
-            for name, stub in stubs(parts.layout, kind).items():
-                put(undo, parts.layers[i], name, stub)
+            if parts.has(kind, i):
+                put_stubs(undo, parts.layers[i], parts.sublayer(kind, i))
         out = parts.layers[i](hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 
+class _Given(nn.Module):
+    """Stands for a decoder layer: gives a residual stream, whatever it is called with."""
+
+    def __init__(self, layer: nn.Module, hidden: torch.Tensor, n_outputs: int):
+        super().__init__()
+        vars(self)["layer"] = layer  # not as a child
+        self.output = (hidden, *[None] * (n_outputs - 1)) if n_outputs else hidden
+
+    def __getattr__(self, name: str):
+        return getattr(vars(self)["layer"], name)  # what decoders ask a layer
+
+    def forward(self, *args, **kwargs):
+        return self.output
+
+
 def head_logits(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [..., vocabulary] in float32 from the residual stream after the last layer, [..., C]."""
-    normed = parts.decoder.get_submodule(parts.layout.final)(hidden)
-    logits = model.get_output_embeddings()(normed).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma-2
-    return torch.tanh(logits / cap) * cap if cap else logits
+    """Logits [..., vocabulary] in float32 from the residual stream after the last layer, [..., C].
+
+    The model's own forward pass makes them, of layers that give this stream: final norm, scales and caps are its own.
+    """
+    rows = hidden.reshape(-1, 1, hidden.shape[-1])  # texts of one token
+    with ExitStack() as undo:
+        for i, split in enumerate(parts.splits):
+            if split is not None:
+                put(undo, parts.layer_list, str(parts.places[i]), _Given(parts.layers[i], rows, split.n_outputs))
+        ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+    return logits.reshape(*hidden.shape[:-1], -1).float()
 
 
 def in_float64(x: torch.Tensor) -> torch.Tensor:

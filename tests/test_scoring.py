@@ -37,13 +37,18 @@ def calibration(ids, mask=None):
 def stored(model, ids):
     """Residual streams before, between and after, and both branches, recorded the plain way: everything is kept."""
     parts, streams = anatomy(model), []
-    for layer in parts.layers:
+    for i, layer in enumerate(parts.layers):
         seen = {}
         if layer is None:
             streams.append(seen)
             continue
         attn_out, mlp_in, mlp_out = (
-            layer.get_submodule(name) for name in (parts.layout.attn[-1], parts.layout.mlp[0], parts.layout.mlp[-1])
+            layer.get_submodule(name)
+            for name in (
+                parts.sublayer("attn", i).writers[0],
+                next(iter(parts.sublayer("mlp", i).stubs)),
+                parts.sublayer("mlp", i).writers[0],
+            )
         )
         layer.register_forward_pre_hook(
             lambda m, a, k, s=seen: s.update(x=a[0] if a else k["hidden_states"]), with_kwargs=True

@@ -50,15 +50,20 @@ def tiny(family: str, attn_implementation: str = "eager", seed: int = 0, **overr
     if family == "gemma2":
         attn_implementation = "eager"  # its soft-capped attention has no sdpa form in transformers
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+    give_weights(model, seed)
+    return model
+
+
+def give_weights(model, seed: int = 0) -> None:
+    """Random weights: the default initialization is so small that dropping a layer changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:  # the default initialization is so small that dropping a layer changes nothing
+        if parameter.dim() > 1:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.6 / parameter.shape[-1] ** 0.5)
         elif "bias" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         else:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:

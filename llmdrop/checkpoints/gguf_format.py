@@ -24,6 +24,7 @@ from ..anatomy import find_anatomy
 from ..files import new_directory, real_path
 from ..plan import DropPlan, as_plan
 from ..prune import apply_plan, give_biases
+from .blocks import renumber
 from .destination import MARK, check_file
 from .extras import import_extra
 from .gguf_tokenizer import read_tokenizer, tokenizer_facts
@@ -290,9 +291,16 @@ def _kept_layers(plan: DropPlan) -> list[int]:
 
 def _names(model) -> dict[str, str]:
     """{name in a GGUF: name in the model} of every module with weights, also of those that bring a bias."""
+    modules = _modules(model)
+    with ExitStack() as undo:  # files count the layers without dropped blocks
+        renumber(undo, model)
+        in_file = _modules(model)
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    modules = dict.fromkeys(key.rpartition(".")[0] for key in model.state_dict())
-    return {known.get_name(key): key for key in modules}
+    return {known.get_name(new): name for new, name in zip(in_file, modules, strict=True)}
+
+
+def _modules(model) -> list[str]:
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in model.state_dict()))
 
 
 def _place(name: str) -> tuple[int | None, str]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from ..anatomy import find_anatomy
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
+from .blocks import renumber
 from .destination import MARK
 from .embedded import EMBEDDED, convert_embedded
 from .modeling_llmdrop import merged
@@ -137,13 +139,14 @@ def load_weights(path: str | os.PathLike, revision: str = "main", device: str = 
         raise FileNotFoundError(f"no config.json in {path}")
     config, record, llm_drop = undropped_config(raw)
     stock = stock_class(config)
-    cls = _dropped_class(stock, record) if record else stock
     is_quantized = bool(raw.get("quantization_config"))  # which transformers would put on the current GPU
     if "device_map" not in kwargs and (
         device == "balanced" or ((is_quantized or device != "cpu") and find_spec("accelerate"))
     ):
         kwargs["device_map"] = device if device == "balanced" else {"": device}
-    model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
+    with ExitStack() as undo:  # names are those in the file as long as it is read
+        cls = _dropped_class(stock, record, undo) if record else stock
+        model, info = cls.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **kwargs)
     model.__class__ = stock
     _refuse_random_weights(model, info, llm_drop, path)
     if llm_drop:
@@ -162,7 +165,10 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
     """
     raw = {key: value for key, value in raw.items() if key not in ("auto_map", MARK)}  # remote code never runs
     record = raw.pop("llmdrop", None) or {}
-    if record and "undropped" not in record:  # only whole blocks gone, or written by save_pretrained of release 0.1.0
+    blocks = sorted(set(record.get("attn", ())) & set(record.get("mlp", ())))
+    if record and "undropped" not in record and len(blocks) == len(record["attn"]) == len(record["mlp"]):
+        record["removed"] = blocks  # an ordinary, shorter model
+    elif record and "undropped" not in record:  # written by save_pretrained of release 0.1.0
         record["undropped"] = _deepened(raw, record)
     config = AutoConfig.for_model(**merged({"model_type": None} | raw, record.get("undropped", {})))
     if record:
@@ -172,8 +178,6 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
 
 def _deepened(raw: dict, record: dict) -> dict:
     """The settings of a config that names what is left, as they were with all layers."""
-    if "text_config" in raw:  # of a multimodal model
-        return {"text_config": _deepened(raw["text_config"], record)}
     depth = "n_layer" if "n_layer" in raw else "num_hidden_layers"
     settings = {depth: record["n_layers"]}
     if raw.get("layer_types"):
@@ -183,6 +187,11 @@ def _deepened(raw: dict, record: dict) -> dict:
             raw["layer_types"][0] if i in blocks else next(remaining) for i in range(record["n_layers"])
         ]
     return settings
+
+
+def is_renumbered(record: dict) -> bool:
+    """Whether names in the checkpoint count the layers without dropped blocks: for engines, and before 0.3."""
+    return record.get("renumbered", "stubs" not in record)
 
 
 def stock_class(config):
@@ -199,12 +208,14 @@ def stock_class(config):
     return stock
 
 
-def _dropped_class(stock: type, record: dict) -> type:
+def _dropped_class(stock: type, record: dict, undo: ExitStack) -> type:
     """The stock class, but that it drops what the record lists before weights are matched to modules."""
 
     def init(self, config):
         stock.__init__(self, config)
         drop_recorded(self, record)
+        if is_renumbered(record):
+            renumber(undo, self)
 
     # under the stock name and module, or transformers takes it for custom code and skips its key renamings
     return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
@@ -214,9 +225,9 @@ def _refuse_random_weights(model, info: dict, llm_drop: DropPlan, path: str) -> 
     """ValueError unless every parameter came from the file. LLM-Drop's checkpoints may omit what their lists drop."""
     places = []
     if llm_drop:
-        layout = find_anatomy(model).layout
-        places += [f".{i}.{name}." for i in llm_drop.attn for name in layout.attn]
-        places += [f".{i}.{name}." for i in llm_drop.mlp for name in layout.mlp]
+        parts = find_anatomy(model)
+        dropped = [(kind, i) for kind in ("attn", "mlp") for i in getattr(llm_drop, kind)]
+        places += [f".{i}.{name}." for kind, i in dropped for name in parts.sublayer(kind, i).stubs]
     missing = [key for key in info["missing_keys"] if not any(place in key for place in places)]
     reshaped = sorted(map(str, info.get("mismatched_keys") or ()))
     if missing or reshaped:

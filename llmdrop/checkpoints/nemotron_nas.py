@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import prune
 from ..anatomy import find_anatomy
 from . import configuration_nemotron_nas
+from .blocks import renumber
 from .destination import mark
 from .transformers_format import for_transformers_4, our_config, save_tokenizer, stock_save_pretrained
 
@@ -45,11 +46,12 @@ def write_nemotron_nas(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fol
         for name, module in model.named_modules():
             if name.endswith(endings) and module.bias is None:
                 prune.put(undo, module, "bias", prune.zero_bias(module))
+        renumber(undo, model)
         stock_save_pretrained(model, folder)
     save_tokenizer(tokenizer, folder)
     file = folder / "config.json"
     written = json.loads(file.read_text())
-    record = our_config(written, model, parts)["llmdrop"]
+    record = our_config(written, model, parts)["llmdrop"] | {"renumbered": True}
     written |= {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",

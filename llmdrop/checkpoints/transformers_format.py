@@ -7,8 +7,7 @@ is right, whoever writes it: Trainer, peft's merge-and-save, accelerate, the use
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -19,18 +18,26 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .. import prune
 from ..anatomy import RECORD, Anatomy, find_anatomy
+from ..proof import Gone
 from . import modeling_llmdrop
+from .blocks import is_ordinary, renumber
 from .destination import mark
 from .modeling_llmdrop import merged
 
 OURS = "llmdrop"  # model type of a checkpoint that stock classes must not read
+# those that, dropped, also run in transformers before 4.56, if all their layers attend alike
+IN_OLD_RELEASES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2")
 stock_save_pretrained = getattr(PreTrainedModel.save_pretrained, "__wrapped__", PreTrainedModel.save_pretrained)
 
 
 @wraps(stock_save_pretrained)
-def _save_pretrained(self, *args, **kwargs):
+def _save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
+    names = list(self.state_dict())
     with described(self):
-        return stock_save_pretrained(self, *args, **kwargs)
+        if state_dict is not None:  # has the names from before the model was numbered anew
+            renamed = dict(zip(names, self.state_dict(), strict=True))
+            state_dict = {renamed.get(name, name): tensor for name, tensor in state_dict.items()}
+        return stock_save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
 PreTrainedModel.save_pretrained = _save_pretrained
@@ -63,17 +70,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> N
 def described(model: nn.Module) -> Iterator[None]:
     """While it lasts, the model's config is written as that of what is left, with the modeling file beside it.
 
-    Nothing changes for a model that is whole, or that has only lost whole blocks: it is an ordinary checkpoint. Raises
+    A model that has only lost whole blocks is a shorter one of its architecture meanwhile, where it is one. Raises
     ValueError for a dropped model that `find_anatomy` does not know.
     """
     if not any(hasattr(module, RECORD) for module in model.modules()):
         yield
         return
     parts = find_anatomy(model)
-    if is_ordinary(model, parts):
-        yield
-        return
     config = model.config
+    has_own_file = "undropped" in (getattr(config, "llmdrop", None) or {})  # made by a modeling_llmdrop.py
+    if not has_own_file and is_ordinary(model):
+        with ExitStack() as undo:
+            renumber(undo, model)
+            yield
+        return
 
     class Description(type(config)):
         _auto_class = None  # of a config class out of a checkpoint, whose file is written below
@@ -95,42 +105,31 @@ def described(model: nn.Module) -> Iterator[None]:
         config.__class__ = former
 
 
-def is_ordinary(model: nn.Module, parts: Anatomy) -> bool:
-    """Whether stock classes can hold what is left: a whole model, or one that has only lost whole blocks."""
-    scaled = getattr(model.config, "scale_attn_by_inverse_layer_idx", False)  # GPT-2 with depth in its attention
-    whole_blocks = parts.plan.attn == parts.plan.mlp and not (scaled and parts.plan)
-    has_own_file = "undropped" in (getattr(model.config, "llmdrop", None) or {})  # made by a modeling_llmdrop.py
-    return whole_blocks and not has_own_file and not prune.given_biases(parts)
-
-
 def record_of(parts: Anatomy) -> dict:
     """What config.json says of a dropped model: its depth before, the plan, biases that were added."""
-    record = {"n_layers": parts.n_layers} | parts.plan.key
-    biases = prune.given_biases(parts)
-    return record | {"biases": biases} if biases else record
+    return getattr(parts.decoder, RECORD, {"n_layers": parts.n_layers} | parts.plan.key)
 
 
 def our_config(config: dict, model: nn.Module, parts: Anatomy) -> dict:
-    """The saved config with what is needed to rebuild the undropped skeleton, unreadable for stock classes."""
-    text = model.config.get_text_config()
+    """The saved config with what is needed to take the same out of the stock model, unreadable for stock classes."""
+    text = model.config.get_text_config(decoder=True)
     depth = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    undropped = {depth: parts.n_layers}
-    if getattr(text, "layer_types", None):  # of the layers that are left; the type of a removed one has no effect
-        types = iter(text.layer_types)
-        undropped["layer_types"] = [text.layer_types[0] if layer is None else next(types) for layer in parts.layers]
-    refused = {depth: f"{parts.n_layers} minus dropped ones: load with llmdrop.load_model or trust_remote_code=True"}
+    undropped: dict = {depth: len(parts.layer_list)}
+    refused: dict = {
+        depth: f"{parts.n_layers} minus dropped ones: load with llmdrop.load_model or trust_remote_code=True"
+    }
     for key in model.config.sub_configs:
         if getattr(model.config, key, None) is text:  # the text model's part of a multimodal config
             undropped = {key: undropped}
             refused = {key: refused}
-    decoder = next(name for name, module in model.base_model.named_modules() if module is parts.decoder)
+    attend_alike = len(set(getattr(text, "layer_types", None) or ())) < 2
+    has_attention = any(parts.live("attn"))
     record = record_of(parts) | {
         "undropped": undropped | {"model_type": model.config.model_type},
         "refused": refused | {"model_type": OURS},
-        "decoder": decoder,
-        "layers": parts.layers_name,
-        "layout": asdict(parts.layout),
+        "in_old_releases": model.config.model_type in IN_OLD_RELEASES and attend_alike and has_attention,
     }
+    record |= prune.placements(model, parts)
     classes = auto_classes(model.config.model_type)
     auto_map = {auto: f"modeling_llmdrop.{stock}" for auto, stock in classes.items()}
     auto_map["AutoConfig"] = "modeling_llmdrop.DroppedConfig"
@@ -155,8 +154,8 @@ def _modeling_file(model_type: str) -> str:
     source = source.replace("transformers.LlamaConfig", f"transformers.{CONFIG_MAPPING_NAMES[model_type]}")
     start = source.index("# in a checkpoint these stand here themselves")
     end = source.index("\n", source.index("from llmdrop.prune import")) + 1
-    parts = (prune.stubs, prune.zero_bias, prune.NoAttention, prune.NoMLP, prune.TokenCount, prune.CacheCut)
-    own = "\n\n".join(map(inspect.getsource, (*parts, prune.text_configs)))
+    parts = (Gone, prune.TokenCount, prune.CacheCut, prune.place, prune.zero_bias)
+    own = "\n\n".join(map(inspect.getsource, parts))
     return f"{source[:start]}RECORD = {RECORD!r}\n\n\n{own}{source[end:]}"
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..anatomy import find_anatomy, unwrapped
 from ..calibration import Calibration, batches, read_by
 from ..plan import DropPlan, plan_of
+from ..proof import first_tensor, with_first
 from ..prune import eval_mode, put
 from ..scoring import score
 from ..sublayers import NOT_FINITE, SublayerRun, head_logits, in_float64, run_layer
@@ -128,8 +129,9 @@ def taylor(model: nn.Module, calibration: Calibration, target: str = "attn", bat
     scales = [torch.ones((), device=device, requires_grad=True) for _ in items]
     with frozen(model), ExitStack() as hooks:
         for (kind, i), scale in zip(items, scales, strict=True):
-            last = parts.layers[i].get_submodule(getattr(parts.layout, kind)[-1])
-            hooks.callback(last.register_forward_hook(partial(_scaled, scale)).remove)
+            for name in parts.sublayer(kind, i).writers:
+                writer = parts.layers[i].get_submodule(name)
+                hooks.callback(writer.register_forward_hook(partial(_scaled, scale)).remove)
         for _, inputs in batches(calibration, batch_size, device):
             with torch.enable_grad():
                 loss = model(**inputs, labels=next_tokens(inputs), use_cache=False).loss
@@ -157,9 +159,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _scaled(scale: torch.Tensor, module: nn.Module, args: tuple, out):
     """Forward hook: what the module gives, times `scale`."""
-    first, *others = out if isinstance(out, tuple) else (out,)
-    scaled = first * scale.to(first.device)
-    return (scaled, *others) if isinstance(out, tuple) else scaled
+    first = first_tensor(out)
+    return with_first(out, first * scale.to(first.device))
 
 
 def next_tokens(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

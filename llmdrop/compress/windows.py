@@ -88,7 +88,7 @@ def windowed(model: nn.Module, layers: Iterable[int], window: int = WINDOW, sink
     hook = _Window(window, sinks, additive)
     with ExitStack() as undo:
         for i in layers:
-            module = getattr(parts.layers[i], parts.layout.attn_core)
+            module = parts.layers[i].get_submodule(parts.sublayer("attn", i).core)
             undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if not additive:
                 config = copy.copy(module.config)

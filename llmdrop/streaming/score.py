@@ -20,10 +20,11 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import scoring
-from ..anatomy import RECORD, Anatomy, find_anatomy
+from ..anatomy import Anatomy, find_anatomy
 from ..calibration import Calibration, TokenIds, check_vocabulary
 from ..checkpoints.load import check_device, check_dtype
 from ..files import build_dir, locked
+from ..proof import Gone, first_tensor
 from ..scoring import ImportanceScores, sample_sums, scores_from_sums
 from .processes import Sums, over_processes
 from .shards import DTYPES, Checkpoint, Entry, open_checkpoint
@@ -128,8 +129,7 @@ def _layer_sums(
     """Sums of every layer as from `sample_sums`, [n_layers, 6, n_samples]. The model is of no use afterwards."""
     model = source.model
     parts = find_anatomy(model)
-    present = [i for i, layer in enumerate(parts.layers) if layer is not None]
-    types = getattr(model.config, "layer_types", None)
+    present = [i for i, split in enumerate(parts.splits) if split is not None]
     entries = {id(p): source[name] for name, p in model.state_dict(keep_vars=True).items() if name in source.names}
     table = entries.pop(id(model.get_input_embeddings().weight))
     layers = [_entries_of(parts.layers[i], entries) for i in present]
@@ -164,10 +164,14 @@ def _layer_sums(
             layer.to(stream.device)  # buffers
             is_last = k + 1 == len(present)
             coming = {} if is_last else begin_to_read(k + 1)
+            layer.register_forward_hook(feed.catch)
             if k > 0:  # before the first, the decoder does to embeddings what it does (positions, Gemma-2's scale)
                 layer.register_forward_pre_hook(feed.instead, with_kwargs=True)
-            _leave_only(model, parts, i, [types[k]] if types else None)
+            place = parts.places[i]
+            gone = parts.layer_list[place]
+            parts.layer_list[place] = layer  # the only one: as if every other block were dropped
             sums[i] = sample_sums(model, calibration, batch_size, with_residual, progress=False)[0][i]
+            parts.layer_list[place] = gone
             layer.to("meta")
             _trim_heap()
             bar.update(sizes[k])
@@ -207,29 +211,18 @@ def _embed(model: nn.Module, table: Entry, ids: torch.Tensor, stream: StreamBuff
 
 
 def _isolate(model: nn.Module, parts: Anatomy, rest: dict[str, Entry], stream: StreamBuffer) -> "_Feed":
-    """Make `model` a decoder without layers, word embedding, final norm and head, in memory, fed from the stream."""
+    """Make `model` a decoder without layers, word embedding and head, in memory, fed from the stream."""
     decoder = parts.decoder
     feed = _Feed(stream)
     model.set_input_embeddings(feed)
-    setattr(decoder, parts.layers_name, nn.ModuleList())
-    if getattr(decoder, parts.layout.final, None) is not None:
-        setattr(decoder, parts.layout.final, nn.Identity())
+    for i, split in enumerate(parts.splits):
+        if split is not None:
+            parts.layer_list[parts.places[i]] = Gone(parts.layers[i], 0, 0, split.n_outputs)
     names = set(decoder.state_dict()) & set(rest)
     decoder.load_state_dict({name: rest[name].tensor().to(model.dtype) for name in names}, assign=True, strict=False)
     decoder.to(stream.device)
     model.base_model.register_forward_hook(feed.keep)
     return feed
-
-
-def _leave_only(model: nn.Module, parts: Anatomy, i: int, types: list[str] | None) -> None:
-    """As if every block but i were dropped: what `apply_plan` leaves, so that `sample_sums` finds it as number i."""
-    setattr(parts.decoder, parts.layers_name, nn.ModuleList([parts.layers[i]]))
-    others = {j for j in range(parts.n_layers) if j != i}
-    gone = {kind: sorted(others | set(getattr(parts.plan, kind))) for kind in ("attn", "mlp")}
-    setattr(parts.decoder, RECORD, {"n_layers": parts.n_layers} | gone)
-    model.config.num_hidden_layers = 1
-    if types:
-        model.config.layer_types = types
 
 
 class _Feed(nn.Module):
@@ -251,9 +244,13 @@ class _Feed(nn.Module):
         """Forward pre-hook of a layer: it reads the stream, whatever the decoder made of it."""
         return ((self.x, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": self.x})
 
+    def catch(self, layer, args, output) -> None:
+        """Forward hook of a layer: what comes out is the stream."""
+        self.y = first_tensor(output)
+
     def keep(self, decoder, args, output) -> None:
         """Forward hook of the decoder, so after everybody has seen x, which the stream may overwrite in place."""
-        self.stream.put(self.rows, output[0])
+        self.stream.put(self.rows, self.y)
 
 
 def _trim_heap() -> None:

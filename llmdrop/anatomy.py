@@ -39,6 +39,7 @@ class Anatomy:
     layers: tuple[nn.Module | None, ...]  # None where the whole block is gone
     splits: tuple[Split | None, ...]  # of each layer that is there and runs (not without an image: Mllama)
     plan: DropPlan  # what is dropped already
+    readers: dict[int, tuple[int, ...]]  # of layers whose attention others use: those that read its keys or selection
 
     @property
     def n_layers(self) -> int:
@@ -91,7 +92,25 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     if not proven.keys() >= {signature for signature in signatures if signature is not None}:
         proven |= _prove_all(decoder, layer_list)
     splits = tuple(signature and proven[signature] for signature in signatures)
-    return Anatomy(decoder, layer_list, places, layers, splits, plan)
+    readers = {}
+    for place, reading in _readers(decoder.config).items():
+        readers[places.index(place)] = tuple(places.index(reader) for reader in reading)
+    return Anatomy(decoder, layer_list, places, layers, splits, plan, readers)
+
+
+def _readers(config) -> dict[int, tuple[int, ...]]:
+    """By place, which layers need what the attention of another gives them: keys and values, or selected tokens."""
+    readers: dict[int, list[int]] = {}
+    stores: dict[str, int] = {}  # by type of layer, the last that keeps its keys and values for others (Gemma 4)
+    for place, mode in enumerate(getattr(config, "kv_sharing_modes", None) or []):
+        if mode == "store":
+            stores[config.layer_types[place]] = place
+        elif mode == "reuse":
+            readers.setdefault(stores[config.layer_types[place]], []).append(place)
+    for place, kind in enumerate(getattr(config, "indexer_types", None) or []):
+        if kind == "shared":  # DeepSeek's sparse attention: the selection is handed on from layer to layer
+            readers.setdefault(place - 1, []).append(place)
+    return {place: tuple(reading) for place, reading in readers.items()}
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

@@ -199,6 +199,13 @@ def _checked(parts: Anatomy, plan: DropPlan) -> DropPlan:
         raise ValueError(
             f"the plan drops all {parts.n_layers} attention and all {parts.n_layers} MLP layers; keep at least one"
         )
+    for i, readers in parts.readers.items():
+        needing = [j for j in readers if ("attn", j) in left]
+        if i in whole.attn and needing:
+            raise ValueError(
+                f"the attention of layers {needing} reads what that of layer {i} gives it (shared keys or selected "
+                f"tokens); drop them together, or keep that of layer {i}"
+            )
     silent = [i for i, layer in enumerate(parts.layers) if layer is not None and parts.splits[i] is None]
     if silent and not any(kind == "attn" and i < silent[0] for kind, i in left):
         raise ValueError(

@@ -14,6 +14,7 @@ with random weights: where a model's weights are (on a GPU, in 4 bits, on a disk
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ import torch
 from torch import nn
 
 from .plan import AnyPlan, DropPlan, as_plan
-from .proof import N_TOKENS, Gone, NotAdditive, Split, Sublayer, prove, random_copy
+from .proof import N_TOKENS, NotAdditive, Split, Sublayer, is_gone, prove, random_copy
 
 # attribute of a decoder that was dropped from: its depth before ("n_layers"), DropPlan.key, biases that were added, and
 # layers that its list does not even hold a place for ("removed")
 RECORD = "_llmdrop"
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # by decoder
 Signature = tuple
 _PROVEN: WeakKeyDictionary[nn.Module, dict[Signature, Split | None]] = WeakKeyDictionary()  # by model
 
@@ -43,6 +45,7 @@ class Anatomy:
     layers: tuple[nn.Module | None, ...]  # None where the whole block is gone
     splits: tuple[Split | None, ...]  # of each layer that is there and runs (not without an image: Mllama)
     plan: DropPlan  # what is dropped already
+    readers: dict[int, tuple[int, ...]]  # of layers whose attention others use: those that read its keys or selection
 
     @property
     def n_layers(self) -> int:
@@ -144,13 +147,36 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     remaining = iter(range(len(layer_list)))
     places = tuple(None if i in removed else next(remaining) for i in range(record["n_layers"]))
     present = [None if place is None else layer_list[place] for place in places]
-    layers = tuple(None if isinstance(layer, Gone) else layer for layer in present)
+    layers = tuple(None if is_gone(layer) else layer for layer in present)
     proven = _PROVEN.setdefault(model, {})
     signatures = [layer if layer is None else _signature(layer) for layer in layers]
     if not proven.keys() >= {signature for signature in signatures if signature is not None}:
         proven |= _prove_all(decoder, layer_list)
     splits = tuple(signature and proven[signature] for signature in signatures)
-    return Anatomy(decoder, layer_list, places, layers, splits, plan)
+    readers = {}
+    for place, reading in _readers(decoder.config).items():
+        readers[places.index(place)] = tuple(places.index(reader) for reader in reading)
+    return Anatomy(decoder, layer_list, places, layers, splits, plan, readers)
+
+
+def _readers(config) -> dict[int, tuple[int, ...]]:
+    """By place, which layers need what the attention of another gives them: keys and values, or selected tokens."""
+    readers: dict[int, list[int]] = {}
+    stores: dict[str, int] = {}  # by type of layer, the last that keeps its keys and values for others (Gemma 4)
+    for place, mode in enumerate(getattr(config, "kv_sharing_modes", None) or []):
+        if mode == "store":
+            stores[config.layer_types[place]] = place
+        elif mode == "reuse":
+            readers.setdefault(stores[config.layer_types[place]], []).append(place)
+    for place, kind in enumerate(getattr(config, "indexer_types", None) or []):
+        if kind == "shared":  # DeepSeek's sparse attention: the selection is handed on from layer to layer
+            readers.setdefault(place - 1, []).append(place)
+    return {place: tuple(reading) for place, reading in readers.items()}
+
+
+def exclusive(decoder: nn.Module) -> threading.RLock:
+    """The lock under which a thread changes a decoder, or watches it, for a while; others that would do so wait."""
+    return _LOCKS.setdefault(decoder, threading.RLock())
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -193,13 +219,13 @@ def _signature(layer: nn.Module) -> Signature:
 
 
 def _class(module: nn.Module) -> type:
-    return module.stands_for if isinstance(module, Gone) else type(module)
+    return module.stands_for if is_gone(module) else type(module)
 
 
 def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Split | None]:
     """The split of every signature, by one run of a copy of the decoder whose layers look at how they are called."""
     model_type = getattr(decoder.config, "model_type", type(decoder).__name__)
-    signatures = [None if isinstance(layer, Gone) else _signature(layer) for layer in layers]
+    signatures = [None if is_gone(layer) else _signature(layer) for layer in layers]
     examples: dict[Signature, list[nn.Module]] = {}  # whole ones
     for signature, layer in zip(signatures, layers, strict=True):
         if signature is not None and not _has_gone(layer):
@@ -209,7 +235,7 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
         for layer in find_layers(undropped_decoder(decoder))[1]:
             if _signature(layer) in missing:
                 examples.setdefault(_signature(layer), []).append(layer)
-    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]), _in_float32():
         probes = nn.ModuleList(
             layer if signature is None else _Probe(i, layer, signature, examples)
             for i, (layer, signature) in enumerate(zip(layers, signatures, strict=True))
@@ -241,7 +267,7 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
 
 
 def _has_gone(layer: nn.Module) -> bool:
-    return any(isinstance(module, Gone) for module in layer.modules())
+    return any(is_gone(module) for module in layer.modules())
 
 
 def undropped_decoder(decoder: nn.Module) -> nn.Module:
@@ -263,6 +289,17 @@ def _weights_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """What is made has this type, also while transformers loads a model of another."""
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)
 
 
 class _Probe(nn.Module):

@@ -3,14 +3,12 @@
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from weakref import WeakKeyDictionary
 
 import torch
 
-from .anatomy import find_anatomy
+from .anatomy import exclusive, find_anatomy
 from .proof import Split, Sublayer, first_tensor, measured_scales
 
-_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()  # one for each decoder
 Scale = float | torch.Tensor  # a number, or [C]
 Scales = tuple[Scale, list[Scale], list[Scale]]  # of x, and of the writers of attention and MLP
 
@@ -38,7 +36,7 @@ class ResidualTap:
 
     def __enter__(self) -> "ResidualTap":
         with ExitStack() as hooks:
-            hooks.enter_context(_LOCKS.setdefault(self.parts.decoder, threading.RLock()))
+            hooks.enter_context(exclusive(self.parts.decoder))
             self.thread = threading.get_ident()
             for i, split in enumerate(self.parts.splits):
                 if split is None:

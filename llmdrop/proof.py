@@ -303,7 +303,8 @@ def _fresh(values):
 def prove(layer: nn.Module, call: Call, shape: torch.Size) -> Split:
     """The split of a layer, of which this is a random copy.
 
-    call: how the decoder calls it; shape: of the stream that it reads, [1, T, C]. Raises NotAdditive, saying why, for a layer without a residual split.
+    call: how the decoder calls it; shape: of the stream that it reads, [1, T, C]. Raises NotAdditive, saying why, for a
+    layer without a residual split.
     """
     with torch.no_grad():
         proof = _Proof(layer, call, shape)
@@ -611,7 +612,8 @@ class Gone(nn.Module):
         self.stands_for = getattr(former, "stands_for", type(former))
         weight = getattr(former, "weight", None)
         if isinstance(weight, torch.Tensor):  # some layers ask a norm for its type
-            self.register_buffer("weight", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False)
+            device = "cpu" if weight.is_meta else weight.device
+            self.register_buffer("weight", torch.empty(0, dtype=weight.dtype, device=device), persistent=False)
 
     def forward(self, *args, **kwargs):
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -624,3 +626,8 @@ class Gone(nn.Module):
         else:
             out = hidden if self.passes == 0 else args[self.passes]
         return (out, *[None] * (self.n_outputs - 1)) if self.n_outputs else out
+
+
+def is_gone(module: nn.Module) -> bool:
+    """Whether this stands for a module that is gone: a `Gone`, also the one that a checkpoint's own file brings."""
+    return hasattr(module, "stands_for")

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .anatomy import RECORD, Anatomy, find_anatomy, find_layers
 from .plan import AnyPlan, DropPlan
-from .proof import Gone, Sublayer
+from .proof import Gone, Sublayer, is_gone
 
 SLOT_NAMES = ("layer_idx", "layer_id")  # attributes by which modules know their slot of a KV cache
 SHARED_SLOT = "kv_shared_layer_index"  # and that of another layer, whose keys and values they read
@@ -145,7 +145,7 @@ def cut_caches(undo: ExitStack, parts: Anatomy, plan: DropPlan) -> None:
 def _is_there(parts: Anatomy, i: int, name: str) -> bool:
     """Whether a module of layer i is in the model."""
     try:
-        return not isinstance(parts.layer_list[parts.places[i]].get_submodule(name), Gone)
+        return not is_gone(parts.layer_list[parts.places[i]].get_submodule(name))
     except (AttributeError, TypeError):  # something above it is gone, or the whole layer
         return False
 
@@ -159,7 +159,7 @@ def placements(model: nn.Module, parts: Anatomy) -> dict:
         for module in parts.layer_list[slot].modules():
             known = [name for name in (*SLOT_NAMES, SHARED_SLOT) if type(vars(module).get(name)) is int]
             numbers |= {f"{names[module]}.{name}": vars(module)[name] for name in known}
-    gone = {names[module]: module for module in names if isinstance(module, Gone)}
+    gone = {names[module]: module for module in names if is_gone(module)}
     return {
         "stubs": {name: [module.passes, module.width, module.n_outputs] for name, module in gone.items()},
         "decoder": names[parts.decoder],
@@ -177,9 +177,13 @@ def place(model: nn.Module, record: dict) -> None:
     "matrices", names of those with biases. Names are from the base model on.
     """
     base = model.base_model
-    for name, arguments in record["stubs"].items():
+    # before 4.56 caches grow as layers use them, and layers return tuples
+    is_old = "config" not in inspect.signature(DynamicCache.__init__).parameters
+    for name, (passes, width, n_outputs) in record["stubs"].items():
         owner, _, child = name.rpartition(".")
-        setattr(base.get_submodule(owner), child, Gone(base.get_submodule(name), *arguments))
+        if is_old and child.isdigit():
+            n_outputs = n_outputs or 1
+        setattr(base.get_submodule(owner), child, Gone(base.get_submodule(name), passes, width, n_outputs))
     for name, number in record["numbers"].items():
         module, _, attribute = name.rpartition(".")
         setattr(base.get_submodule(module), attribute, number)
@@ -189,7 +193,7 @@ def place(model: nn.Module, record: dict) -> None:
     decoder = base.get_submodule(record["decoder"])
     kept = ("n_layers", "attn", "mlp", "biases", "removed")
     setattr(decoder, RECORD, {key: record[key] for key in kept if key in record})
-    if "config" in inspect.signature(DynamicCache.__init__).parameters:  # before 4.56 caches grow as layers use them
+    if not is_old:
         cut = CacheCut()
         cut.slots = tuple(record["cache"]["slots"])
         cut.n_slots = record["cache"]["n_slots"]
@@ -254,6 +258,13 @@ def _checked(parts: Anatomy, plan: AnyPlan) -> DropPlan:
         raise ValueError(
             f"the plan drops all {parts.n_layers} attention and all {parts.n_layers} MLP layers; keep at least one"
         )
+    for i, readers in parts.readers.items():
+        needing = [j for j in readers if ("attn", j) in left]
+        if i in whole.attn and needing:
+            raise ValueError(
+                f"the attention of layers {needing} reads what that of layer {i} gives it (shared keys or selected "
+                f"tokens); drop them together, or keep that of layer {i}"
+            )
     silent = [i for i, layer in enumerate(parts.layers) if layer is not None and parts.splits[i] is None]
     if silent and not any(kind == "attn" and i < silent[0] for kind, i in left):
         raise ValueError(

@@ -62,6 +62,27 @@ def run_layer(
     return out[0] if isinstance(out, tuple) else out
 
 
+def runs_by_layer(model: nn.Module, parts: Anatomy) -> bool:
+    """Whether layers run one by one give what the model gives: they hand each other the stream, and no more."""
+    ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None] + 3
+    try:
+        hidden, calls = layer_calls(parts, input_ids=ids)
+        for i, split in enumerate(parts.splits):
+            if split is not None:
+                hidden = run_layer(parts, i, hidden, calls[i])
+        by_layer = head_logits(model, parts, hidden)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return False
+    return is_close(by_layer, model(input_ids=ids, use_cache=False).logits, model.dtype)
+
+
+def is_close(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are the same but for the rounding of a model's type."""
+    expected = expected.float()
+    off = (logits.float() - expected).square().mean().sqrt()
+    return bool(off <= max(1e-4, 4 * torch.finfo(dtype).eps) * expected.std())
+
+
 class _Given(nn.Module):
     """Stands for a decoder layer: gives a residual stream, whatever it is called with."""
 
@@ -105,6 +126,8 @@ def not_finite(kind: str, i: int) -> str:
 class SublayerRun:
     """Takes the residual streams of a whole calibration set through one sublayer after the other, without dropout.
 
+    Raises ValueError for a model whose layers hand each other more than the residual stream.
+
     start: streams before the first layer, one per batch, each [B, T, C]. masks: [B, T] per batch, 0 for padding.
     """
 
@@ -116,6 +139,11 @@ class SublayerRun:
         model = unwrapped(model)
         calibration = read_by(model, calibration)
         with eval_mode(model):
+            if not runs_by_layer(model, parts):
+                raise ValueError(
+                    f"the layers of this {model.config.model_type!r} model hand each other more than the residual "
+                    "stream, so that they cannot be run one by one, as this needs; score and drop work, and evaluation"
+                )
             for _, inputs in batches(calibration, batch_size, model.get_input_embeddings().weight.device):
                 hidden, calls = layer_calls(parts, **inputs)
                 self.start.append(hidden)
@@ -130,6 +158,11 @@ class SublayerRun:
         read: a list that collects, per batch, what the sublayer's last matrix reads, [B, T, H]. Raises ValueError
         naming the sublayer where the streams after it are not finite.
         """
+        if self.parts.splits[i].carry != 1:
+            raise ValueError(
+                f"layer {i} scales the residual stream, so that its attention and MLP cannot be run apart, as this "
+                "needs; score and drop work, and evaluation"
+            )
         other = "mlp" if kind == "attn" else "attn"
         with ExitStack() as undo:
             undo.enter_context(eval_mode(self.parts.layers[i]))

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from torch import nn
 
 from ..anatomy import RECORD, Anatomy, find_anatomy, find_layers, undropped_decoder
-from ..proof import Gone
+from ..proof import is_gone
 from ..prune import given_biases, put, text_configs
 
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_hash_layers")  # so many layers differ from the rest
@@ -81,11 +81,11 @@ def _cut(key: str, value, kept: list[int], n_layers: int):
 
 def _kept(parts: Anatomy) -> list[int]:
     """Places in the layer list that hold a layer."""
-    return [place for place, layer in enumerate(parts.layer_list) if not isinstance(layer, Gone)]
+    return [place for place, layer in enumerate(parts.layer_list) if not is_gone(layer)]
 
 
 def _has_gone(layer: nn.Module) -> bool:
-    return any(isinstance(module, Gone) for module in layer.modules())
+    return any(is_gone(module) for module in layer.modules())
 
 
 def _facts(layer: nn.Module, numbers: set[int]) -> dict:

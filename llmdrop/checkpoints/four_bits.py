@@ -16,8 +16,9 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..anatomy import find_anatomy, unwrapped
+from ..anatomy import find_layers, unwrapped
 from ..plan import DropPlan
+from ..proof import is_gone
 from ..prune import dropped, put
 
 ALGORITHMS = ("nf4", "fp4")  # quantiles of a normal distribution (Dettmers et al. 2023); 4-bit floating point
@@ -121,7 +122,7 @@ def _is_packed(module: nn.Module) -> bool:
 
 def _modules(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """(decoder layer, name in it, module) of every module in a decoder layer."""
-    layers = [layer for layer in find_anatomy(model).layers if layer is not None]
+    layers = [layer for layer in find_layers(model)[1] if not is_gone(layer)]
     return [(layer, name, module) for layer in layers for name, module in layer.named_modules()]
 
 

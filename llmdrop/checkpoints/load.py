@@ -167,7 +167,11 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
     record = raw.pop("llmdrop", None) or {}
     blocks = sorted(set(record.get("attn", ())) & set(record.get("mlp", ())))
     if record and "undropped" not in record and len(blocks) == len(record["attn"]) == len(record["mlp"]):
-        record["removed"] = blocks  # an ordinary, shorter model
+        depth = raw.get("text_config", raw).get("n_layer", raw.get("text_config", raw).get("num_hidden_layers"))
+        if depth != record["n_layers"] - len(blocks):  # a model of another depth, made from the config of this one
+            record = {}
+        elif not record.get("biases"):
+            record["removed"] = blocks  # an ordinary, shorter model
     elif record and "undropped" not in record:  # written by save_pretrained of release 0.1.0
         record["undropped"] = _deepened(raw, record)
     config = AutoConfig.for_model(**merged({"model_type": None} | raw, record.get("undropped", {})))

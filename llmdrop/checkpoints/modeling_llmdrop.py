@@ -59,12 +59,22 @@ class Dropped:
         if is_old and not config.llmdrop["in_old_releases"]:
             raise ImportError(f"this dropped {type(self).__name__} needs transformers 4.56 or later")
         config = copy.deepcopy(config)
-        auto_map = vars(config).pop("auto_map", None)
-        config.__class__ = StockConfig  # heads make their decoder by Auto classes, which know this one
+        # in memory it is the whole model's: heads and others may make models of their own from it
+        config.__class__ = StockConfig
+        self.written = {key: vars(config).pop(key) for key in ("llmdrop", "auto_map")}
         super().__init__(config, *args, **kwargs)
-        config.__class__ = DroppedConfig
-        config.auto_map = auto_map
-        place(self, config.llmdrop)
+        place(self, self.written["llmdrop"])
+
+    def save_pretrained(self, *args, **kwargs):
+        former = type(self.config)
+        self.config.__class__ = DroppedConfig
+        vars(self.config).update(self.written)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.__class__ = former
+            for key in self.written:
+                vars(self.config).pop(key, None)
 
     @classmethod
     def is_custom_code(cls) -> bool:

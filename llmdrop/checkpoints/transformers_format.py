@@ -17,8 +17,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .. import prune
-from ..anatomy import RECORD, Anatomy, find_anatomy
-from ..proof import Gone
+from ..anatomy import RECORD, Anatomy, exclusive, find_anatomy
+from ..proof import Gone, is_gone
 from . import modeling_llmdrop
 from .blocks import is_ordinary, renumber
 from .destination import mark
@@ -49,9 +49,6 @@ def write_hf(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path)
     save_tokenizer(tokenizer, folder)
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    parts = find_anatomy(model)
-    if parts.plan and "llmdrop" not in config:  # whole blocks: for load_model, which counts as in the undropped model
-        config["llmdrop"] = record_of(parts)
     file.write_text(json.dumps(config | for_transformers_4(config) | mark(), indent=2))
 
 
@@ -73,17 +70,16 @@ def described(model: nn.Module) -> Iterator[None]:
     A model that has only lost whole blocks is a shorter one of its architecture meanwhile, where it is one. Raises
     ValueError for a dropped model that `find_anatomy` does not know.
     """
-    if not any(hasattr(module, RECORD) for module in model.modules()):
+    if not any(hasattr(module, RECORD) or is_gone(module) for module in model.modules()):
         yield
         return
     parts = find_anatomy(model)
     config = model.config
-    has_own_file = "undropped" in (getattr(config, "llmdrop", None) or {})  # made by a modeling_llmdrop.py
-    if not has_own_file and is_ordinary(model):
-        with ExitStack() as undo:
-            renumber(undo, model)
-            yield
-        return
+    if type(config.get_text_config(decoder=True)) is not type(parts.decoder.config):
+        raise ValueError(
+            f"this {config.model_type!r} model holds a dropped {parts.decoder.config.model_type!r} model, and its "
+            "config has no room to say so; save the dropped model by itself"
+        )
 
     class Description(type(config)):
         _auto_class = None  # of a config class out of a checkpoint, whose file is written below
@@ -97,12 +93,14 @@ def described(model: nn.Module) -> Iterator[None]:
             (Path(folder) / "modeling_llmdrop.py").write_text(_modeling_file(config.model_type))
             super().save_pretrained(folder, **kwargs)
 
-    former = type(config)
-    config.__class__ = Description
-    try:
+    with ExitStack() as undo:
+        undo.enter_context(exclusive(parts.decoder))
+        if is_ordinary(model) and "auto_map" not in vars(config):  # else it was made by a modeling_llmdrop.py
+            renumber(undo, model)
+            prune.put(undo, config, "llmdrop", record_of(find_anatomy(model)))  # for load_model
+        else:
+            prune.put(undo, config, "__class__", Description)
         yield
-    finally:
-        config.__class__ = former
 
 
 def record_of(parts: Anatomy) -> dict:

@@ -6,9 +6,11 @@ that agree on layers 0..i share the residual stream up to there. The head runs o
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from tqdm import tqdm
 from ..anatomy import Anatomy, find_anatomy, unwrapped
 from ..calibration import check_readable
 from ..plan import DropPlan
-from ..prune import eval_mode
-from ..sublayers import NOT_FINITE, LayerCall, head_logits, layer_calls, not_finite, run_layer
+from ..prune import dropped, eval_mode
+from ..sublayers import NOT_FINITE, LayerCall, head_logits, is_close, layer_calls, not_finite, run_layer
 
 VERSION = 1  # raised when the numbers change
 
@@ -28,6 +30,7 @@ VERSION = 1  # raised when the numbers change
 CALL_TOKENS = {"cpu": 1024, "cuda": 4096}
 ROW_TOKENS = {"cpu": 256, "cuda": 1024}
 LONGEST_ROW = 4096
+_PACKS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # by model and attention implementation
 HEAD_POSITIONS = 128  # logits of so many positions at a time: small enough for the allocator to reuse their memory
 
 
@@ -134,8 +137,13 @@ def loglikelihoods(
     greedy = np.ones((len(plans), len(items)), dtype=bool)
     device = model.device.type
     row_tokens = row_tokens or ROW_TOKENS.get(device, ROW_TOKENS["cpu"])
-    rows = list(pack(items, row_tokens, pairs_per_token=6 * model.config.hidden_size))  # 12 C² of weights to 2 C a pair
+    width = model.get_input_embeddings().weight.shape[-1]
+    rows = list(pack(items, row_tokens, pairs_per_token=6 * width))  # 12 C² of weights to 2 C a pair
     n_tokens = sum(len(row.ids) for row in rows)
+    with eval_mode(model):
+        packed = _can_pack(model, parts)
+    if not packed:
+        return _plain(model, plans, items, progress, label)
     with eval_mode(model), tqdm(total=n_tokens, desc=label, unit="tok", disable=not progress) as bar:
         for call in _calls(rows, CALL_TOKENS.get(device, CALL_TOKENS["cpu"])):
             longest = len(call[0].ids)
@@ -157,6 +165,65 @@ def loglikelihoods(
                     sums[group, index] = item_logp.sum()
                     greedy[group, index] = item_is_likeliest.all()
             bar.update(sum(len(row.ids) for row in call))
+    return sums, greedy
+
+
+@torch.inference_mode()
+def _can_pack(model: nn.Module, parts: Anatomy) -> bool:
+    """Whether two texts in one row of 20 tokens get the predictions that each gets by itself. Tried once per model."""
+    implementation = model.config._attn_implementation
+    known = _PACKS.setdefault(model, {})
+    if implementation not in known:
+        texts = [tuple(range(3, 15)), (*range(3, 7), *range(20, 28))]
+        row = next(pack([Item(text, 1) for text in texts]))
+        device = model.get_input_embeddings().weight.device
+        nodes = [[*range(11)], [*range(4), *range(11, 18)]]
+        try:
+            _, hidden = next(_walk(model, parts, [parts.plan], [row]))
+            logits = head_logits(model, parts, hidden[0])
+            alone = [model(torch.tensor([text[:-1]], device=device), use_cache=False).logits[0] for text in texts]
+            pairs = zip(nodes, alone, strict=True)
+            known[implementation] = all(is_close(logits[own], plain, model.dtype) for own, plain in pairs)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+            known[implementation] = False
+        if not known[implementation]:
+            warnings.warn(
+                f"texts of this {model.config.model_type!r} model cannot share rows, so each runs by itself: slower",
+                stacklevel=3,
+            )
+    return known[implementation]
+
+
+def _plain(
+    model: nn.Module, plans: list[DropPlan], items: Sequence[Item], progress: bool, label: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`loglikelihoods` by the model's own forward pass, texts of like length in one batch, plan after plan."""
+    sums = np.zeros((len(plans), len(items)))
+    greedy = np.ones((len(plans), len(items)), dtype=bool)
+    device = model.get_input_embeddings().weight.device
+    order = sorted(range(len(items)), key=lambda k: -len(items[k].tokens))
+    at_once = CALL_TOKENS.get(device.type, CALL_TOKENS["cpu"])
+    with eval_mode(model), tqdm(total=len(plans) * len(items), desc=label, disable=not progress) as bar:
+        for p, plan in enumerate(plans):
+            with dropped(model, plan):
+                left = order
+                while left:
+                    n = max(1, at_once // len(items[left[0]].tokens))
+                    batch = left[:n]
+                    left = left[n:]
+                    texts = [torch.tensor(items[k].tokens[:-1]) for k in batch]  # the last token is never read
+                    ids = pad_sequence(texts, batch_first=True).to(device)
+                    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
+                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                    for row, k in enumerate(batch):
+                        item = items[k]
+                        end = len(item.tokens) - 1
+                        predicted = logits[row, end - item.n_scored : end].float()
+                        target = torch.tensor(item.tokens[-item.n_scored :], device=predicted.device)
+                        logp = predicted.log_softmax(-1).gather(-1, target[:, None])
+                        sums[p, k] = logp.double().sum().item()
+                        greedy[p, k] = bool((predicted.argmax(-1) == target).all())
+                    bar.update(len(batch))
     return sums, greedy
 
 
@@ -203,7 +270,8 @@ def _walk(model, parts: Anatomy, plans: list[DropPlan], rows: list[Row]) -> Iter
         yield group, hidden
 
     def step(i: int, gone: tuple[str, ...], hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if len(gone) == 2 else run_layer(parts, i, hidden, calls[i], without=gone)
+        is_nothing = len(gone) == 2 or parts.splits[i] is None
+        return hidden if is_nothing else run_layer(parts, i, hidden, calls[i], without=gone)
 
     yield from walk(list(range(len(plans))), 0, hidden)
 

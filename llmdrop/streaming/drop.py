@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from ..checkpoints.blocks import is_ordinary, renumber
 from ..checkpoints.destination import check_destination
 from ..checkpoints.transformers_format import described, write_hf
 from ..files import new_directory, real_path
@@ -46,8 +48,12 @@ def drop_checkpoint(
     before = checkpoint.model.state_dict(keep_vars=True)
     apply_plan(checkpoint.model, plan)
     prefix = f"{checkpoint.model.base_model_prefix}."
+    with ExitStack() as undo:
+        if is_ordinary(checkpoint.model):
+            renumber(undo, checkpoint.model)
+        new_names = renamed(before, checkpoint.model)
     kept = {}  # {name in the source's files: name in the destination's}, both with or without prefix
-    for old, new in renamed(before, checkpoint.model).items():
+    for old, new in new_names.items():
         raw = checkpoint.names.get(old)
         if raw is not None:
             kept[raw] = raw.replace(old.removeprefix(prefix), new.removeprefix(prefix))

@@ -7,6 +7,7 @@ bytes are read where they are needed, so that memory stays that of one layer, or
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..checkpoints.blocks import renumber
 from ..checkpoints.extras import import_extra
-from ..checkpoints.load import locate, stock_class, undropped_config
+from ..checkpoints.load import is_renumbered, locate, stock_class, undropped_config
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
 
@@ -110,12 +112,17 @@ def open_checkpoint(
     if record:
         drop_recorded(model, record)
     before = model.state_dict(keep_vars=True)
+    with ExitStack() as undo:
+        if record and is_renumbered(record):
+            renumber(undo, model)
+        in_file = dict(zip(before, model.state_dict(), strict=True))
     if llm_drop:  # files with the undropped model's numbers, with or without the dropped weights
         apply_plan(model, llm_drop)
     names = {}
     for old, new in renamed(before, model).items():
-        bare = old.removeprefix(f"{model.base_model_prefix}.")  # as in a bare decoder's checkpoint
-        spellings = [spelling for spelling in (old, bare, FORMER_NAMES.get(old)) if spelling in entries]
+        name = in_file[old]
+        bare = name.removeprefix(f"{model.base_model_prefix}.")  # as in a bare decoder's checkpoint
+        spellings = [spelling for spelling in (name, bare, FORMER_NAMES.get(name)) if spelling in entries]
         if spellings:
             names[new] = spellings[0]
 

@@ -5,7 +5,9 @@ write what stock classes refuse, and each Auto class must find a class of ours w
 """
 
 import copy
+import json
 import pickle
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,10 @@ from transformers import (
 )
 
 from llmdrop import Calibration, DropPlan, apply_plan, dropped, find_anatomy, save_model, score
+from llmdrop.checkpoints.blocks import renumber
 from llmdrop.checkpoints.load import load_weights
 from llmdrop.checkpoints.transformers_format import auto_classes
+from llmdrop.prune import put
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt")
 PLANS = {
@@ -192,9 +196,9 @@ def test_blocks_of_a_classifier(tmp_path):
     whole = AutoModelForSequenceClassification.from_config(config, **EAGER).eval()
     assert whole.model.config is not None
     apply_plan(whole, PLANS["blocks"])
-    for part in (whole, whole.model):
-        assert part.config.num_hidden_layers == len(part.config.layer_types) == 3
     whole.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["num_hidden_layers"] == len(written["layer_types"]) == 3
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path, **EAGER).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, whole(IDS).logits)
@@ -206,7 +210,7 @@ def test_a_fresh_model_of_a_dropped_ones_config_is_whole(family, plan, tmp_path)
     model = apply_plan(tiny(family), PLANS[plan])
     fresh = AutoModelForCausalLM.from_config(model.config, **EAGER)
     parts = find_anatomy(fresh)
-    assert not parts.plan and parts.n_layers == 5 - len(PLANS[plan].blocks)
+    assert not parts.plan and parts.n_layers == 5
     scores = score(fresh, Calibration(IDS), progress=False)
     assert not any(torch.tensor(getattr(scores, kind)).isnan().any() for kind in ("attn", "mlp", "block"))
     fresh.save_pretrained(tmp_path)
@@ -257,7 +261,7 @@ def test_a_model_that_holds_a_dropped_one_is_refused_before_writing(tmp_path):
             self.inner = inner
 
     wrapper = Wrapper(transformers.BertConfig(), apply_plan(tiny("llama"), PLANS["mixed"]))
-    with pytest.raises(ValueError, match="'bert' model"):
+    with pytest.raises(ValueError, match="'bert' model holds a dropped 'llama' model"):
         wrapper.save_pretrained(tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -266,10 +270,10 @@ def test_save_pretrained_of_0_1_0_is_read(tmp_path):
     """It wrote the stock config with all layers, and the record; the weights of what was dropped are not there."""
     for name, plan in PLANS.items():
         model = apply_plan(tiny("gemma2"), plan)
-        model.save_pretrained(tmp_path / "new")
-        model.config.llmdrop = {"n_layers": 5} | plan.key
-        transformers.PreTrainedModel.save_pretrained.__wrapped__(model, tmp_path / name)
-        del model.config.llmdrop
+        with ExitStack() as undo:
+            renumber(undo, model)
+            put(undo, model.config, "llmdrop", {"n_layers": 5} | plan.key)
+            transformers.PreTrainedModel.save_pretrained.__wrapped__(model, tmp_path / name)
         loaded = load_weights(tmp_path / name, **EAGER)
         assert find_anatomy(loaded).plan == plan
         torch.testing.assert_close(logits(loaded, IDS), logits(model, IDS))

@@ -21,7 +21,7 @@ def test_transformers_reads_it_with_the_file_it_brings(family, plan, tmp_path):
     save_model(model, TOKENIZER, tmp_path / "m")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True, attn_implementation="eager")
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
-    assert len(loaded(ids).past_key_values.layers) == max(1, 5 - len(plan.attn))  # without any, one counts tokens
+    assert len([layer for layer in loaded(ids).past_key_values.layers if layer.keys.nbytes]) == 5 - len(plan.attn)
     mask, how = torch.ones_like(ids), dict(max_new_tokens=8, do_sample=False)
     cached = loaded.generate(ids, attention_mask=mask, **how)
     assert torch.equal(cached, loaded.generate(ids, attention_mask=mask, use_cache=False, **how))
@@ -37,7 +37,7 @@ def test_it_needs_no_llmdrop(tmp_path):
     path, ids = save_model(apply_plan(tiny("llama"), MIXED), TOKENIZER, tmp_path / "m"), random_ids(1, 7)
     source = (path / "modeling_llmdrop.py").read_text()
     assert "from llmdrop" not in source and "import llmdrop" not in source
-    assert len(source.splitlines()) < 220, "one small file"
+    assert len(source.splitlines()) < 240, "one small file"
     code = f"""
 import sys; sys.modules["llmdrop"] = None
 import torch, transformers

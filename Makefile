@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup reproduce smoke test drop evaluate serve lab report clean
+.PHONY: help setup reproduce smoke test families drop evaluate serve lab report clean
 
 PROFILE ?= embedded
 VENV := .venv
@@ -113,6 +113,9 @@ serve: $(STAMP) ## make serve MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [PORT=8080]: an
 test: $(STAMP) ## ruff and pytest
 	@$(PY) -m ruff check .
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
+
+families: $(STAMP) ## docs/families.md: every decoder type of the installed transformers, tried on a tiny random model
+	@$(PY) benchmarks/families.py --out docs/families.md
 
 lab: $(STAMP) ## Jupyter, in notebooks/
 	@$(PY) -m jupyterlab notebooks $$([ "$$(id -u)" != 0 ] || echo --allow-root)

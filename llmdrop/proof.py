@@ -610,6 +610,12 @@ class Gone(nn.Module):
         self.width = width
         self.n_outputs = n_outputs
         self.stands_for = getattr(former, "stands_for", type(former))
+        # of a whole layer, what was put into it before: transformers whose layers return other tuples need that
+        self.inside = {
+            name: [module.passes, module.width, module.n_outputs]
+            for name, module in former.named_modules()
+            if name and isinstance(module, Gone)
+        }
         weight = getattr(former, "weight", None)
         if isinstance(weight, torch.Tensor):  # some layers ask a norm for its type
             device = "cpu" if weight.is_meta else weight.device

@@ -124,10 +124,13 @@ def placements(model: nn.Module) -> dict:
     parts = find_anatomy(model)
     names = {module: name for name, module in model.named_modules()}
     gone = {names[module]: module for module in names if isinstance(module, Gone)}
+    cut = getattr(parts.decoder, "_llmdrop_cache", CacheCut)
     return {
         "stubs": {name: [module.passes, module.width, module.n_outputs] for name, module in gone.items()},
+        "inside": {name: module.inside for name, module in gone.items() if module.inside},
         "decoder": names[parts.decoder],
-        "slots": list(parts.decoder._llmdrop_cache.slots) if hasattr(parts.decoder, "_llmdrop_cache") else [],
+        "layers": names[parts.layer_list],
+        "slots": list(cut.slots),
         "matrices": [f"{names[parts.layers[i]]}.{name}" for i, name in given_biases(model.config)],
     }
 
@@ -135,20 +138,44 @@ def placements(model: nn.Module) -> dict:
 def place(model: nn.Module, record: dict) -> None:
     """Take out of an undropped model what a checkpoint's record lists, and make room for its biases.
 
-    record: "stubs", by the name of the module that each stands for, the arguments of `Gone`; "slots" of KV caches that
-    hold nothing; "decoder", the name of the module that makes the caches; "biases", names of matrices.
+    record: "stubs", by the name of the module that each stands for, the arguments of `Gone`; "inside", of whole layers,
+    the same for what is in them; "decoder", the name of the module that makes KV caches, and "slots" of these that hold
+    nothing; "layers", the name of the list of layers; "matrices", names of those with a bias of ours.
     """
     for name, arguments in record["stubs"].items():
-        model.set_submodule(name, Gone(model.get_submodule(name), *arguments))
+        former = model.get_submodule(name)
+        inside = record["inside"].get(name, {})
+        if DummyLayer is object and inside:  # an older transformers: its layers know best what they return
+            for child, of_child in inside.items():
+                former.set_submodule(child, Gone(former.get_submodule(child), *of_child))
+            continue
+        gone = Gone(former, *arguments)
+        gone.inside = inside
+        model.set_submodule(name, gone)
     decoder = model.get_submodule(record["decoder"])
-    cut = CacheCut()
-    cut.slots = tuple(record["slots"])
-    decoder._llmdrop_cache = cut
-    decoder.register_forward_pre_hook(cut.before, with_kwargs=True)
-    decoder.register_forward_hook(cut.after, with_kwargs=True)
-    for name in record.get("matrices", ()):
+    if DummyLayer is object:
+        renumber_attention(model.get_submodule(record["layers"]), record["slots"], decoder.config)
+    else:
+        cut = CacheCut()
+        cut.slots = tuple(record["slots"])
+        decoder._llmdrop_cache = cut
+        decoder.register_forward_pre_hook(cut.before, with_kwargs=True)
+        decoder.register_forward_hook(cut.after, with_kwargs=True)
+    for name in record["matrices"]:
         matrix = model.get_submodule(name)
         matrix.bias = zero_bias(matrix)
+
+
+def renumber_attention(layers: nn.ModuleList, slots: list[int], config) -> None:
+    """For a transformers without empty cache slots: the attention that is left takes the first ones."""
+    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
+    if slots and (mixed or len(slots) == len(layers)):
+        raise ImportError("this dropped model mixes kinds of attention, or has none: it needs a newer transformers")
+    live = [layer for place, layer in enumerate(layers) if place not in slots]
+    for slot, layer in enumerate(live):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = slot
 
 
 def drop_recorded(model: nn.Module, record: dict) -> nn.Module:

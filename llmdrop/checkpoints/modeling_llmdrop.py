@@ -2,7 +2,7 @@
 
 llmdrop.save_model puts this file into checkpoints, made for their architecture. It builds the stock model of the
 undropped depth, takes out what config.json's "llmdrop" lists and makes room for the biases that it lists, then weights
-are loaded. Needs a transformers that has `DummyLayer`, as this file was written with one.
+are loaded. transformers 4.50 or later.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import json
 import torch  # noqa: F401
 import transformers
 from torch import nn  # noqa: F401
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer  # noqa: F401
+from transformers.cache_utils import Cache, DynamicCache  # noqa: F401
+
+try:
+    from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer  # noqa: F401
+except ImportError:  # an older one
+    CacheLayerMixin = DummyLayer = DynamicLayer = object
 
 # in a checkpoint these stand here themselves
 from llmdrop.proof import Gone  # noqa: F401
-from llmdrop.prune import CacheCut, EmptySlot, TokenCount, place, zero_bias  # noqa: F401
+from llmdrop.prune import CacheCut, EmptySlot, TokenCount, place, renumber_attention, zero_bias  # noqa: F401
 
 
 class LlamaConfig(transformers.LlamaConfig):

@@ -76,7 +76,8 @@ def _modeling_file(model_type: str) -> str:
     source = source.replace("LlamaForCausalLM", stock).replace("LlamaConfig", stock_config)
     start = source.index("# in a checkpoint these stand here themselves")
     end = source.index("\n", source.index("from llmdrop.prune import")) + 1
-    parts = (Gone, prune.zero_bias, prune.EmptySlot, prune.TokenCount, prune.CacheCut, prune.place)
+    parts = [Gone, prune.zero_bias, prune.EmptySlot, prune.TokenCount, prune.CacheCut, prune.renumber_attention]
+    parts.append(prune.place)
     return source[:start].rstrip() + "\n\n\n" + "\n\n".join(map(inspect.getsource, parts)) + source[end:]
 
 

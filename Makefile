@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup reproduce smoke test drop evaluate serve lab report gpu clean
+.PHONY: help setup reproduce smoke test families drop evaluate serve lab report gpu clean
 
 PROFILE ?= embedded
 VENV := .venv
@@ -119,6 +119,9 @@ gpu: ## make gpu [DRY=1] [ONLY=check] [MINUTES=9] [MODEL=…] [DATA_DIR=…] [DR
 test: $(STAMP) ## ruff and pytest
 	@$(PY) -m ruff check .
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
+
+families: $(STAMP) ## docs/families.md: every decoder type of the installed transformers, tried on a tiny random model
+	@$(PY) benchmarks/families.py --out docs/families.md
 
 lab: $(STAMP) ## Jupyter, in notebooks/
 	@$(PY) -m jupyterlab notebooks $$([ "$$(id -u)" != 0 ] || echo --allow-root)

@@ -109,9 +109,9 @@ def decoder_types() -> list[str]:
     return [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in ENCODER_DECODERS]
 
 
-def tiny_config(kind: str):
+def tiny_config(kind: str, **overrides):
     """The config of a tiny model of this type, with all its sub-configs small."""
-    return _small(_model_class(kind).config_class, dict(OF_TYPE.get(kind, {})))
+    return _small(_model_class(kind).config_class, OF_TYPE.get(kind, {}) | overrides)
 
 
 def _model_class(kind: str) -> type:
@@ -147,9 +147,11 @@ def _small(cls: type, beside: dict):
     return cls(**settings | beside)
 
 
-def tiny_decoder(kind: str, attn_implementation: str = "eager", seed: int = 0):
+def tiny_decoder(kind: str, attn_implementation: str = "eager", seed: int = 0, **overrides):
     """A model of this type with weights large enough that every sublayer matters to the output."""
     torch.manual_seed(seed)
-    model = _model_class(kind)._from_config(tiny_config(kind), attn_implementation=attn_implementation).eval()
+    model = (
+        _model_class(kind)._from_config(tiny_config(kind, **overrides), attn_implementation=attn_implementation).eval()
+    )
     give_weights(model, seed)
     return model

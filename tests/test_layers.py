@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmdrop"
-CORE = {"plan", "anatomy", "calibration", "hooks", "scoring", "sublayers", "prune", "files"}
+CORE = {"plan", "proof", "anatomy", "calibration", "hooks", "scoring", "sublayers", "prune", "files"}
 CORE_REQUIREMENTS = {"torch", "transformers", "safetensors", "numpy", "pandas", "tqdm", "filelock"}
 MAY_IMPORT = {
     "core": {"core"},

@@ -194,7 +194,7 @@ def _deepened(raw: dict, record: dict) -> dict:
 
 
 def is_renumbered(record: dict) -> bool:
-    """Whether names in the checkpoint count the layers without dropped blocks: for engines, and before 0.3."""
+    """Whether names in the checkpoint count the layers without dropped blocks: in those for vLLM, and in older ones."""
     return record.get("renumbered", "stubs" not in record)
 
 

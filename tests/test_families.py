@@ -1,0 +1,156 @@
+"""Decoders of every shape: found, scored, dropped exactly, cached; the others refused by name and reason.
+
+All types of the installed transformers are tried by `make families`; these are one of each shape.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import tiny_decoder
+from tiny import random_ids
+
+from llmdrop import Calibration, DropPlan, apply_plan, dropped, find_anatomy, score
+from llmdrop.compress.search import greedy
+from llmdrop.hooks import ResidualTap
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import families  # noqa: E402
+
+SHAPES = [
+    "llama",
+    "olmo3",  # norms after, windows
+    "cohere",  # one norm for both branches, scaled logits
+    "phi",  # parallel
+    "gptj",
+    "falcon",  # adds in place
+    "granite",  # scaled branches
+    "minicpm3",
+    "beam",  # scaled by depth
+    "doge",  # scaled by weights
+    "gemma4_text",  # a third branch
+    "bloom",  # the stream passes through its modules
+    "mpt",
+    "dbrx",
+    "gpt_oss",  # an MLP that returns a tuple
+    "llama4_text",
+    "mixtral",
+    "qwen3_5_text",  # hybrids
+    "jamba",
+    "falcon_h1",
+    "lfm2",
+    "nemotron_h",  # one sublayer a layer
+    "mamba2",
+    "deepseek_v32",  # indexers
+    "gpt_neo",
+    "smollm3",
+]
+REFUSED = {
+    "gemma3n_text": "several residual streams",
+    "deepseek_v4": "several residual streams",
+    "hy_v4": "several residual streams",
+    "minimax": "normalizes",
+    "openai-gpt": "normalizes",
+    "xlnet": "normalizes",
+    "bert": "normalizes",
+    "zaya": "adds a bias",
+    "rwkv": "normalizes",
+    "roberta-prelayernorm": "looks ahead",
+    "hrm_text": "more than once",
+    "longcat_flash": "two attentions",
+    "inkling_text": "two attentions",
+    "inkling2_text": "not added to its input",
+    "qwen4_exp_text": "does not add to its input",
+    "git": "no layer runs on text alone",
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_decoder_of_each_shape(kind):
+    model, ids = tiny_decoder(kind), random_ids(2, 12)
+    assert families.check_score(model, ids) == families.YES
+    assert families.check_drop(model, ids) == families.YES
+    assert families.check_generation(model, ids) == families.YES
+    assert families.check_packed(model, ids) in (families.YES, "rows of their own")
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", "bloom", "gpt_oss", "qwen3_5_text", "falcon_h1", "dbrx"])
+def test_what_is_saved_is_loaded(kind):
+    model, ids = tiny_decoder(kind), random_ids(2, 12)
+    assert families.check_save(model, ids) == families.YES
+
+
+@pytest.mark.parametrize("kind, expected", [("llama", "yes"), ("smollm3", "yes"), ("diffllama", "own format")])
+def test_without_a_block_it_is_an_ordinary_checkpoint_where_it_can_be(kind, expected):
+    assert families.check_block(tiny_decoder(kind), random_ids(2, 12)) == expected
+
+
+@pytest.mark.parametrize("kind, reason", REFUSED.items())
+def test_other_architectures_are_refused_by_name_and_reason(kind, reason):
+    with pytest.raises(ValueError, match=f"residual split of this .* model can be proven: .*{reason}"):
+        find_anatomy(tiny_decoder(kind))
+
+
+def test_the_sum_is_checked_on_the_first_batch_of_every_run():
+    model, ids = tiny_decoder("llama"), random_ids(2, 12)
+    with ResidualTap(model, lambda *_: None):
+        model(ids)
+    former = model.model.layers[3].forward
+    model.model.layers[3].forward = lambda *args, **kwargs: former(*args, **kwargs) * 1.01
+    with pytest.raises(RuntimeError, match="layer 3 .*does not give the sum"), ResidualTap(model, lambda *_: None):
+        model(ids)
+    with pytest.raises(RuntimeError, match="layer 3"):
+        score(model, Calibration(ids, "random"), progress=False)
+
+
+def test_what_is_proven_is_kept_and_proven_again_where_layers_change(monkeypatch):
+    from llmdrop import anatomy
+
+    model = tiny_decoder("llama")
+    runs = []
+    prove = anatomy.prove
+    monkeypatch.setattr(anatomy, "prove", lambda *args: runs.append(1) or prove(*args))
+    find_anatomy(model)
+    once = len(runs)
+    find_anatomy(model)
+    with dropped(model, DropPlan([0, 1], [1, 2])):
+        find_anatomy(model)
+    assert len(runs) == once
+    model.model.layers[2].mlp = torch.nn.Sequential(model.model.layers[2].mlp)
+    find_anatomy(model)
+    assert len(runs) > once
+
+
+def test_a_model_of_which_every_layer_lost_something_is_proven_by_its_config():
+    from llmdrop import anatomy
+
+    model = tiny_decoder("llama")
+    expected = find_anatomy(model).splits
+    apply_plan(model, DropPlan(range(6), [2]))
+    anatomy._PROVEN.clear()
+    assert find_anatomy(model).splits == expected
+
+
+def test_attention_that_others_read_goes_with_its_readers():
+    model = tiny_decoder("gemma4_text", num_kv_shared_layers=2)
+    readers = find_anatomy(model).readers
+    assert readers
+    for producer, reading in readers.items():
+        with pytest.raises(ValueError, match=f"reads what that of layer {producer} gives"):
+            apply_plan(model, DropPlan([producer]))
+        with dropped(model, DropPlan([producer, *reading])):
+            model(random_ids(1, 8))
+
+
+def test_what_needs_more_than_is_there_is_refused():
+    model = tiny_decoder("doge")
+    with pytest.raises(ValueError, match="scales the residual stream"):
+        from llmdrop.compress.windows import score_windows
+
+        score_windows(model, Calibration(random_ids(2, 24), "random"), window=4, sinks=1)
+    with pytest.raises(ValueError, match="parallel"):
+        from llmdrop.compress.reconstruction import fit
+
+        fit(tiny_decoder("cohere"), DropPlan([1]), Calibration(random_ids(4, 12), "random"))
+    assert len(greedy(tiny_decoder("cohere"), Calibration(random_ids(2, 12), "random"), n=2).order) == 2

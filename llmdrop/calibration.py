@@ -40,7 +40,12 @@ class Calibration:
             ids, mask = _padded(_samples(self.input_ids, self.attention_mask))
             object.__setattr__(self, "input_ids", ids)
             object.__setattr__(self, "attention_mask", mask)
-        ids = torch.as_tensor(self.input_ids)
+        ids = self.input_ids
+        if isinstance(ids, np.ndarray) and ids.dtype.kind == "u":  # of which torch knows little, as a .bin file holds
+            ids = ids.astype(np.int64)
+        ids = torch.as_tensor(ids)
+        if ids.is_meta:
+            raise ValueError("input_ids are on the meta device, so there are no numbers in them")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"input_ids has dtype {ids.dtype}; token ids are integers")
         if ids.ndim != 2 or 0 in ids.shape:
@@ -103,7 +108,8 @@ def _samples(given: TokenIds, mask=None, n_deep: int = 0) -> list[Sample]:
     if not isinstance(given, torch.Tensor | np.ndarray):
         parts = list(given)
         n_dims = [part.ndim for part in parts if isinstance(part, torch.Tensor)]
-        if n_deep and len(parts) > 1 and n_dims and (isinstance(given, tuple) or 2 in n_dims):
+        is_batch = n_deep or isinstance(given, tuple)
+        if is_batch and len(parts) > 1 and n_dims and (isinstance(given, tuple) or 2 in n_dims):
             raise ValueError(f"a batch holds {len(parts)} tensors; say which are the ids: {{'input_ids': ...}}")
         if not parts:
             raise ValueError("there are no samples, or one without a token; give at least one sample of one token")

@@ -3,17 +3,19 @@
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from .anatomy import RECORD, Anatomy, find_anatomy, find_layers
+from .anatomy import RECORD, Anatomy, exclusive, find_anatomy, find_layers, unwrapped
 from .plan import AnyPlan, DropPlan
 from .proof import Gone, Sublayer, is_gone
 
 SLOT_NAMES = ("layer_idx", "layer_id")  # attributes by which modules know their slot of a KV cache
+DROPPED = " (dropped)"  # after the name of a model
+_INSIDE: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # by decoder, the `dropped` blocks that are running
 SHARED_SLOT = "kv_shared_layer_index"  # and that of another layer, whose keys and values they read
 
 
@@ -31,14 +33,25 @@ def apply_plan(model: nn.Module, plan: AnyPlan) -> nn.Module:
     made for another depth, plans that leave no sublayer at all, and a model in DistributedDataParallel; TypeError for
     what is no plan. The model is unchanged then.
     """
-    parts = model.modules() if isinstance(model, nn.Module) else ()
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(_INSIDE.get(part) for part in parts):
+        raise ValueError("apply_plan inside of `dropped` would outlast what it builds on; nest `dropped` instead")
     if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
         raise ValueError(
             "DistributedDataParallel waits for gradients of the parameters it was made with: apply_plan to the model "
             "before it is wrapped, and wrap what is left"
         )
     _drop(model, plan)
+    name_as_dropped(model)
     return model
+
+
+def name_as_dropped(model: nn.Module) -> None:
+    """Let the model's name say so: adapters that are trained on it must not name the undropped model as their base."""
+    model = unwrapped(model)
+    name = str(getattr(model, "name_or_path", ""))
+    if name and any(is_gone(module) for module in model.modules()) and not name.endswith(DROPPED):
+        model.name_or_path = name + DROPPED
 
 
 @contextmanager
@@ -46,11 +59,20 @@ def dropped(model: nn.Module, plan: AnyPlan) -> Iterator[nn.Module]:
     """`apply_plan` for the length of a `with` block; everything is restored afterwards, also after an exception.
 
     Can be nested (the plans add up). A KV cache is good for the plan it was filled under, as long as the `with` block
-    lasts: the model refuses it elsewhere (ValueError). The model changes for every thread: none may run it meanwhile
-    that does not want it dropped.
+    lasts: the model refuses it elsewhere (ValueError), though not a copy of it. The model changes for every thread:
+    none may run it meanwhile that does not want it dropped. Raises what `apply_plan` raises.
     """
-    with _drop(model, plan):
-        yield model
+    decoder = find_anatomy(model).decoder
+    with exclusive(decoder), _drop(model, plan):
+        inside = _INSIDE.setdefault(decoder, [])
+        inside.append(object())
+        entered = inside[-1]
+        try:
+            yield model
+        finally:
+            if inside[-1] is not entered:
+                raise RuntimeError("two `dropped` of one model end in another order than they began; nest them")
+            inside.pop()
 
 
 _ABSENT = object()
@@ -124,7 +146,8 @@ def cut_caches(undo: ExitStack, parts: Anatomy, plan: DropPlan) -> None:
     gone = {i for i in plan.attn if parts.has("attn", i)} | {i for i in plan.blocks if parts.splits[i] is not None}
     without = {parts.places[i] for i in gone}
     slots = tuple(slot for slot in cut.slots if slot not in without)
-    counts = not any(isinstance(fresh[slot], CacheLayerMixin) for slot in slots)
+    with_length = {slot for slot, layer in enumerate(fresh) if isinstance(layer, CacheLayerMixin)}
+    counts = bool(with_length) and with_length.isdisjoint(slots)
     numbers = {slot + cut.counts: slots.index(place) + counts for slot, place in enumerate(cut.slots) if place in slots}
     for slot, place in enumerate(cut.slots):
         for module in parts.layer_list[place].modules() if place in slots else ():

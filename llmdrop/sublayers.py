@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, output_matrix, unwrapped
+from .anatomy import Anatomy, exclusive, output_matrix, unwrapped
 from .calibration import Calibration, batches, read_by
 from .prune import eval_mode, put, put_stubs
 
@@ -41,7 +41,7 @@ def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, Layer
     """
     running = {i: layer for i, layer in enumerate(parts.layers) if parts.splits[i] is not None}
     recorders = {i: _Recorder(layer, parts.splits[i].n_outputs) for i, layer in running.items()}
-    with ExitStack() as undo:
+    with exclusive(parts.decoder), ExitStack() as undo:
         for i, recorder in recorders.items():
             put(undo, parts.layer_list, str(parts.places[i]), recorder)
         parts.decoder(**inputs, use_cache=False)
@@ -54,7 +54,7 @@ def run_layer(
 ) -> torch.Tensor:
     """The residual stream after layer i, [B, T, C], its live sublayers named in `without` ("attn", "mlp") left out."""
     args, kwargs = call
-    with ExitStack() as undo:
+    with exclusive(parts.decoder), ExitStack() as undo:
         for kind in without:
             if parts.has(kind, i):
                 put_stubs(undo, parts.layers[i], parts.sublayer(kind, i))
@@ -104,7 +104,7 @@ def head_logits(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch
     The model's own forward pass makes them, of layers that give this stream: final norm, scales and caps are its own.
     """
     rows = hidden.reshape(-1, 1, hidden.shape[-1])  # texts of one token
-    with ExitStack() as undo:
+    with exclusive(parts.decoder), ExitStack() as undo:
         for i, split in enumerate(parts.splits):
             if split is not None:
                 put(undo, parts.layer_list, str(parts.places[i]), _Given(parts.layers[i], rows, split.n_outputs))

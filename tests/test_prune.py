@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -409,3 +410,45 @@ def test_what_is_dropped_from_a_checkpoints_own_class_still_generates(tmp_path):
     expected = uncached(apply_plan(tiny("llama"), DropPlan([0, 1])), ids, torch.ones_like(ids), 8)
     apply_plan(stock, DropPlan([0, 1]))
     assert torch.equal(stock.generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_apply_plan_inside_of_dropped_is_refused():
+    """It would outlast the model that it was made for."""
+    model, ids = tiny("llama"), random_ids(1, 7)
+    dense = logits(model, ids)
+    with dropped(model, DropPlan([0, 3])):
+        with pytest.raises(ValueError, match="nest `dropped` instead"):
+            apply_plan(model, DropPlan([1]))
+        copied = apply_plan(copy.deepcopy(model), DropPlan([1]))
+    assert torch.equal(logits(model, ids), dense) and not anatomy(model).plan
+    assert anatomy(copied).plan == DropPlan([0, 1, 3])
+
+
+def test_blocks_that_end_in_another_order_say_so():
+    model = tiny("llama")
+    first, second = dropped(model, DropPlan([0])), dropped(model, DropPlan([1]))
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="nest them"):
+        first.__exit__(None, None, None)
+
+
+def test_a_model_that_shares_the_config_is_left_alone():
+    """As a teacher and its student do."""
+    teacher, ids = tiny("llama"), random_ids(1, 7)
+    student = type(teacher)(teacher.config)
+    expected = logits(teacher, ids)
+    apply_plan(student, DropPlan([1, 3], [1, 3]))
+    assert torch.equal(logits(teacher, ids), expected) and anatomy(teacher).n_layers == 5
+
+
+def test_threads_that_run_layers_one_by_one_wait_for_each_other():
+    model, ids = tiny("llama"), random_ids(1, 9)
+    expected = logits(model, ids)
+    texts = [random_ids(8, 32, seed=seed) for seed in range(4)]
+    alone = [llmdrop.perplexity(model, text, progress=False)["perplexity"] for text in texts]
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as threads:
+            jobs = [threads.submit(llmdrop.perplexity, model, text, progress=False) for text in texts]
+            assert [job.result()["perplexity"] for job in jobs] == alone
+    assert torch.equal(logits(model, ids), expected)

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..anatomy import find_anatomy
 from ..plan import DropPlan
-from ..prune import apply_plan, drop_recorded
+from ..prune import apply_plan, drop_recorded, name_as_dropped
 from .blocks import renumber
 from .destination import MARK
 from .embedded import EMBEDDED, convert_embedded
@@ -57,9 +57,7 @@ def load_model(
     try:
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         model = load_weights(path, revision, device, dtype=torch_dtype, **kwargs)
-        # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
-        own = {"config": model.config, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, **own, **places)
+        tokenizer = _load_tokenizer(path, revision, model.config, places)
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
         kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
         raise kind(
@@ -68,8 +66,21 @@ def load_model(
             "a damaged file again; for a gated model accept its license on the hub and run `hf auth login`."
         ) from error
     model.name_or_path = str(name)
+    name_as_dropped(model)
     is_placed = device == "balanced" or "device_map" in kwargs
     return (model if is_placed else model.to(device)), tokenizer
+
+
+def _load_tokenizer(path: str, revision: str, config, places: dict) -> PreTrainedTokenizerBase:
+    # with a config in hand it reads none, so that remote code of a checkpoint is not even asked for
+    own = {"config": config, "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, **own, **places)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the tokenizer in {path} is missing or damaged ({' '.join(str(error).split())[:200]}); copy its files "
+            "again, or load the model alone by llmdrop.checkpoints.load.load_weights"
+        ) from error
 
 
 def check_dtype(dtype: str | torch.dtype, allowed: Sequence[str] = DTYPES) -> str:
@@ -165,6 +176,11 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
     """
     raw = {key: value for key, value in raw.items() if key not in ("auto_map", MARK)}  # remote code never runs
     record = raw.pop("llmdrop", None) or {}
+    if not isinstance(record, dict) or (record and not {"n_layers", "attn", "mlp"} <= record.keys()):
+        raise ValueError(
+            f'the config\'s "llmdrop" is {str(record)[:80]}; expected n_layers, attn and mlp, as save_model writes '
+            "them. Copy config.json again"
+        )
     blocks = sorted(set(record.get("attn", ())) & set(record.get("mlp", ())))
     if record and "undropped" not in record and len(blocks) == len(record["attn"]) == len(record["mlp"]):
         depth = raw.get("text_config", raw).get("n_layer", raw.get("text_config", raw).get("num_hidden_layers"))
@@ -215,8 +231,8 @@ def stock_class(config):
 def _dropped_class(stock: type, record: dict, undo: ExitStack) -> type:
     """The stock class, but that it drops what the record lists before weights are matched to modules."""
 
-    def init(self, config):
-        stock.__init__(self, config)
+    def init(self, config, *args, **kwargs):
+        stock.__init__(self, config, *args, **kwargs)
         drop_recorded(self, record)
         if is_renumbered(record):
             renumber(undo, self)

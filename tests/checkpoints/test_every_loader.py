@@ -7,6 +7,8 @@ write what stock classes refuse, and each Auto class must find a class of ours w
 import copy
 import json
 import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 import transformers
 from exports import TOKENIZER, logits
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny import random_ids, tiny
 from transformers import (
     AutoConfig,
@@ -29,7 +31,17 @@ from transformers import (
     pipeline,
 )
 
-from llmdrop import Calibration, DropPlan, apply_plan, dropped, find_anatomy, save_model, score
+from llmdrop import (
+    Calibration,
+    DropPlan,
+    apply_plan,
+    dropped,
+    find_anatomy,
+    load_model,
+    perplexity,
+    save_model,
+    score,
+)
 from llmdrop.checkpoints.blocks import renumber
 from llmdrop.checkpoints.load import load_weights
 from llmdrop.checkpoints.transformers_format import auto_classes
@@ -367,3 +379,64 @@ def test_multimodal_models_are_saved_whole(family, plan, tmp_path):
         else:
             with pytest.raises(Exception, match="minus dropped ones"):
                 type(model).from_pretrained(path, **EAGER)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_perplexity_of_a_multimodal_model(family):
+    model = multimodal(family)
+    ids = IDS.clamp(3, 80)
+    with torch.no_grad():
+        logp = model(input_ids=ids).logits.log_softmax(-1)
+    expected = -logp[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    assert perplexity(model, ids, progress=False)["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-4)
+
+
+def test_a_fresh_model_of_a_remote_ones_config_is_whole(tmp_path):
+    save_model(apply_plan(tiny("llama"), PLANS["mixed"]), TOKENIZER, tmp_path / "dropped")
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path / "dropped", trust_remote_code=True, **EAGER)
+    for config in (remote.config, transformers.LlamaConfig(**remote.config.to_dict())):
+        fresh = transformers.LlamaForCausalLM(config).eval()
+        fresh.save_pretrained(tmp_path / "fresh")
+        loaded = load_weights(tmp_path / "fresh")
+        assert not find_anatomy(loaded).plan
+        torch.testing.assert_close(logits(loaded, IDS), logits(fresh, IDS), atol=1e-5, rtol=0)
+
+
+def test_blocks_dropped_again_from_what_the_stock_class_loaded(tmp_path):
+    save_model(apply_plan(tiny("llama"), PLANS["blocks"]), TOKENIZER, tmp_path / "first")
+    stock = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "first", **EAGER)
+    fresh = transformers.LlamaForCausalLM(AutoConfig.from_pretrained(tmp_path / "first", num_hidden_layers=5))
+    fresh.save_pretrained(tmp_path / "deeper")
+    torch.testing.assert_close(logits(load_weights(tmp_path / "deeper"), IDS), logits(fresh.eval(), IDS))
+    apply_plan(stock, DropPlan([0], [0]))
+    for write in (lambda path: save_model(stock, TOKENIZER, path), stock.save_pretrained):
+        write(tmp_path / "second")
+        loaded = load_weights(tmp_path / "second", **EAGER)
+        torch.testing.assert_close(logits(loaded, IDS), logits(stock, IDS), atol=1e-5, rtol=0)
+        shutil.rmtree(tmp_path / "second")
+
+
+def test_adapters_do_not_name_the_undropped_model(tmp_path):
+    base = save_model(tiny("llama", vocab_size=400), TOKENIZER, tmp_path / "base")
+    dropped_path = save_model(
+        apply_plan(tiny("llama", vocab_size=400), PLANS["mixed"]), TOKENIZER, tmp_path / "dropped"
+    )
+    models = [apply_plan(load_model(base, device="cpu")[0], PLANS["mixed"]), load_model(dropped_path, device="cpu")[0]]
+    for k, model in enumerate(models):
+        settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(model, settings).eval()
+        expected = logits(adapted, IDS)
+        adapted.save_pretrained(tmp_path / f"adapters {k}")
+        with pytest.raises(OSError):
+            AutoPeftModelForCausalLM.from_pretrained(tmp_path / f"adapters {k}")
+        again = PeftModel.from_pretrained(load_model(dropped_path, device="cpu")[0], tmp_path / f"adapters {k}")
+        torch.testing.assert_close(logits(again.eval(), IDS), expected, atol=1e-5, rtol=0)
+
+
+def test_threads_that_save_one_model_wait_for_each_other(tmp_path):
+    model = apply_plan(tiny("llama"), PLANS["mixed"])
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda k: model.save_pretrained(tmp_path / str(k)), range(12)))
+    assert type(model.config) is transformers.LlamaConfig
+    for path in tmp_path.iterdir():
+        torch.testing.assert_close(logits(load_weights(path, **EAGER), IDS), logits(model, IDS), atol=1e-5, rtol=0)

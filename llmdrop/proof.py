@@ -616,8 +616,11 @@ class Gone(nn.Module):
             for name, module in former.named_modules()
             if name and isinstance(module, Gone)
         }
+        for name, buffer in former.named_buffers(recurse=False):
+            if name in former._non_persistent_buffers_set:  # constants, which some models fill by name
+                self.register_buffer(name, buffer, persistent=False)
         weight = getattr(former, "weight", None)
-        if isinstance(weight, torch.Tensor):  # some layers ask a norm for its type
+        if isinstance(weight, torch.Tensor) and "weight" not in self._buffers:  # some layers ask a norm for its type
             device = "cpu" if weight.is_meta else weight.device
             self.register_buffer("weight", torch.empty(0, dtype=weight.dtype, device=device), persistent=False)
 

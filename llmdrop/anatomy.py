@@ -226,24 +226,21 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
     """The split of every signature, by one run of a copy of the decoder whose layers look at how they are called."""
     model_type = getattr(decoder.config, "model_type", type(decoder).__name__)
     signatures = [None if is_gone(layer) else _signature(layer) for layer in layers]
-    examples: dict[Signature, list[nn.Module]] = {}  # whole ones
-    for signature, layer in zip(signatures, layers, strict=True):
-        if signature is not None and not _has_gone(layer):
-            examples.setdefault(signature, []).append(layer)
-    missing = {signature for signature in signatures if signature is not None} - examples.keys()
+    whole = {k: layer for k, layer in enumerate(layers) if signatures[k] is not None and not _has_gone(layer)}
+    missing = {signature for signature in signatures if signature is not None} - {signatures[k] for k in whole}
     if missing:  # of these every layer has something dropped
-        for layer in find_layers(undropped_decoder(decoder))[1]:
-            if _signature(layer) in missing:
-                examples.setdefault(_signature(layer), []).append(layer)
+        undropped = find_layers(undropped_decoder(decoder))[1]
+        whole |= {k: undropped[k] for k, signature in enumerate(signatures) if signature in missing}
+    shown: dict[Signature, list[int]] = {}  # the layers to prove it by: the first and the last
+    for k in sorted(whole):
+        first = shown.setdefault(signatures[k], [k])[0]
+        shown[signatures[k]] = [first, k]
     with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]), _in_float32():
-        probes = nn.ModuleList(
-            layer if signature is None else _Probe(i, layer, signature, examples)
-            for i, (layer, signature) in enumerate(zip(layers, signatures, strict=True))
-        )
         proven: dict[Signature, Split] = {}
-        for probe in probes:
-            if isinstance(probe, _Probe):
-                probe.proven = proven
+        probes = nn.ModuleList(
+            layer if signatures[k] is None else _Probe(k, whole.get(k, layer), signatures[k], shown, proven)
+            for k, layer in enumerate(layers)
+        )
         shell = random_copy(decoder, {layers: probes})
         vocabulary = getattr(decoder.config.get_text_config(decoder=True), "vocab_size", N_TOKENS)
         try:
@@ -303,16 +300,23 @@ def _in_float32() -> Iterator[None]:
 
 
 class _Probe(nn.Module):
-    """Stands for a layer in a copy of the decoder: proves its signature, once, and passes the stream on."""
+    """Stands for a layer in a copy of the decoder: proves its kind, if it is the first or last of it; passes x on."""
 
-    def __init__(self, index: int, layer: nn.Module, signature: Signature, examples: dict[Signature, list]):
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        signature: Signature,
+        shown: dict[Signature, list[int]],
+        proven: dict[Signature, Split],
+    ):
         super().__init__()
+        vars(self)["layer"] = layer  # not as a child
         self.index = index
         self.signature = signature
+        self.shown = shown
+        self.proven = proven
         self.calls = 0
-        self.proven: dict[Signature, Split]
-        vars(self)["layer"] = layer  # not as a child
-        vars(self)["examples"] = examples
 
     def __getattr__(self, name: str):
         return getattr(vars(self)["layer"], name)  # what decoders ask a layer
@@ -320,24 +324,29 @@ class _Probe(nn.Module):
     def forward(self, *args, **kwargs):
         self.calls += 1
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        call = args[1:], kwargs
-        if self.signature not in self.proven:
-            self.proven[self.signature] = self._prove(hidden, call)
-        n_outputs = self.proven[self.signature].n_outputs
+        first, last = self.shown[self.signature]
+        if self.calls == 1 and self.index == first:
+            self.proven[self.signature] = self._prove(hidden, (args[1:], kwargs), seed=0)
+        if self.calls == 1 and self.index == last:  # other weights, and perhaps another depth
+            again = self._prove(hidden, (args[1:], kwargs), seed=1)
+            self.proven[self.signature] = self.proven[self.signature].in_common_with(again)
+        if self.signature in self.proven:
+            n_outputs = self.proven[self.signature].n_outputs
+        else:  # one that lost something, before the first whole one
+            output = random_copy(vars(self)["layer"])(hidden, *args[1:], **kwargs)
+            n_outputs = len(output) if isinstance(output, tuple | list) else 0
         return (hidden, *[None] * (n_outputs - 1)) if n_outputs else hidden
 
-    def _prove(self, hidden: torch.Tensor, call: tuple[tuple, dict]) -> Split:
-        first, *_, last = [*self.examples[self.signature]] * 2  # other weights, and perhaps another depth
-        name = f"layer {self.index} ({type(first).__name__})"
+    def _prove(self, hidden: torch.Tensor, call: tuple[tuple, dict], seed: int) -> Split:
+        layer = vars(self)["layer"]
+        name = f"layer {self.index} ({type(layer).__name__})"
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
             shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
             raise NotAdditive(f"{name} has several residual streams, or none: it reads {shape}, not [batch, tokens, C]")
         try:
-            split = prove(random_copy(first), call, hidden.shape)
-            again = prove(random_copy(last, seed=1), call, hidden.shape)
+            return prove(random_copy(layer, seed=seed), call, hidden.shape)
         except NotAdditive as error:
             raise NotAdditive(f"{name}: {error}") from error
-        return split.in_common_with(again)
 
 
 def output_matrix(parts: Anatomy, i: int, kind: str) -> nn.Module:

@@ -610,8 +610,11 @@ class Gone(nn.Module):
         self.width = width
         self.n_outputs = n_outputs
         self.stands_for = getattr(former, "stands_for", type(former))
+        for name, buffer in former.named_buffers(recurse=False):
+            if name in former._non_persistent_buffers_set:  # constants, which some models fill by name
+                self.register_buffer(name, buffer, persistent=False)
         weight = getattr(former, "weight", None)
-        if isinstance(weight, torch.Tensor):  # some layers ask a norm for its type
+        if isinstance(weight, torch.Tensor) and "weight" not in self._buffers:  # some layers ask a norm for its type
             device = "cpu" if weight.is_meta else weight.device
             self.register_buffer("weight", torch.empty(0, dtype=weight.dtype, device=device), persistent=False)
 

@@ -418,9 +418,8 @@ def test_blocks_dropped_again_from_what_the_stock_class_loaded(tmp_path):
 
 def test_adapters_do_not_name_the_undropped_model(tmp_path):
     base = save_model(tiny("llama", vocab_size=400), TOKENIZER, tmp_path / "base")
-    dropped_path = save_model(
-        apply_plan(tiny("llama", vocab_size=400), PLANS["mixed"]), TOKENIZER, tmp_path / "dropped"
-    )
+    less = apply_plan(tiny("llama", vocab_size=400), PLANS["mixed"])
+    dropped_path = save_model(less, TOKENIZER, tmp_path / "dropped")
     models = [apply_plan(load_model(base, device="cpu")[0], PLANS["mixed"]), load_model(dropped_path, device="cpu")[0]]
     for k, model in enumerate(models):
         settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)

@@ -336,7 +336,7 @@ class CacheCut:
         if cache is None:
             return args, kwargs
         if getattr(cache, "llmdrop_plan", None) != self.plan:
-            if cache.get_seq_length() or len(cache.layers) > self.n_slots:
+            if self._length(cache) or len(cache.layers) > self.n_slots:
                 raise ValueError(
                     "this KV cache was made or filled while other layers were dropped than now, and its keys and "
                     "values are of another model; begin with a fresh one"
@@ -354,6 +354,13 @@ class CacheCut:
         cache = self._cache(args, kwargs) if self.counts else None
         if cache is not None:
             cache.layers[0].count(output[0])
+
+    @staticmethod
+    def _length(cache: Cache) -> int:
+        try:
+            return cache.get_seq_length()
+        except ValueError:  # it has states alone, as of a Mamba
+            return 0
 
     @staticmethod
     def _cache(args: tuple, kwargs: dict) -> Cache | None:

@@ -8,6 +8,7 @@ that agree on layers 0..i share the residual stream up to there. The head runs o
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os.path import commonprefix
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ..anatomy import Anatomy, find_anatomy, unwrapped
+from ..anatomy import Anatomy, exclusive, find_anatomy, unwrapped
 from ..calibration import check_readable
 from ..plan import DropPlan
 from ..prune import dropped, eval_mode
@@ -140,11 +141,12 @@ def loglikelihoods(
     width = model.get_input_embeddings().weight.shape[-1]
     rows = list(pack(items, row_tokens, pairs_per_token=6 * width))  # 12 C² of weights to 2 C a pair
     n_tokens = sum(len(row.ids) for row in rows)
-    with eval_mode(model):
-        packed = _can_pack(model, parts)
-    if not packed:
-        return _plain(model, plans, items, progress, label)
-    with eval_mode(model), tqdm(total=n_tokens, desc=label, unit="tok", disable=not progress) as bar:
+    with ExitStack() as undo:
+        undo.enter_context(exclusive(parts.decoder))  # layers run one by one, and others would run among them
+        undo.enter_context(eval_mode(model))
+        if not _can_pack(model, parts):
+            return _plain(model, plans, items, progress, label)
+        bar = undo.enter_context(tqdm(total=n_tokens, desc=label, unit="tok", disable=not progress))
         for call in _calls(rows, CALL_TOKENS.get(device, CALL_TOKENS["cpu"])):
             longest = len(call[0].ids)
             targets = [

@@ -161,7 +161,7 @@ def for_transformers_4(config: dict) -> dict:
     """The rotary settings by their names before transformers 5, which would silently take its defaults."""
     rope = config.get("rope_parameters") or {}
     local = rope.get("sliding_attention") or {}
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention", rope) or {}  # Beam has none in such layers
     out = {}
     if "rope_theta" in local:
         out["rope_local_base_freq"] = local["rope_theta"]

@@ -170,7 +170,7 @@ def random_copy(module: nn.Module, replaced: dict[nn.Module, nn.Module] | None =
     for part in new.modules():
         for name in ("forward", "_hf_hook", "_old_forward"):
             vars(part).pop(name, None)
-        config = getattr(part, "config", None)
+        config = vars(part).get("config")  # not that of a layer behind a probe
         for name in ("_attn_implementation", "_experts_implementation"):
             if getattr(config, name, None) is not None:
                 setattr(config, name, "eager")

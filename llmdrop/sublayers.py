@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ def runs_by_layer(model: nn.Module, parts: Anatomy) -> bool:
 
 def is_close(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether logits are the same but for the rounding of a model's type."""
-    expected = expected.float()
+    expected = expected.to(logits.device).float()
     off = (logits.float() - expected).square().mean().sqrt()
     return bool(off <= max(1e-4, 4 * torch.finfo(dtype).eps) * expected.std())
 
@@ -99,11 +100,34 @@ class _Given(nn.Module):
         return self.output
 
 
+_FINAL: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()  # by model, the name of its final norm
+
+
 def head_logits(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [..., vocabulary] in float32 from the residual stream after the last layer, [..., C].
 
-    The model's own forward pass makes them, of layers that give this stream: final norm, scales and caps are its own.
+    By the final norm and the output matrix where these are all that the model does, which is tried once; else by the
+    model's own forward pass, so that scales and caps are its own.
     """
+    if model not in _FINAL:
+        rows = torch.randn(3, hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden)
+        expected = _logits_by_forward(model, parts, rows)
+        norms = [name for name, child in parts.decoder.named_children() if getattr(child, "weight", None) is not None]
+        _FINAL[model] = None
+        for name in norms:
+            try:
+                logits = model.get_output_embeddings()(parts.decoder.get_submodule(name)(rows))
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                continue
+            if logits.shape == expected.shape and is_close(logits, expected, model.dtype):
+                _FINAL[model] = name
+    if _FINAL[model] is None:
+        return _logits_by_forward(model, parts, hidden)
+    return model.get_output_embeddings()(parts.decoder.get_submodule(_FINAL[model])(hidden)).float()
+
+
+def _logits_by_forward(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits as the model makes them, of layers that give this stream."""
     rows = hidden.reshape(-1, 1, hidden.shape[-1])  # texts of one token
     with exclusive(parts.decoder), ExitStack() as undo:
         for i, split in enumerate(parts.splits):

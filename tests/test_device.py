@@ -149,6 +149,7 @@ def forward_is_finite(model) -> bool:
 def test_a_sweep_waits_once_a_call_and_plan(gpus):
     model = tiny("llama", "sdpa").to("cuda")
     items = [Item(tuple(row), 20) for row in random_ids(30, 24).tolist()]
+    loglikelihoods(model, [DropPlan()], items[:1], progress=False)  # once per model it is tried what can be shared
     for plans in ([DropPlan()], [DropPlan(), DropPlan(attn=[4]), DropPlan(mlp=[4])]):
         before = gpus.waits
         loglikelihoods(model, plans, items, progress=False)  # 600 scored positions
@@ -172,6 +173,7 @@ def test_a_window_adds_no_waiting_to_a_decode_step(gpus):
 def test_scoring_waits_by_the_batch_and_not_by_the_token(gpus):
     model = tiny("llama", "sdpa").to("cuda")
     waits = []
+    score(model, random_ids(1, 8), progress=False)  # the first proves where its attention and MLP are
     for length in (8, 64):
         before = gpus.waits
         score(model, Calibration(random_ids(2, length)), batch_size=1, progress=False)

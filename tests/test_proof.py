@@ -201,3 +201,16 @@ def test_what_stands_for_a_module_returns_what_it_returned(n_outputs):
         assert gone.weight.dtype == torch.bfloat16
         assert not list(gone.parameters())
         assert not gone.state_dict()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_proving_leaves_the_model_alone(family):
+    """Copies run with eager attention; the model's own settings stay."""
+    model = tiny(family, "sdpa")
+    before = [vars(module).copy() for module in model.modules()], model.config.to_dict()
+    implementations = [getattr(vars(module).get("config"), "_attn_implementation", None) for module in model.modules()]
+    find_anatomy(model)
+    assert ([vars(module).copy() for module in model.modules()], model.config.to_dict()) == before
+    assert implementations == [
+        getattr(vars(module).get("config"), "_attn_implementation", None) for module in model.modules()
+    ]

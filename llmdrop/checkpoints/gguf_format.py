@@ -187,7 +187,8 @@ def load_gguf(
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     # its table is no part of the state; Mistral's is the same
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    model.to(device)  # what little is no weight
     return model.eval(), read_tokenizer(path, facts)
 
 

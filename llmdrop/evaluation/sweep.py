@@ -332,6 +332,8 @@ def _read_off(
     found: list[torch.Tensor] = []
     for read, place, token in reads:
         logits = head_logits(model, parts, hidden[read.to(hidden.device)])
+        place = place.to(logits.device)  # over several GPUs the head's is not always where logits come out
+        token = token.to(logits.device)
         is_likeliest = logits.argmax(-1)[place] == token
         # log_softmax, not logsumexp: its rounding is lm-eval's rounding (a bias of 1e-5 a token in float32)
         found.append(torch.stack([logits.log_softmax(-1)[place, token].double(), is_likeliest.double()]))

@@ -112,9 +112,10 @@ def test_a_context_longer_than_a_row_is_run_once():
 
 def test_nothing_is_computed_twice():
     model, calls = tiny("llama"), []
+    items = [Item((2, 3, 4, 5), 1)]
+    loglikelihoods(model, [DropPlan()], items, progress=False)  # once per model it is tried whether texts can be packed
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda m, a, o, i=i: calls.append(i))
-    items = [Item((2, 3, 4, 5), 1)]
     loglikelihoods(model, [DropPlan(), DropPlan([4]), DropPlan([4, 3]), DropPlan([4])], items, progress=False)
     assert sorted(calls) == [0, 1, 2, 3, 3, 4, 4, 4]
 

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -247,6 +248,17 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def some_rows(kinds: list[str], jobs: int) -> list[dict[str, str]]:
+    """Rows of a few types, in processes of their own: where one is killed, each type is tried by itself."""
+    try:
+        with ProcessPoolExecutor(jobs) as pool:
+            return list(pool.map(row, kinds))
+    except BrokenProcessPool:
+        if len(kinds) == 1:
+            return [{"type": kinds[0], "reason": "its process was killed (out of memory?)"}]
+        return [found for kind in kinds for found in some_rows([kind], 1)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*")
@@ -255,8 +267,8 @@ def main() -> None:
     args = parser.parse_args()
     kinds = args.types or decoders.decoder_types()
     rows = []
-    with ProcessPoolExecutor(args.jobs) as pool:
-        for found in pool.map(row, kinds):
+    for start in range(0, len(kinds), 4 * args.jobs):
+        for found in some_rows(kinds[start : start + 4 * args.jobs], args.jobs):
             rows.append(found)
             print(found, flush=True)
     print(f"{sum(map(passes, rows))} of {len(rows)} types are scored, dropped exactly and generate with a cache")

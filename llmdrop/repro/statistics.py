@@ -1,9 +1,10 @@
-"""Estimates with 95 % intervals from what `quality` measured, item by item; resampling is scipy's.
+"""Estimates with 95 % intervals from what `quality` and `timing` measured, item by item; resampling is scipy's.
 
-Differences are paired: every variant read the same samples and answered the same questions.
+Differences are paired: every variant read the same samples, answered the same questions and ran in the same rounds.
+Every interval is that of `resampled`. `tests/repro/test_coverage.py` simulates data with a known truth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,25 +13,83 @@ from scipy import stats
 
 RESAMPLES = 2000
 DRAWS_AT_A_TIME = 4_000_000  # item numbers in memory, 32 MB
+MOST_UNDEFINED = 0.05  # share of the resamples in which a statistic may be undefined (γ without a speedup)
 # of the metrics of one text, task or set of questions, the one that is shown: the first that is there
 HEADLINE_METRICS = ("nats", "acc_norm", "acc", "exact_match", "exact_match,strict-match", "match")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; NaN where it is not known."""
+    """A number with its 95 % interval; NaN where it is not known.
+
+    n, over: how many of what the interval is over ("questions", "samples", "rounds", "seeds", ...; see
+    `llmdrop.repro.paper.INTERVALS`), "exact" for what has no spread. method: how it was made, for people.
+    """
 
     value: float
     low: float
     high: float
+    n: int | None = None
+    over: str = ""
+    method: str = ""
 
     @property
     def stderr(self) -> float:
         """The standard error of a normal distribution with an interval as wide."""
         return (self.high - self.low) / (2 * stats.norm.ppf(0.975))
 
+    def times(self, factor: float) -> "Estimate":
+        """In another unit: 100 makes percent of shares."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Estimate(factor * self.value, low, high, self.n, self.over, self.method)
+
 
 UNKNOWN = Estimate(np.nan, np.nan, np.nan)
+
+
+def exact(value: float) -> Estimate:
+    """What follows from printed numbers, shapes or counts alone: it has no spread."""
+    return Estimate(float(value), float(value), float(value), None, "exact")
+
+
+def resampled(
+    statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
+) -> Estimate:
+    """A function of means, with its interval: Student's t around it, with the standard error of a bootstrap.
+
+    strata: arrays [n_units, ...], each drawn on its own with replacement: the texts, the tasks, the rounds. statistic:
+    of the list of their means over units, [...] each. value: where it is not the statistic of these strata. Percentiles
+    of a bootstrap are too narrow below twenty units and end at the extremes of three; its standard error is low by
+    sqrt((n - 1) / n), which is put right by the smallest stratum. NaN for a stratum of one unit, and where the
+    statistic is undefined in more than MOST_UNDEFINED of the resamples.
+    """
+    strata = [np.asarray(stratum, float) for stratum in strata]
+    sizes = [len(stratum) for stratum in strata]
+    if value is None:
+        value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+    if min(sizes) < 2:
+        return Estimate(value, np.nan, np.nan, sum(sizes), over)
+
+    def of_drawn(*drawn: np.ndarray) -> float:
+        return statistic([stratum[units.astype(int)].mean(axis=0) for stratum, units in zip(strata, drawn, strict=True)])
+
+    options = {"vectorized": False, "n_resamples": RESAMPLES, "batch": max(1, DRAWS_AT_A_TIME // sum(sizes))}
+    units = [np.arange(size) for size in sizes]
+    result = stats.bootstrap(units, of_drawn, **options, method="percentile", rng=np.random.default_rng(0))
+    defined = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
+    if len(defined) < (1 - MOST_UNDEFINED) * RESAMPLES:
+        return Estimate(value, np.nan, np.nan, sum(sizes), over)
+    stderr = defined.std(ddof=1) * np.sqrt(min(sizes) / (min(sizes) - 1))
+    quantile = stats.t.ppf(0.975, sum(sizes) - len(sizes))
+    skew = stats.skew(defined) * (2 * quantile**2 + 1) / 6  # Hall 1992: how far a long tail moves the quantiles of t
+    low = value - stderr * (quantile + max(0, -skew))
+    high = value + stderr * (quantile + max(0, skew))
+    return Estimate(value, float(low), float(high), sum(sizes), over, "bootstrap")
+
+
+def mean_of(values: Sequence[float] | np.ndarray, over: str) -> Estimate:
+    """The mean of one number per seed, run, draw or layer."""
+    return resampled(lambda means: float(means[0]), [np.asarray(values, float)], over)
 
 
 def headline(rows: pd.DataFrame) -> pd.DataFrame:
@@ -50,28 +109,96 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     return known[rank == rank.groupby(known["where"]).transform("min")]
 
 
-def items(rows: pd.DataFrame, variant: str, where: str) -> pd.DataFrame:
-    """One variant's items of one text, task or set of questions by its headline metric, in order: value, n.
+def items(rows: pd.DataFrame, variant: str, where: str, metric: str | None = None) -> pd.DataFrame:
+    """One variant's items of one text, task or set of questions, in order: value, n. metric: None for the headline's.
 
-    Raises ValueError for a variant that was not measured there.
+    Raises ValueError for a variant that was not measured there, or not by that metric.
     """
-    part = headline(rows[(rows["variant"] == variant) & (rows["where"] == where)])
+    part = rows[(rows["variant"] == variant) & (rows["where"] == where)]
+    part = headline(part) if metric is None else part[part["metric"] == metric]
     if part.empty:
+        by = "" if metric is None else f" by {metric!r}"
         measured = ", ".join(dict.fromkeys(rows["variant"]))
-        raise ValueError(f"{variant!r} was not measured on {where!r}; measured: {measured}")
+        raise ValueError(f"{variant!r} was not measured on {where!r}{by}; measured: {measured}")
     return part.sort_values("item").set_index("item")[["value", "n"]]
 
 
-def difference(rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequence[str]) -> Estimate:
+def _paired(rows: pd.DataFrame, variants: Sequence[str], where: str | Sequence[str], metric: str | None) -> tuple:
+    """(strata, strata with doubt, what they are over): of each name in `where` an array [n_items, n_variants].
+
+    Right and wrong answers get doubt: two made-up items for each pair of variants, that only the one and only the other
+    has right, so that no agreement on a few questions is taken for certain (Bonett and Price 2012, Agresti and Min 2005).
+    Where rows have a column "cluster" (a document, a prompt), clusters are drawn instead of items.
+    """
+    strata = []
+    doubtful = []
+    over = "questions"
+    for name in [where] if isinstance(where, str) else where:
+        columns = [items(rows, variant, name, metric)["value"] for variant in variants]
+        stratum = pd.concat(columns, axis=1, join="inner").to_numpy(float)
+        if any(len(column) != len(stratum) for column in columns):
+            raise ValueError(f"{', '.join(variants)} were measured on other items of {name!r}; measure them in one call")
+        part = rows[rows["where"] == name]
+        over = "samples" if "nats" in set(part["metric"]) else over
+        if "cluster" in rows:
+            cluster = part.drop_duplicates("item").sort_values("item")["cluster"].to_numpy()
+            sums = pd.DataFrame(stratum).groupby(cluster).sum().to_numpy()
+            stratum = sums * len(sums) / len(stratum)  # their mean is that of the items
+        strata.append(stratum)
+        made_up = np.eye(len(variants)) if len(variants) > 1 and np.isin(stratum, (0, 1)).all() else stratum[:0]
+        doubtful.append(np.concatenate([stratum, made_up]))
+    return strata, doubtful, over
+
+
+def combined(
+    statistic: Callable[[list[np.ndarray]], float],
+    rows: pd.DataFrame,
+    variants: Sequence[str],
+    where: str | Sequence[str],
+    metric: str | None = None,
+) -> Estimate:
+    """A number made of several variants' means on the same items: of each name in `where` an array [n_variants].
+
+    What a claim compares beyond a difference: the largest over some sizes, a difference of differences.
+    """
+    strata, doubtful, over = _paired(rows, variants, where, metric)
+    value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+    estimate = resampled(statistic, doubtful, over, value)
+    n = sum(map(len, strata))
+    return Estimate(value, estimate.low, estimate.high, n, over, "paired bootstrap" if len(variants) > 1 else "bootstrap")
+
+
+def difference(
+    rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequence[str], metric: str | None = None
+) -> Estimate:
     """Mean of a variant's values less the baseline's, paired item by item.
 
-    where: a text, task or set of questions, or several: then the mean of their means.
+    where: a text, task or set of questions, or several: then the mean of their means. metric: None for the headline's;
+    "choice" moves long before accuracy does.
     """
-    ratios = []
-    for name in [where] if isinstance(where, str) else where:
-        values = items(rows, variant, name)["value"] - items(rows, baseline, name)["value"]
-        ratios.append((values.to_numpy(float), np.ones(len(values))))
-    return _bootstrap(ratios)
+    return combined(lambda means: float(np.mean([m[0] - m[1] for m in means])), rows, [variant, baseline], where, metric)
+
+
+def kept(
+    rows: pd.DataFrame, variant: str, baseline: str, where: Sequence[str], unread: Mapping[str, float] | None = None
+) -> Estimate:
+    """Percent of the baseline's mean accuracy over tasks that a variant keeps.
+
+    unread: the share right without reading, by task (`llmdrop.evaluation.tasks.unread`), taken off both first; None for
+    the paper's plain accuracy.
+    """
+    base = np.mean([(unread or {}).get(name, 0.0) for name in where])
+
+    def statistic(means: list[np.ndarray]) -> float:
+        of_variant, of_baseline = np.mean(means, axis=0)
+        return 100 * (of_variant - base) / (of_baseline - base) if of_baseline > base else np.nan
+
+    return combined(statistic, rows, [variant, baseline], where)
+
+
+def above_unread(rows: pd.DataFrame, variant: str, where: str, unread: float) -> Estimate:
+    """Chance-corrected accuracy in percent: 0 for what needs no reading, 100 for all right."""
+    return combined(lambda means: 100 * (float(means[0][0]) - unread) / (1 - unread), rows, [variant], where)
 
 
 def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, where: Sequence[str]) -> Estimate:
@@ -79,40 +206,87 @@ def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, whe
 
     The mean over the texts named by `where`. 1: nothing gained; 0: as good as the whole model.
     """
-    ratios = []
+    strata = []
     for name in where:
         base = items(rows, whole, name)
         lost = (items(rows, variant, name)["value"] - base["value"]) * base["n"]
         most = (items(rows, paper, name)["value"] - base["value"]) * base["n"]
-        ratios.append((lost.to_numpy(float), most.to_numpy(float)))
-    return _bootstrap(ratios)
+        strata.append(np.stack([lost.to_numpy(float), most.to_numpy(float)], axis=1))
+
+    def statistic(means: list[np.ndarray]) -> float:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.mean([lost / most for lost, most in means]))
+
+    return resampled(statistic, strata, "samples")
 
 
-def _bootstrap(ratios: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
-    """The mean of several ratios of sums, and its percentile interval.
+def speed_ratio(rounds: pd.DataFrame, variant: str, baseline: str, column: str = "seconds") -> Estimate:
+    """How many times as fast as the baseline a variant is: the geometric mean over rounds, paired by round.
 
-    ratios: (numerators, denominators) of n items. The items of each ratio are drawn on their own.
+    rounds: from `llmdrop.repro.timing.timing`. column: or "prefill_seconds", "decode_seconds". Raises ValueError for
+    what was not timed, or ran out of memory.
     """
-    value = float(np.mean([_ratio(*ratio) for ratio in ratios]))
-    if min(len(numerators) for numerators, _ in ratios) < 2:
-        return Estimate(value, np.nan, np.nan)
-    distributions = []
-    for seed, ratio in enumerate(ratios):
-        batch = max(1, DRAWS_AT_A_TIME // len(ratio[0]))
-        options = {"paired": True, "n_resamples": RESAMPLES, "batch": batch, "method": "percentile"}
-        result = stats.bootstrap(ratio, _ratio, **options, rng=np.random.default_rng(seed))
-        distributions.append(result.bootstrap_distribution)
-    low, high = np.nanquantile(np.mean(distributions, axis=0), [0.025, 0.975])
-    return Estimate(value, min(float(low), value), max(float(high), value))  # equal ones differ by rounding
+    log_ratio = log_seconds(rounds, baseline, column) - log_seconds(rounds, variant, column)
+    estimate = mean_of(log_ratio, "rounds")
+    value, low, high = np.exp([estimate.value, estimate.low, estimate.high])
+    return Estimate(float(value), float(low), float(high), len(log_ratio), "rounds", "bootstrap of log-ratios by round")
 
 
-def _ratio(numerators: np.ndarray, denominators: np.ndarray, axis: int = -1) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return numerators.sum(axis) / denominators.sum(axis)
+def log_seconds(rounds: pd.DataFrame, variant: str, column: str = "seconds") -> np.ndarray:
+    """Logarithms of a variant's seconds, round by round. Raises as `speed_ratio`."""
+    of_variant = rounds[rounds["variant"] == variant].sort_values("round")
+    seconds = of_variant[column].to_numpy(float)
+    if not len(seconds) or not np.isfinite(seconds).all():
+        timed = ", ".join(dict.fromkeys(rounds["variant"]))
+        raise ValueError(f"{variant!r} has no {column} of every round; timed: {timed}")
+    return np.log(seconds)
+
+
+def gamma(avg_baseline: float, avg: float, speedup: float) -> float:
+    """The paper's γ: points of average accuracy lost per percent of speedup; NaN where there is no speedup.
+
+    At a speedup of 1 or less γ would divide by nothing, or praise what is slower and worse.
+    """
+    percent = 100 * (speedup - 1)
+    return (avg_baseline - avg) / percent if percent > 1e-9 else np.nan
+
+
+def gamma_gap(
+    rows: pd.DataFrame, rounds: pd.DataFrame, variant: str, other: str, baseline: str, where: Sequence[str]
+) -> Estimate:
+    """γ of one variant less that of another: in points per percent of tasks, in nats per percent of texts.
+
+    rows: from `quality`; rounds: from `timing`. Items and rounds are drawn together, each by itself.
+    """
+    strata, doubtful, over = _paired(rows, [variant, other, baseline], where, None)
+    scale = -1.0 if over == "samples" else 100.0  # what is lost: nats more, points less
+    seconds = np.stack([log_seconds(rounds, name) for name in (variant, other, baseline)], axis=1)
+
+    def statistic(means: list[np.ndarray]) -> float:
+        *of_items, of_rounds = means
+        average = scale * np.mean(of_items, axis=0)
+        speedup = np.exp(of_rounds[2] - of_rounds)
+        return gamma(average[2], average[0], speedup[0]) - gamma(average[2], average[1], speedup[1])
+
+    value = float(statistic([stratum.mean(axis=0) for stratum in [*strata, seconds]]))
+    estimate = resampled(statistic, [*doubtful, seconds], f"{over} and rounds", value)
+    n = sum(map(len, strata))
+    return Estimate(value, estimate.low, estimate.high, n, estimate.over, "paired bootstrap")
+
+
+def mcnemar(rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequence[str]) -> float:
+    """Exact two-sided p of as many questions right for one alone and for the other alone, were the two alike."""
+    strata, _, _ = _paired(rows, [variant, baseline], where, None)
+    answers = np.concatenate(strata)
+    only_variant = int(((answers[:, 0] == 1) & (answers[:, 1] == 0)).sum())
+    only_baseline = int(((answers[:, 0] == 0) & (answers[:, 1] == 1)).sum())
+    if only_variant + only_baseline == 0:
+        return 1.0
+    return float(stats.binomtest(only_variant, only_variant + only_baseline).pvalue)
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    return _bootstrap([(values, np.ones_like(values))])
+    return mean_of(values, "questions")
 
 
 def wilson(n_right: int, n: int) -> Estimate:

@@ -12,9 +12,9 @@ import pandas as pd
 from ..files import write_atomic
 from ..speed.geometry import GEOMETRIES
 from . import style
-from .paper import claims, gamma, record_claim
+from .paper import claim, record_claim, verdict
 from .paper import table as printed_table
-from .statistics import headline
+from .statistics import Estimate, gamma, headline
 
 NAMES = {
     "model": "Model",
@@ -156,16 +156,31 @@ def near_guessing(table: pd.DataFrame) -> list[str]:
     return [task for task in tasks if baseline[task] - 2 * baseline[f"{task}_stderr"] < CHANCE[task]]
 
 
-def record_worst(out_dir: str | os.PathLike, results: Iterable[tuple[str, str, float, float]], detail: str) -> None:
+def record_worst(
+    out_dir: str | os.PathLike, results: Iterable[tuple[str, str, Estimate | None]], detail: str = ""
+) -> None:
     """`record_claim` for each claim with the model that speaks most against it.
 
-    results: (claim id, model, measured, error), one for each claim and model; NaN for what a model cannot say.
+    results: (claim id, model, estimate), one for each claim and model; None for what a model cannot say. "differs"
+    speaks against a claim more than "undecided", and of equal verdicts the one that is less on the claim's side.
     """
-    table = pd.DataFrame(results, columns=["id", "model", "measured", "error"])
-    is_upper_limit = claims().set_index("id")["tolerance"].str.startswith("<")
-    for id, rows in table.groupby("id", sort=False):
-        worst = rows.sort_values("measured", ascending=not is_upper_limit[id]).iloc[0]  # NaN last
-        record_claim(out_dir, id, worst["measured"], worst["error"], detail=f"{worst['model']}: {detail}")
+    by_claim: dict[str, list[tuple[str, Estimate]]] = {}
+    for id, model, estimate in results:
+        by_claim.setdefault(id, []).extend([(model, estimate)] if estimate is not None else [])
+    against = ["differs", "undecided", "holds"]
+    for id, estimates in by_claim.items():
+        row = claim(id)
+        if not estimates:
+            record_claim(out_dir, id, None, detail)
+            continue
+
+        def side(found: tuple[str, Estimate], test: str = row["test"], limit: float = row["limit"]) -> tuple:
+            value = found[1].value
+            on_side = value if test in ("above", "at least") else -abs(value) if test == "within" else -value
+            return against.index(verdict(test, limit, found[1])), on_side
+
+        model, worst = min(estimates, key=side)
+        record_claim(out_dir, id, worst, ": ".join(filter(None, (model, detail))))
 
 
 def format_table(

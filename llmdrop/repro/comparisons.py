@@ -14,8 +14,9 @@ from torch import nn
 from ..compress.search import Sublayer, agreement
 from ..compress.shortened_llama import removed
 from ..compress.variant import Variant
+from .estimate import UNKNOWN, Estimate
 from .selectors import Contender
-from .statistics import UNKNOWN, Estimate, difference, items, remaining_loss
+from .statistics import difference, items, remaining_loss
 
 BASELINE = "Baseline"  # the whole model
 PAPER = "cosine"  # the selector of the paper's method, which puts nothing in place of what it drops

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..files import write_atomic
-from .statistics import Estimate
+from .estimate import Estimate
 
 PAPER = "He, Sun, Shen, Li: What Matters in Transformers? Not All Attention is Needed. arXiv 2406.15786v6"
 DATA = Path(__file__).with_name("published")
@@ -70,7 +70,7 @@ def claim(id: str) -> pd.Series:
 
 
 def verdict(test: str, limit: float, estimate: Estimate) -> str:
-    """"holds" where the test is met by all of the interval, "differs" where by none of it, else "undecided".
+    """ "holds" where the test is met by all of the interval, "differs" where by none of it, else "undecided".
 
     within: all of the interval, or none of it, lies between -limit and limit: an equivalence test.
     """
@@ -176,7 +176,7 @@ def limit_text(row: dict | pd.Series) -> str:
 
 
 def estimate_text(row: dict | pd.Series) -> str:
-    """"0.452 [0.413, 0.491] nats": two digits of the interval's half-width; "50 %" where it has none."""
+    """ "0.452 [0.413, 0.491] nats": two digits of the interval's half-width; "50 %" where it has none."""
     if row["value"] is None or not math.isfinite(row["value"]):
         return "not run"
     half_width = (row["high"] - row["low"]) / 2

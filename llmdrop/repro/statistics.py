@@ -4,12 +4,14 @@ Differences are paired: every variant read the same samples, answered the same q
 Every interval is that of `resampled`. `tests/repro/test_coverage.py` simulates data with a known truth.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from .estimate import Estimate
 
 RESAMPLES = 2000
 DRAWS_AT_A_TIME = 4_000_000  # item numbers in memory, 32 MB
@@ -18,78 +20,62 @@ MOST_UNDEFINED = 0.05  # share of the resamples in which a statistic may be unde
 HEADLINE_METRICS = ("nats", "acc_norm", "acc", "exact_match", "exact_match,strict-match", "match")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval; NaN where it is not known.
-
-    n, over: how many of what the interval is over ("questions", "samples", "rounds", "seeds", ...; see
-    `llmdrop.repro.paper.INTERVALS`), "exact" for what has no spread. method: how it was made, for people.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int | None = None
-    over: str = ""
-    method: str = ""
-
-    @property
-    def stderr(self) -> float:
-        """The standard error of a normal distribution with an interval as wide."""
-        return (self.high - self.low) / (2 * stats.norm.ppf(0.975))
-
-    def times(self, factor: float) -> "Estimate":
-        """In another unit: 100 makes percent of shares."""
-        low, high = sorted((factor * self.low, factor * self.high))
-        return Estimate(factor * self.value, low, high, self.n, self.over, self.method)
-
-
-UNKNOWN = Estimate(np.nan, np.nan, np.nan)
-
-
-def exact(value: float) -> Estimate:
-    """What follows from printed numbers, shapes or counts alone: it has no spread."""
-    return Estimate(float(value), float(value), float(value), None, "exact")
-
-
 def resampled(
     statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
 ) -> Estimate:
-    """A function of means, with its interval: Student's t around it, with the standard error of a bootstrap.
+    """A statistic with its interval: Student's t around it, with the standard error of a bootstrap.
 
-    strata: arrays [n_units, ...], each drawn on its own with replacement: the texts, the tasks, the rounds. statistic:
-    of the list of their means over units, [...] each. value: where it is not the statistic of these strata. Percentiles
-    of a bootstrap are too narrow below twenty units and end at the extremes of three; its standard error is low by
-    sqrt((n - 1) / n), which is put right by the smallest stratum. NaN for a stratum of one unit, and where the
-    statistic is undefined in more than MOST_UNDEFINED of the resamples.
+    strata: arrays [n_units, ...], each drawn on its own with replacement: the samples of each text, the questions of
+    each task, the rounds. statistic: of the list of the drawn arrays. value: where it is not the statistic of these
+    strata. Percentiles of a bootstrap are too narrow below twenty units and end at the extremes of three; its standard
+    error is low by sqrt((n - 1) / n), which is put right by the smallest stratum, and a skewed one makes the interval
+    wider. NaN for a stratum of one unit, and where the statistic is undefined in more than MOST_UNDEFINED of the draws.
     """
     strata = [np.asarray(stratum, float) for stratum in strata]
     sizes = [len(stratum) for stratum in strata]
     if value is None:
-        value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+        value = float(statistic(strata))
     if min(sizes) < 2:
         return Estimate(value, np.nan, np.nan, sum(sizes), over)
 
-    def of_drawn(*drawn: np.ndarray) -> float:
-        return statistic([stratum[units.astype(int)].mean(axis=0) for stratum, units in zip(strata, drawn, strict=True)])
+    def of_drawn(*numbers: np.ndarray, axis: int) -> np.ndarray:
+        of_draws = [of_stratum.astype(int).reshape(-1, of_stratum.shape[axis]) for of_stratum in numbers]
+        found = [
+            statistic([stratum[units] for stratum, units in zip(strata, draw, strict=True)])
+            for draw in zip(*of_draws, strict=True)
+        ]
+        return np.reshape(found, numbers[0].shape[:-1])
 
-    options = {"vectorized": False, "n_resamples": RESAMPLES, "batch": max(1, DRAWS_AT_A_TIME // sum(sizes))}
-    units = [np.arange(size) for size in sizes]
-    result = stats.bootstrap(units, of_drawn, **options, method="percentile", rng=np.random.default_rng(0))
+    numbers = [np.arange(size) for size in sizes]
+    options = {"n_resamples": RESAMPLES, "batch": max(1, DRAWS_AT_A_TIME // sum(sizes)), "vectorized": True}
+    with warnings.catch_warnings():  # of a statistic that is undefined in some draws
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(numbers, of_drawn, **options, method="percentile", rng=np.random.default_rng(0))
     defined = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
     if len(defined) < (1 - MOST_UNDEFINED) * RESAMPLES:
         return Estimate(value, np.nan, np.nan, sum(sizes), over)
     stderr = defined.std(ddof=1) * np.sqrt(min(sizes) / (min(sizes) - 1))
     quantile = stats.t.ppf(0.975, sum(sizes) - len(sizes))
-    skew = stats.skew(defined) * (2 * quantile**2 + 1) / 6  # Hall 1992: how far a long tail moves the quantiles of t
-    low = value - stderr * (quantile + max(0, -skew))
-    high = value + stderr * (quantile + max(0, skew))
-    return Estimate(value, float(low), float(high), sum(sizes), over, "bootstrap")
+    if stderr > 1e-12 * abs(value):  # Hall 1992: how far a long tail moves the quantiles of t; here to both sides
+        quantile += abs(stats.skew(defined)) * (2 * quantile**2 + 1) / 6
+    half_width = float(quantile * stderr)
+    return Estimate(value, value - half_width, value + half_width, sum(sizes), over, "bootstrap")
+
+
+def of_means(
+    statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
+) -> Estimate:
+    """`resampled` of what depends on the means over units only: statistic gets the list of these, [...] each."""
+
+    def of_units(drawn: list[np.ndarray]) -> float:
+        return float(statistic([units.mean(axis=0) for units in drawn]))
+
+    return resampled(of_units, strata, over, value)
 
 
 def mean_of(values: Sequence[float] | np.ndarray, over: str) -> Estimate:
     """The mean of one number per seed, run, draw or layer."""
-    return resampled(lambda means: float(means[0]), [np.asarray(values, float)], over)
+    return of_means(lambda means: means[0], [np.asarray(values, float)], over)
 
 
 def headline(rows: pd.DataFrame) -> pd.DataFrame:
@@ -126,8 +112,8 @@ def items(rows: pd.DataFrame, variant: str, where: str, metric: str | None = Non
 def _paired(rows: pd.DataFrame, variants: Sequence[str], where: str | Sequence[str], metric: str | None) -> tuple:
     """(strata, strata with doubt, what they are over): of each name in `where` an array [n_items, n_variants].
 
-    Right and wrong answers get doubt: two made-up items for each pair of variants, that only the one and only the other
-    has right, so that no agreement on a few questions is taken for certain (Bonett and Price 2012, Agresti and Min 2005).
+    Right and wrong answers get doubt: made-up items, one for each variant that it alone has right, so that no agreement
+    on a few questions is taken for certain (Bonett and Price 2012, Agresti and Min 2005).
     Where rows have a column "cluster" (a document, a prompt), clusters are drawn instead of items.
     """
     strata = []
@@ -137,7 +123,9 @@ def _paired(rows: pd.DataFrame, variants: Sequence[str], where: str | Sequence[s
         columns = [items(rows, variant, name, metric)["value"] for variant in variants]
         stratum = pd.concat(columns, axis=1, join="inner").to_numpy(float)
         if any(len(column) != len(stratum) for column in columns):
-            raise ValueError(f"{', '.join(variants)} were measured on other items of {name!r}; measure them in one call")
+            raise ValueError(
+                f"{', '.join(variants)} were measured on other items of {name!r}; measure them in one call"
+            )
         part = rows[rows["where"] == name]
         over = "samples" if "nats" in set(part["metric"]) else over
         if "cluster" in rows:
@@ -145,7 +133,8 @@ def _paired(rows: pd.DataFrame, variants: Sequence[str], where: str | Sequence[s
             sums = pd.DataFrame(stratum).groupby(cluster).sum().to_numpy()
             stratum = sums * len(sums) / len(stratum)  # their mean is that of the items
         strata.append(stratum)
-        made_up = np.eye(len(variants)) if len(variants) > 1 and np.isin(stratum, (0, 1)).all() else stratum[:0]
+        has_doubt = len(set(variants)) == len(variants) > 1 and np.isin(stratum, (0, 1)).all()
+        made_up = np.eye(len(variants)) if has_doubt else stratum[:0]
         doubtful.append(np.concatenate([stratum, made_up]))
     return strata, doubtful, over
 
@@ -163,9 +152,9 @@ def combined(
     """
     strata, doubtful, over = _paired(rows, variants, where, metric)
     value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
-    estimate = resampled(statistic, doubtful, over, value)
-    n = sum(map(len, strata))
-    return Estimate(value, estimate.low, estimate.high, n, over, "paired bootstrap" if len(variants) > 1 else "bootstrap")
+    estimate = of_means(statistic, doubtful, over, value)
+    method = "paired bootstrap" if len(variants) > 1 else "bootstrap"
+    return Estimate(value, estimate.low, estimate.high, sum(map(len, strata)), over, method)
 
 
 def difference(
@@ -176,7 +165,11 @@ def difference(
     where: a text, task or set of questions, or several: then the mean of their means. metric: None for the headline's;
     "choice" moves long before accuracy does.
     """
-    return combined(lambda means: float(np.mean([m[0] - m[1] for m in means])), rows, [variant, baseline], where, metric)
+
+    def mean_difference(means: list[np.ndarray]) -> float:
+        return float(np.mean([mean[0] - mean[1] for mean in means]))
+
+    return combined(mean_difference, rows, [variant, baseline], where, metric)
 
 
 def kept(
@@ -217,7 +210,7 @@ def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, whe
         with np.errstate(divide="ignore", invalid="ignore"):
             return float(np.mean([lost / most for lost, most in means]))
 
-    return resampled(statistic, strata, "samples")
+    return of_means(statistic, strata, "samples")
 
 
 def speed_ratio(rounds: pd.DataFrame, variant: str, baseline: str, column: str = "seconds") -> Estimate:
@@ -269,7 +262,7 @@ def gamma_gap(
         return gamma(average[2], average[0], speedup[0]) - gamma(average[2], average[1], speedup[1])
 
     value = float(statistic([stratum.mean(axis=0) for stratum in [*strata, seconds]]))
-    estimate = resampled(statistic, [*doubtful, seconds], f"{over} and rounds", value)
+    estimate = of_means(statistic, [*doubtful, seconds], f"{over} and rounds", value)
     n = sum(map(len, strata))
     return Estimate(value, estimate.low, estimate.high, n, estimate.over, "paired bootstrap")
 

@@ -12,9 +12,10 @@ import pandas as pd
 from ..files import write_atomic
 from ..speed.geometry import GEOMETRIES
 from . import style
+from .estimate import Estimate
 from .paper import claim, record_claim, verdict
 from .paper import table as printed_table
-from .statistics import Estimate, gamma, headline
+from .statistics import gamma, headline
 
 NAMES = {
     "model": "Model",

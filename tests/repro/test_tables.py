@@ -15,6 +15,7 @@ from tiny import random_ids, tiny
 import llmdrop
 from llmdrop.compress.variant import Variant
 from llmdrop.repro import paper, tables
+from llmdrop.repro.estimate import Estimate
 from llmdrop.repro.quality import quality
 
 
@@ -138,18 +139,45 @@ def test_guessing():
     assert tables.near_guessing(tables.by_variant(many)) == ["boolq"]
 
 
-def test_compare_and_record_worst(tmp_path):
+def test_compare():
     table = pd.DataFrame({"avg": [50.0, 45.0], "avg_stderr": [3.0, 4.0]}, index=["Baseline", "Attn-8"])
     assert tables.compare(table, "avg", "Baseline", "Attn-8") == (5, 5)
     assert tables.compare(table, "avg", "Attn-8") == (45, 4)
     assert np.isnan(tables.compare(table, "avg", "Attn-8", "MLP-8")).all()
-    ids = ["tab01-attn8-keeps-95", "tab01-mlp8-below-95", "tab01-speedup-attn8"]  # >= 95, < 95, > 1
-    values = {"a": (99, 90, np.nan), "b": (96, 93, np.nan)}
-    found = [(id, model, value, 1.0) for model, row in values.items() for id, value in zip(ids, row, strict=True)]
-    tables.record_worst(tmp_path, found, "a test")
-    claims = paper.joined_claims(tmp_path).set_index("id").loc[ids]
-    assert list(claims["measured"][:2]) == [96, 93] and list(claims["verdict"]) == ["holds", "holds", "not run"]
-    assert list(claims["detail"][:2]) == ["b: a test"] * 2
+
+
+def test_the_worst_model_is_recorded(tmp_path):
+    def estimate(value, width, over="questions"):
+        return Estimate(value, value - width, value + width, 100, over, "paired bootstrap")
+
+    results = [
+        ("tab01-attn8-keeps-95", "a", estimate(99, 1)),  # above 95
+        ("tab01-attn8-keeps-95", "b", estimate(97, 1)),
+        ("tab01-mlp8-below-95", "a", estimate(90, 9)),  # below 95: less, and not decided
+        ("tab01-mlp8-below-95", "b", estimate(93, 1)),
+        ("tab07-close-at-4-reverse", "a", estimate(0.01, 0.02, "samples")),  # within 0.05
+        ("tab07-close-at-4-reverse", "b", estimate(-0.2, 0.02, "samples")),
+        ("tab01-speedup-attn8", "a", None),
+        ("tab01-speedup-attn8", "b", estimate(1.1, 0.05, "rounds")),
+        ("tab03-speedup-half", "a", None),
+    ]
+    tables.record_worst(tmp_path, results, "a test")
+    claims = paper.joined_claims(tmp_path).set_index("id")
+    assert claims["verdict"].to_dict() == {
+        "tab01-attn8-keeps-95": "holds",
+        "tab01-mlp8-below-95": "undecided",
+        "tab07-close-at-4-reverse": "differs",
+        "tab01-speedup-attn8": "holds",
+        "tab03-speedup-half": "not run",
+    }
+    assert claims["detail"].to_dict() == {
+        "tab01-attn8-keeps-95": "b: a test",
+        "tab01-mlp8-below-95": "a: a test",
+        "tab07-close-at-4-reverse": "b: a test",
+        "tab01-speedup-attn8": "b: a test",
+        "tab03-speedup-half": "a test",
+    }
+    assert claims.loc["tab01-attn8-keeps-95", "value"] == 97
 
 
 @pytest.mark.parametrize("fmt", ["markdown", "latex", "csv"])

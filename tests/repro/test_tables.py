@@ -84,6 +84,20 @@ def test_by_variant():
     assert np.isclose(with_speed.loc["Attn-8", "gamma_stderr"], np.hypot(error, base_error) / 10)
 
 
+def test_against_baseline():
+    table = tables.against_baseline(measured()).set_index(["variant", "panel"])
+    assert list(table.loc["Attn-8"].index) == ["xsum", "ppl_ratio", "piqa", "boolq", "percent"]
+    ratio = table.loc[("Attn-8", "ppl_ratio")]
+    assert ratio["value"] == pytest.approx(np.exp(1.1)) and ratio["low"] < ratio["value"] < ratio["high"]
+    assert table.loc[("Attn-8", "xsum")].tolist() == ratio.tolist()  # the only text
+    assert table.loc[("Attn-8", "piqa"), "value"] == 40
+    assert table.loc[("Attn-8", "percent"), "value"] == pytest.approx(100 * 45 / 55)
+    assert table.loc[("Baseline", "ppl_ratio")].tolist() == [1, 1, 1]
+    texts = measured().query("metric == 'nats'")
+    assert set(tables.against_baseline(texts)["panel"]) == {"xsum", "ppl_ratio"}
+    assert np.isnan(tables.random_guess(tables.by_variant(texts), [], 1000)["percent"])
+
+
 def test_by_variant_takes_texts_or_tasks_alone():
     rows = measured()
     assert list(tables.by_variant(rows[rows["metric"] != "nats"])) == list(tables.by_variant(rows))[:4] + [
@@ -137,6 +151,30 @@ def test_guessing():
         [right("Baseline", "piqa", "acc", [1, 1, 1, 0] * 50), right("Baseline", "boolq", "acc", [1, 0] * 50)]
     )
     assert tables.near_guessing(tables.by_variant(many)) == ["boolq"]
+
+
+def test_with_intervals():
+    rounds = pd.DataFrame(
+        {"variant": ["Baseline", "Attn-8"] * 3, "round": [0, 0, 1, 1, 2, 2], "seconds": [2.2, 2, 1.1, 1, 3.4, 3]}
+    )
+    table = tables.with_intervals(measured(), ["xsum"], ["piqa", "boolq"], rounds)
+    whole = table.loc["Baseline"]
+    assert whole["nats"] == whole["nats_low"] == whole["nats_high"] == 0 and whole["speedup"] == 1
+    row = table.loc["Attn-8"]
+    assert np.isclose(row["nats"], 1.1) and np.isclose(row["avg"], 45)
+    assert np.isclose(row["speedup"], np.prod([1.1, 1.1, 3.4 / 3]) ** (1 / 3))
+    for column in ("nats", "avg", "speedup"):
+        assert row[f"{column}_low"] < row[column] < row[f"{column}_high"]
+    assert list(tables.with_intervals(measured(), tasks=["piqa"])) == ["avg", "avg_low", "avg_high"]
+    with pytest.raises(ValueError, match="seconds of every round"):
+        tables.with_intervals(measured(), rounds=rounds.query("variant == 'Baseline'"))
+
+
+def test_cells_with_intervals():
+    df = pd.DataFrame({"nats": [0.452, 0.0], "nats_low": [0.41, 0.0], "nats_high": [0.49, 0.0], "low": [1.0, 2.0]})
+    rows = tables.format_table(df).splitlines()
+    assert rows[0] == "| Nats lost | low |" and rows[2:] == ["| 0.45 [0.41, 0.49] | 1.0 |", "| 0.00 | 2.0 |"]
+    assert tables.format_table(df, "csv").splitlines()[1] == "0.452,0.41,0.49,1.0"
 
 
 def test_compare():

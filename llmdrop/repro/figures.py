@@ -164,14 +164,14 @@ def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
 def plot_drop_curves(
     df: pd.DataFrame, ax: Axes, ylabel: str, chance: float | None = None, log: bool = False, legend: bool = True
 ) -> None:
-    """Figures 5 and 8: a measurement against the number of dropped modules, one curve a method.
+    """Figures 5 and 8: a measurement against the number of what is dropped, one curve a method.
 
-    df: method (any name that `style.name` knows), n_dropped, value. Optional: stderr (a band), source ("paper" rows
-    become hollow markers), step ("attn" or "mlp": what a Joint step dropped, drawn as a square or a star). Rows of
-    method "Baseline" give the dashed baseline, `chance` the dotted line of random guessing.
+    df: method (any name that `style.name` knows), n_dropped, value. Optional: low and high (a band), source (rows of
+    "paper" become hollow markers), step ("attn" or "mlp": what a Joint step dropped, drawn as a square or a star). Rows
+    of method "Baseline" give the dashed baseline, `chance` the dotted line of random guessing.
     """
     _need(df, "plot_drop_curves", "method", "n_dropped", "value")
-    df = df.reindex(columns=["method", "n_dropped", "value", "stderr", "source", "step"])
+    df = df.reindex(columns=["method", "n_dropped", "value", "low", "high", "source", "step"])
     df["method"] = pd.Categorical(df["method"].map(style.name), list(style.METHODS))
     published = df[df["source"] == "paper"]
     measured = df[df["source"] != "paper"]
@@ -186,7 +186,7 @@ def plot_drop_curves(
         if len(rows):
             if len(baseline) and rows["n_dropped"].min() > 0:  # nothing dropped is where every curve starts
                 rows = pd.concat([baseline.assign(n_dropped=0), rows])
-            _curve(ax, rows, method, log)
+            _curve(ax, rows, method)
         printed = published[published["method"] == method]
         hollow = {"linestyle": "", "markerfacecolor": "white", "zorder": 3, "label": "_"}
         ax.plot(printed["n_dropped"], printed["value"], **look | hollow)
@@ -195,19 +195,20 @@ def plot_drop_curves(
     if log:
         ax.set_yscale("log")
         plain_log_ticks(ax.yaxis)
-    ax.set(xlabel="Dropped modules", ylabel=ylabel)
+    ax.set(xlabel="Number dropped", ylabel=ylabel)
     ax.xaxis.set_major_locator(_whole())
     if legend:
         _legend_above(ax, 3)
 
 
-def _curve(ax: Axes, rows: pd.DataFrame, method: str, log: bool) -> None:
+def _curve(ax: Axes, rows: pd.DataFrame, method: str) -> None:
     """One curve of `plot_drop_curves` with its band; where rows have steps, those are its markers."""
     look = style.method(method)
     if rows["step"].notna().any():
         look["marker"] = ""
     ax.plot(rows["n_dropped"], rows["value"], label=method, markevery=max(1, len(rows) // 16), **look)
-    _band(ax, rows["n_dropped"], rows["value"], rows["stderr"], look["color"], log)
+    if rows["low"].notna().any():
+        ax.fill_between(rows["n_dropped"], rows["low"], rows["high"], color=look["color"], alpha=0.16, linewidth=0)
     for kind, marker, size in (("attn", "s", 3.2), ("mlp", "*", 6)):
         steps = rows[rows["step"] == kind]
         if len(steps):

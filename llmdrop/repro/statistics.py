@@ -165,11 +165,28 @@ def difference(
     where: a text, task or set of questions, or several: then the mean of their means. metric: None for the headline's;
     "choice" moves long before accuracy does.
     """
+    return differences(rows, [(variant, baseline)], where, metric=metric)
 
-    def mean_difference(means: list[np.ndarray]) -> float:
-        return float(np.mean([mean[0] - mean[1] for mean in means]))
 
-    return combined(mean_difference, rows, [variant, baseline], where, metric)
+def differences(
+    rows: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    where: str | Sequence[str],
+    reduce: Callable[[np.ndarray], float] = np.mean,
+    metric: str | None = None,
+) -> Estimate:
+    """One number of the `difference` of several pairs (variant, baseline): of one method less another at many sizes.
+
+    reduce: their mean, or np.max, np.min.
+    """
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    variants, baselines = np.transpose([[names.index(name) for name in pair] for pair in pairs])
+
+    def statistic(means: list[np.ndarray]) -> float:
+        of_all = np.mean(means, axis=0)
+        return float(reduce(of_all[variants] - of_all[baselines]))
+
+    return combined(statistic, rows, names, where, metric)
 
 
 def kept(

@@ -70,6 +70,15 @@ def test_difference_is_paired():
     assert np.isfinite(alone.value) and np.isnan([alone.low, alone.high, alone.stderr]).all()
 
 
+def test_differences_of_several_pairs():
+    pairs = [("cosine", "whole"), ("better", "whole")]
+    mean = statistics.differences(losses(), pairs, ["news", "code"])
+    assert mean.value == pytest.approx(0.15, abs=1e-9)  # the noise of the two is opposite
+    assert mean.low == pytest.approx(0.15, abs=1e-9) and mean.n == 80 and mean.over == "samples"
+    largest = statistics.differences(losses(), pairs, ["news", "code"], reduce=np.max)
+    assert largest == statistics.difference(losses(), "cosine", "whole", ["news", "code"])
+
+
 def test_the_interval_of_a_mean_is_students():
     rows = losses()
     values = statistics.items(rows, "cosine", "news")["value"] - statistics.items(rows, "whole", "news")["value"]

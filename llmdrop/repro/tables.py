@@ -209,13 +209,6 @@ def random_guess(table: pd.DataFrame, tasks: Iterable[str], vocabulary: int) -> 
     return CHANCE | guess | {"ppl_ratio": vocabulary / baseline["perplexity"]}
 
 
-def near_guessing(table: pd.DataFrame) -> list[str]:
-    """Benchmarks on which even the baseline, the first row from `by_variant`, is not two errors above CHANCE."""
-    baseline = table.iloc[0]
-    tasks = [column for column in table if column in CHANCE]
-    return [task for task in tasks if baseline[task] - 2 * baseline[f"{task}_stderr"] < CHANCE[task]]
-
-
 def record_worst(
     out_dir: str | os.PathLike, results: Iterable[tuple[str, str, Estimate | None]], detail: str = ""
 ) -> None:

@@ -146,11 +146,6 @@ def test_guessing():
     guess = tables.random_guess(table, ["piqa", "mmlu"], vocabulary=1000)
     assert guess["piqa"] == 50 and guess["mmlu"] == 25 and guess["avg"] == 37.5
     assert np.isclose(guess["percent"], 100 * 37.5 / 55) and np.isclose(guess["ppl_ratio"], 1000 / np.exp(3.05))
-    assert tables.near_guessing(table) == ["piqa", "boolq"]  # 60 and 50 % of five and four questions
-    many = pd.concat(
-        [right("Baseline", "piqa", "acc", [1, 1, 1, 0] * 50), right("Baseline", "boolq", "acc", [1, 0] * 50)]
-    )
-    assert tables.near_guessing(tables.by_variant(many)) == ["boolq"]
 
 
 def test_with_intervals():

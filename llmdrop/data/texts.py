@@ -32,11 +32,12 @@ def _instruction(row: dict) -> str:
 
 HELD_OUT = ("xsum", "boolq", "narrativeqa", "stdlib")  # news, encyclopedia, plots, code
 HELD_OUT_SHARE = 4  # one document of so many
+OPENING = 24  # characters: documents that open alike are on one side
 
 
 def is_held_out(document: str) -> bool:
     """Whether a document is kept for measuring: by its text alone, so that it is so in every source and order."""
-    return hashlib.sha256(document.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    return hashlib.sha256(document[:OPENING].encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 @dataclass(frozen=True)

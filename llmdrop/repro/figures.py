@@ -251,7 +251,8 @@ def plot_bars(
 ) -> None:
     """Figure 9: bars in groups, with error bars and their values.
 
-    df: the columns named by `x` and `hue`, value, optionally stderr. Order is that of appearance.
+    df: the columns named by `x` and `hue`, value, optionally stderr, or the interval's ends low and high. Order is that
+    of appearance.
     """
     _need(df, "plot_bars", x, hue, "value")
     groups = list(df[x].unique())
@@ -264,7 +265,10 @@ def plot_bars(
         rows = df[df[hue] == name]
         left = rows[x].map(groups.index) + (i - (len(hues) - 1) / 2) * width
         look = {"color": _bar_color(name, i), "label": name, "error_kw": {"lw": 0.7}}
-        bars = ax.bar(left, rows["value"], 0.92 * width, yerr=rows.get("stderr"), **look)
+        error = rows.get("stderr")
+        if "low" in rows:
+            error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        bars = ax.bar(left, rows["value"], 0.92 * width, yerr=error, **look)
         ax.bar_label(bars, fmt=f"%.{decimals}f", padding=0.5, fontsize=6)
     ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
@@ -308,8 +312,8 @@ def plot_percent(
 ) -> None:
     """Percent against layers, a line a method with 95 % intervals, side by side; the base model's, and its interval.
 
-    base: a row of `statistics.against`, lines: rows of it with `layers`, by name. apart: layers between two methods'
-    markers.
+    base: a row of `statistics.against`, lines: rows of it with `layers`, by a name that `style.contender` knows. apart:
+    layers between two methods' markers.
     """
     look = style.method("Baseline") | {"marker": "", "lw": 0.8}
     ax.axhline(100 * base["value"], label=label, **look)
@@ -317,9 +321,7 @@ def plot_percent(
     for k, (name, rows) in enumerate(lines.items()):
         x = rows["layers"] + apart * (k - (len(lines) - 1) / 2)
         error = [100 * (rows["value"] - rows["low"]), 100 * (rows["high"] - rows["value"])]
-        color = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")[k % 4]
-        marker = "osv^"[k % 4]
-        ax.errorbar(x, 100 * rows["value"], error, fmt=f"{marker}-", color=color, capsize=1.5, ms=3, label=name)
+        ax.errorbar(x, 100 * rows["value"], error, capsize=1.5, ms=3, label=name, **style.contender(name))
     ax.set_xticks(sorted({n for rows in lines.values() for n in rows["layers"]}))
 
 

@@ -323,8 +323,8 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
     """Table 12: percent right by examples a label, their mean, facts found; a row a variant, the last for guessing.
 
     rows: task ("retrieval" or the name of the labels), variant, item, tokens, right, and for labels shots. chance:
-    percent by guessing, by task. Columns: method, "1: 0.3k" (examples a label: tokens) ..., avg with its error over
-    queries, found with its error over facts, in the contexts that every variant was given.
+    percent by guessing, by task. Columns: method, "1: 0.3k" (examples a label: tokens) ..., avg with its interval over
+    queries, and found, with Wilson's interval (_low, _high), in the contexts that every variant was given.
     """
     labels = rows[rows["task"] != "retrieval"]
     facts = rows[rows["task"] == "retrieval"]
@@ -332,13 +332,15 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
     table = 100 * labels.groupby(["variant", "shots"], sort=False)["right"].mean().unstack()
     table.columns = [f"{shots:.0f}: {n / 1000:.1f}k" for shots, n in tokens.items()]
     guessing = dict.fromkeys([*table, "avg"], chance[labels["task"].iloc[0]]) | {"found": chance["retrieval"]}
-    by_query = 100 * labels.groupby(["variant", "item"], sort=False)["right"].mean().unstack("variant")
-    table["avg"] = by_query.mean()
-    table["avg_stderr"] = by_query.sem()
+    by_query = 100 * labels.groupby(["variant", "item"], sort=False)["right"].mean()
+    for variant, values in by_query.groupby("variant", sort=False):
+        average = mean_of(values, "questions")
+        table.loc[variant, ["avg", "avg_low", "avg_high"]] = average.value, average.low, average.high
     asked_of_all = facts.groupby("tokens")["variant"].transform("nunique") == len(table)
     found = shares(facts[asked_of_all], "variant").set_index("variant")
     table["found"] = found["value"]
-    table["found_stderr"] = (found["high"] - found["low"]) / 3.92  # from Wilson's interval: never 0 ± 0
+    table["found_low"] = found["low"]
+    table["found_high"] = found["high"]
     return pd.concat([table, pd.DataFrame(guessing, index=["Guessing"])]).rename_axis("method").reset_index()
 
 

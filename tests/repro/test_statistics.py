@@ -262,12 +262,14 @@ def test_context_table():
     )
     table = statistics.context_table(rows, {"kinds": 12.5, "retrieval": 6.25}).set_index("method")
     assert list(table.index) == ["Baseline", "MLP-8", "Guessing"]
-    assert list(table) == ["1: 0.3k", "2: 0.9k", "avg", "avg_stderr", "found", "found_stderr"]
+    intervals = [f"{column}{end}" for column in ("avg", "found") for end in ("", "_low", "_high")]
+    assert list(table) == ["1: 0.3k", "2: 0.9k", *intervals]
     assert table.loc["Baseline", ["1: 0.3k", "2: 0.9k", "avg", "found"]].tolist() == [50, 75, 62.5, 100]
     assert table.loc["MLP-8", ["1: 0.3k", "2: 0.9k", "avg", "found"]].tolist() == [0, 25, 12.5, 25]
     assert table.loc["Guessing", ["1: 0.3k", "avg", "found"]].tolist() == [12.5, 12.5, 6.25]
-    assert table.loc["Baseline", "avg_stderr"] == pytest.approx(pd.Series([100, 100, 50, 0]).sem())
-    assert table.loc["Baseline", "found_stderr"] > 0  # all of four found is not all for sure
+    average = statistics.mean_of([100, 100, 50, 0], "questions")
+    assert table.loc["Baseline", ["avg_low", "avg_high"]].tolist() == pytest.approx([average.low, average.high])
+    assert table.loc["Baseline", "found_low"] < 60  # all of four found is not all for sure
 
 
 def answers(n: int = 48) -> pd.DataFrame:

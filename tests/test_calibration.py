@@ -30,7 +30,13 @@ class Tokenizer:
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
+def whole_texts(monkeypatch):
+    """Nothing held out: how text is cut is seen on texts of a few documents, that all open alike."""
+    monkeypatch.setattr("llmdrop.data.texts.is_held_out", lambda document: False)
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch, whole_texts):
     """Writes documents of consecutive, never repeated ids as the source "toy"; returns the writer."""
     monkeypatch.setitem(SOURCES, "toy", Documents("toy/set", None, "train", "numbers"))
 
@@ -181,13 +187,13 @@ def written(tmp_path, kind: str):
     return DOCUMENTS if kind == "list" else (text for text in DOCUMENTS)
 
 
+@pytest.mark.usefixtures("whole_texts")
 @pytest.mark.parametrize("kind", [".jsonl", "path of a .jsonl", "dataset", "list", "generator"])
 def test_other_sources_are_cut_as_named_ones(kind, tmp_path, monkeypatch):
     file = tmp_path / "toy/set/default/train.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
     monkeypatch.setitem(SOURCES, "toy", Documents("toy/set", None, "train", "numbers"))
-    monkeypatch.setattr("llmdrop.data.texts.is_held_out", lambda document: False)  # only named sources keep some back
     for settings_ in ({}, {"seed": 3}, {"skip": 2}):
         named = load_calibration("toy", Tokenizer(), 5, 10, data_dir=tmp_path, **settings_)
         made = load_calibration(written(tmp_path, kind), Tokenizer(), 5, 10, **settings_)

@@ -36,7 +36,7 @@ ITEMS = [  # of the paper: key, title, the notebook that makes it, once it is wr
     ("fig09", "One-shot and iterative dropping", "fig09_one_shot_iterative"),
     ("fig10", "How many calibration samples the scores need", "fig10_sample_size"),
     ("fig11", "The order in which layers are dropped, further models", "fig06_11_dropping_order"),
-    ("fig12", "GSM8K against dropped attention layers, base and math-tuned models", "fig12_gsm8k"),
+    ("fig12", "Arithmetic in written answers against dropped attention layers", "fig12_gsm8k"),
     ("tab01", "Dropping blocks, MLP or attention layers: Llama-2-13B and Mistral-7B", "tab01_03_drop_modules"),
     ("tab02", "Dropping attention layers: Llama-3", "tab01_03_drop_modules"),
     ("tab03", "Dropping modules: Llama-2-70B", "tab01_03_drop_modules"),

@@ -22,6 +22,7 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
 from ..plan import DropPlan
 from . import style
+from .estimate import NORMAL_QUANTILE
 from .statistics import shares
 from .tables import write_output
 
@@ -127,16 +128,15 @@ def plot_over_training(
 
 
 def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> None:
-    """Validation loss of each run against training tokens, with its standard error, and the losses it has to beat.
+    """Validation loss of each run against training tokens, and the losses it has to beat.
 
-    df: run, tokens, valid_loss, valid_stderr, optionally train_loss. baselines: {name: loss}.
+    df: run, tokens, valid_loss, optionally train_loss. baselines: {name: loss}.
     """
-    _need(df, "plot_losses", "run", "tokens", "valid_loss", "valid_stderr")
+    _need(df, "plot_losses", "run", "tokens", "valid_loss")
     for _, rows in df.groupby("run", sort=False):
         if "train_loss" in rows:
             ax.plot(rows["tokens"], rows["train_loss"], ":", color="#7F7F7F", lw=0.9, label="Training")
         ax.plot(rows["tokens"], rows["valid_loss"], "o-", color="black", ms=2.5, lw=0.9, label="Validation")
-        _band(ax, rows["tokens"], rows["valid_loss"], rows["valid_stderr"], "black")
     _training_axis(ax, df["tokens"])
     for name, loss in baselines.items():
         ax.axhline(loss, color="0.35", lw=0.8, ls=(0, (4, 2)))
@@ -146,7 +146,7 @@ def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> N
 
 
 def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
-    """Importance against depth, on a log axis, one line a kind, its band a standard error.
+    """Importance against depth, on a log axis, one line a kind, its band a 95 % interval (normal).
 
     df: kind, layer, score, stderr.
     """
@@ -154,7 +154,9 @@ def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
     for kind, rows in _by_kind(df).items():
         look = style.method(kind)
         ax.plot(rows["layer"], rows["score"], label=style.KINDS[kind], **look)
-        _band(ax, rows["layer"], rows["score"], rows["stderr"], look["color"], log=True)
+        factor = np.exp(NORMAL_QUANTILE * rows["stderr"] / rows["score"])  # as wide below as above: never down to zero
+        band = {"color": look["color"], "alpha": 0.16, "linewidth": 0}
+        ax.fill_between(rows["layer"], rows["score"] / factor, rows["score"] * factor, **band)
     ax.set(xlabel="Layer", ylabel="Importance (1 − cosine)", yscale="log")
     ax.xaxis.set_major_locator(_whole())
     plain_log_ticks(ax.yaxis)
@@ -443,14 +445,6 @@ def _whole_ticks(layers: pd.Index) -> tuple[np.ndarray, list[int]]:
     ticks = _whole().tick_values(layers[0] - 0.5, layers[-1] + 0.5)
     labels = [int(tick) for tick in ticks if layers[0] <= tick <= layers[-1]]
     return np.array(labels) - layers[0] + 0.5, labels
-
-
-def _band(ax: Axes, x: pd.Series, y: pd.Series, stderr: pd.Series, color: str, log: bool = False) -> None:
-    """One standard error to each side; on a log axis as wide below as above, so that it never reaches zero."""
-    if stderr.notna().any():
-        factor = np.exp(stderr / y)
-        low, high = (y / factor, y * factor) if log else (y - stderr, y + stderr)
-        ax.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
 
 
 def _training_axis(ax: Axes, tokens: pd.Series) -> None:

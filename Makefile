@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  PROFILE=smoke|embedded|beyond|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
+	@echo "  PROFILE=smoke|embedded|full|beyond|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
@@ -53,12 +53,13 @@ OVERRIDES = --set 'MODEL=$(MODEL)' --set 'DEVICE=$(DEVICE)' --set 'DATA_DIR=$(DA
 PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
-PACKAGED := $(filter smoke embedded beyond,$(PROFILE))
+PACKAGED := $(filter smoke embedded full beyond,$(PROFILE))
 OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(PACKAGED),HF_HUB_OFFLINE=1))
-# Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use).
+# Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use);
+# one where speed is timed by the paper's protocol, alone on the machine.
 GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(and $(PACKAGED),$(filter-out 1,$(CORES))),2,1))
+JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(and $(filter-out full,$(PACKAGED)),$(filter-out 1,$(CORES))),2,1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
 # The notebooks are made by a second make, so that one failing neither stops the others nor the report.
@@ -85,7 +86,7 @@ $(NAMES:%=$(DONE)/%.params.json):
 smoke: ## reproduce with a few samples each, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
-report: $(STAMP) ## figures/PROFILE/index.html and claims.csv from what has been run
+report: $(STAMP) ## figures/PROFILE/index.html, claims.csv and figures/index.html from what has been run
 	@$(REPORT)
 
 drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [COMPENSATE=1] OUT=directory: score, drop, save, check

@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = llmdrop.Store(folder if args.fresh else None)
         models = (args.model or p["MODEL"]).split(",")
-        rows, facts = speedups.measure_models(store, models, p["DTYPE"], p["DEVICE"], **settings)
+        rows, _, facts = speedups.measure_models(store, models, p["DTYPE"], p["DEVICE"], **settings)
     print(f"{facts['device']}, {p['DTYPE']}, torch {facts['torch']}, threads {facts['threads']}")
     print(f"{rows['bandwidth'].max() / 1e9:.3g} GB/s, {rows['rate'].max() / 1e12:.3g} TFLOP/s measured\n")
     columns = ["model", "decoding", "batch", "method", "status", "speedup", "limit", "ratio", "spread"]

@@ -2,11 +2,11 @@
 
 Called by `make report` and at the end of `make reproduce`: report.py <profile.yaml> <executed notebooks> <figures>.
 Reads what `save_figure`, `save_table` and `record_claim` left in <figures>, renders the executed notebooks beside it,
-and depends on nothing else: the same inputs give the same bytes.
+and depends on nothing else: the same inputs give the same bytes. Then puts all profiles together, in index.html and
+README.md one folder up: ten claims with the best evidence there is, the figures, all claims.
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -29,14 +29,14 @@ ITEMS = [  # of the paper: key, title, the notebook that makes it, once it is wr
     ("fig02", "Importance of blocks, for four calibration sets", "fig02_03_importance"),
     ("fig03", "Importance of MLP and attention layers, for four calibration sets", "fig02_03_importance"),
     ("fig04", "Layer Drop, schematic", "fig01_04_schematics"),
-    ("fig05", "Accuracy against the number of dropped modules", "fig05_drop_curves"),
+    ("fig05", "Quality against the number of dropped layers", "fig05_drop_curves"),
     ("fig06", "The order in which layers are dropped", "fig06_11_dropping_order"),
-    ("fig07", "Importance throughout training, MAP-Neo-7B checkpoints", "fig07_checkpoints"),
+    ("fig07", "Importance throughout training", "fig07_checkpoints"),
     ("fig08", "Joint Layer Drop", "fig08_joint"),
     ("fig09", "One-shot and iterative dropping", "fig09_one_shot_iterative"),
     ("fig10", "How many calibration samples the scores need", "fig10_sample_size"),
     ("fig11", "The order in which layers are dropped, further models", "fig06_11_dropping_order"),
-    ("fig12", "GSM8K against dropped attention layers, base and math-tuned models", "fig12_gsm8k"),
+    ("fig12", "Arithmetic in written answers against dropped attention layers", "fig12_gsm8k"),
     ("tab01", "Dropping blocks, MLP or attention layers: Llama-2-13B and Mistral-7B", "tab01_03_drop_modules"),
     ("tab02", "Dropping attention layers: Llama-3", "tab01_03_drop_modules"),
     ("tab03", "Dropping modules: Llama-2-70B", "tab01_03_drop_modules"),
@@ -50,11 +50,18 @@ ITEMS = [  # of the paper: key, title, the notebook that makes it, once it is wr
     ("tab11", "With quantization", "tab11_quantization"),
     ("tab12", "Long contexts", "tab12_long_context"),
 ]
+HEADLINES = [  # the ten claims that the page of all profiles begins with
+    "tab01-attn8-above-mlp8", "tab01-attn8-above-block8", "tab01-attn8-keeps-95", "tab03-half-of-attn",
+    "tab03-speedup-half", "fig03-attn-below-mlp", "fig06-deep-first-attn", "tab06-residual-attn",
+    "tab03-speed-one-gpu", "beyond-third-as-timed",
+]  # fmt: skip
+# whose evidence counts first: the paper's own models, then all questions, then what anyone can run
+PROFILES = ("paper", "geometry", "pretrain", "full", "beyond", "embedded")
 
 
 def label(key: str) -> str:
-    """"fig05" -> "Figure 5"."""
-    return f"{'Figure' if key.startswith('fig') else 'Table'} {int(key[3:])}"
+    """"fig05", "fig05-attn-flat" -> "Figure 5"."""
+    return f"{'Figure' if key.startswith('fig') else 'Table'} {int(key[3:5])}"
 
 
 def maker(key: str, notebook: str, written: set[str]) -> str:
@@ -69,22 +76,36 @@ def heading(notebook: Path) -> str:
     return found[1] if found else notebook.stem.replace("_", " ").capitalize()
 
 
-def measured_text(claim: dict) -> str:
-    """"0.757 ± 0.021": the error with two digits, the number with as many decimals."""
-    value, error = claim["measured"], claim["error"]
-    if not _real(value):
-        return "not run"
-    if not _real(error):
-        return f"{value:.4g}".replace("-", "−")
-    decimals = min(max(0, 1 - math.floor(math.log10(error))), 6) if error > 0 else 0 if value == round(value) else 4
-    return f"{value:.{decimals}f}\u00a0±\u00a0{error:.{decimals}f}".replace("-", "−")
+def tally(rows: list[dict]) -> str:
+    """"3 hold, 1 undecided"."""
+    counts = [(sum(row["verdict"] == verdict for row in rows), verdict) for verdict in paper.VERDICTS]
+    plural = {"holds": "hold", "differs": "differ"}
+    return ", ".join(f"{n} {verdict if n == 1 else plural.get(verdict, verdict)}" for n, verdict in counts if n)
 
 
-def undecided(claim: dict) -> bool:
-    """Whether the limit of the claim is within two standard errors of what was measured."""
-    limit = re.match(r"[<>]=?\s*(-?[\d.]+)", claim["tolerance"])
-    known = limit and _real(claim["measured"]) and _real(claim["error"]) and claim["error"] > 0
-    return bool(known and abs(claim["measured"] - float(limit[1])) < 2 * claim["error"])
+def as_shown(claims: pd.DataFrame) -> list[dict]:
+    """Claims as pages show them, with their numbers as text."""
+    rows = []
+    for row in claims.to_dict("records"):
+        n = None if pd.isna(row["n"]) else row["n"]
+        rows.append(row | dict(text=paper.estimate_text(row), holds_if=paper.limit_text(row), n=n))
+    return rows
+
+
+def by_kind(claims: pd.DataFrame, notebooks: Path) -> list[dict]:
+    """Kind by kind, folded by figure."""
+    order = {key: k for k, (key, _, _) in enumerate(ITEMS)}
+    kinds = []
+    for kind, title in paper.KINDS.items():
+        folds = {}
+        rows = as_shown(claims[claims["kind"] == kind])
+        for row in sorted(rows, key=lambda row: order.get(owner(row["id"]), len(order))):
+            title_of_notebook = heading(notebooks / f"{row['notebook']}.ipynb").split(": ")[-1].capitalize()
+            folds.setdefault(label(row["id"]) if owner(row["id"]) else title_of_notebook, []).append(row)
+        if folds:
+            shown = [dict(name=name, rows=rows, tally=tally(rows)) for name, rows in folds.items()]
+            kinds.append(dict(title=title, folds=shown, tally=tally([row for rows in folds.values() for row in rows])))
+    return kinds
 
 
 def impersonal(text: str) -> str:
@@ -110,6 +131,8 @@ def read_output(figures: Path, stem: str) -> dict:
     if "md" in file:  # the formatted table: digits, errors and published rows as the notebook chose them
         table = markdown2html((figures / f"{stem}.md").read_text().strip().removeprefix(caption))
         table = re.sub(r"<tr>(?=(?:(?!</tr>).)*▽)", '<tr class="low">', table, flags=re.DOTALL)  # gray, as in the paper
+        if re.search(r"<th[^>]*>Model</th>\s*<th[^>]*>Method</th>", table):  # the model alone names no row
+            table = table.replace("<table", '<table class="two"', 1)
     elif "png" not in file and "csv" in file:
         table = pd.read_csv(figures / f"{stem}.csv").to_html(index=False, border=0, float_format="{:.4g}".format)
     details = [
@@ -190,7 +213,6 @@ def build(profile_file: Path, done: Path, figures: Path) -> Path:
 
     claims = paper.joined_claims(figures)
     claims.to_csv(figures / "claims.csv", index=False, lineterminator="\n")
-    shown = [row | dict(text=measured_text(row), undecided=undecided(row)) for row in claims.to_dict("records")]
 
     outputs = {p.stem: read_output(figures, p.stem) for p in sorted(figures.glob("*.csv")) if p.stem != "claims"}
     items = []
@@ -215,17 +237,55 @@ def build(profile_file: Path, done: Path, figures: Path) -> Path:
     others = [other for other in profiles if (figures.parent / other / "index.html").is_file()]
     index = template.render(
         page=None, title=f"llmdrop · {name}", about=profile.get("about", ""),
-        claims=shown, never_run=not outputs, counts=claims["verdict"].value_counts().to_dict(), errata=paper.ERRATA,
-        paper=paper.PAPER, items=items, beyond=beyond, others=others,
+        kinds=by_kind(claims, profile_file.parent.parent), never_run=not outputs, errata=paper.ERRATA,
+        counts=claims["verdict"].value_counts().to_dict(), paper=paper.PAPER, items=items, beyond=beyond, others=others,
         notebooks=notebooks, written=written, label=label, gpu=gpu_steps(figures), **pages,
     )  # fmt: skip
     (figures / "index.html").write_text(index)
     return figures / "index.html"
 
 
-def _real(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+def best_evidence(figures: Path) -> pd.DataFrame:
+    """Every claim once, from the first of PROFILES that decides it, else that has any evidence; profile "" for none."""
+    frames = [paper.joined_claims(figures / name).assign(profile=name) for name in PROFILES]
+    claims = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    claims.loc[claims["verdict"] == "not run", "profile"] = ""
+    rank = claims["verdict"].map({"holds": 0, "differs": 0, "undecided": 1, "not run": 3})
+    for_anyone = "PROFILE=" + claims["profiles"].str.split().str[0] + " "  # the command to name where nothing was run
+    rank -= [command in needed for command, needed in zip(for_anyone, claims["needed"], strict=True)]
+    best = claims.loc[rank.sort_values(kind="stable").index].drop_duplicates("id").set_index("id", drop=False)
+    return best.loc[[id for id in paper.claims()["id"] if id in best.index]]
+
+
+def overview(profiles: Path, figures: Path) -> Path:
+    """Write <figures>/index.html and README.md, all profiles put together; returns the path of the index."""
+    notebooks = profiles.parent
+    best = best_evidence(figures)
+    made = [name for name in reversed(PROFILES) if (figures / name / "index.html").is_file()]
+    about = {name: yaml.safe_load((profiles / f"{name}.yaml").read_text())["about"] for name in made}
+    drawn = []  # every figure from the profile nearest to the paper that drew it
+    for key, title, _ in ITEMS:
+        for name in [name for name in PROFILES if name in made]:
+            stems = [file.stem for file in sorted((figures / name).glob("*.png")) if owner(file.stem) == key]
+            if stems:
+                outputs = [read_output(figures / name, stem) | dict(profile=name) for stem in stems]
+                drawn.append(dict(key=key, label=label(key), title=title, profile=name, outputs=outputs))
+                break
+    shown = dict(
+        title="llmdrop: all profiles", headlines=as_shown(best.loc[HEADLINES]), kinds=by_kind(best, notebooks),
+        made=about, drawn=drawn, paper=paper.PAPER, counts=best["verdict"].value_counts().to_dict(),
+    )  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        autoescape=lambda name: name.endswith("html.j2"),
+    )  # fmt: skip
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    (figures / "README.md").write_text(environment.get_template("overview.md.j2").render(shown))
+    (figures / "index.html").write_text(environment.get_template("overview.html.j2").render(shown))
+    return figures / "index.html"
 
 
 if __name__ == "__main__":
-    print(build(*map(Path, sys.argv[1:])))
+    profile_file, executed, figures = map(Path, sys.argv[1:])
+    print(build(profile_file, executed, figures))
+    print(overview(profile_file.parent, figures.parent))

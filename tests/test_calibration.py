@@ -34,7 +34,13 @@ class Tokenizer:
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
+def whole_texts(monkeypatch):
+    """Nothing held out: how text is cut is seen on texts of a few documents, that all open alike."""
+    monkeypatch.setattr("llmdrop.data.texts.is_held_out", lambda document: False)
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch, whole_texts):
     """Writes documents of consecutive, never repeated ids as the source "toy"; returns the writer."""
     monkeypatch.setitem(SOURCES, "toy", Documents("toy/set", None, "train", "numbers"))
 
@@ -185,6 +191,7 @@ def written(tmp_path, kind: str):
     return DOCUMENTS if kind == "list" else (text for text in DOCUMENTS)
 
 
+@pytest.mark.usefixtures("whole_texts")
 @pytest.mark.parametrize("kind", [".jsonl", "path of a .jsonl", "dataset", "list", "generator"])
 def test_other_sources_are_cut_as_named_ones(kind, tmp_path, monkeypatch):
     file = tmp_path / "toy/set/default/train.jsonl"

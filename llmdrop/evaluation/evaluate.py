@@ -13,9 +13,9 @@ from ..anatomy import unwrapped
 from ..plan import DropPlan
 from ..prune import eval_mode
 from .sweep import whole_plans
-from .tasks import FEWSHOT_SEED, Data, Shots, load_tasks, pool, quiet, right_choice
+from .tasks import FEWSHOT_SEED, Data, Shots, load_tasks, pool, quiet, right_choice, subset
 
-VERSION = 1  # raised when the numbers change
+VERSION = 2  # raised when the numbers change
 
 
 def evaluate(
@@ -27,16 +27,18 @@ def evaluate(
     num_fewshot: Shots = None,
     batch_size: int = 8,
     progress: bool = True,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Evaluate one model with lm-eval's own task definitions, in process.
 
-    Returns tidy rows: task, metric, value, stderr, n (questions), num_fewshot, version (of the task). limit: the first
-    so many questions of each task (of each subject for MMLU), None for all. data_dir: a mirror, None for packaged data
+    Returns tidy rows: task, metric, value, stderr, n (questions), num_fewshot, version (of the task). limit: so many
+    questions of each task (of each subject for MMLU), a random choice that seed fixes and a larger limit extends; None
+    for all. data_dir: a mirror, None for packaged data
     (else the hub), "hub". num_fewshot: one number, or a number by task; None is lm-eval's default. Raises ValueError
     for unknown tasks, FileNotFoundError for missing data.
     """
     plans = {"": DropPlan()}
-    rows = evaluate_sweep(model, tokenizer, plans, tasks, limit, data_dir, num_fewshot, batch_size, progress)
+    rows = evaluate_sweep(model, tokenizer, plans, tasks, limit, data_dir, num_fewshot, batch_size, progress, seed)
     return rows.drop(columns="plan")
 
 
@@ -50,6 +52,7 @@ def evaluate_sweep(
     num_fewshot: Shots = None,
     batch_size: int = 8,
     progress: bool = True,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """`evaluate` for many plans of one model, sharing all that they have in common (see `llmdrop.evaluation.sweep`).
 
@@ -59,7 +62,7 @@ def evaluate_sweep(
     if not tasks:
         raise ValueError("no tasks to evaluate; give at least one")
     rows = []
-    run = _run(model, tokenizer, plans, tasks, limit, data_dir, num_fewshot, batch_size, progress)
+    run = _run(model, tokenizer, plans, tasks, limit, data_dir, num_fewshot, batch_size, progress, seed)
     for lm, parts, results in run:
         rows += [{"plan": lm.current, "task": lm.label} | row for row in _rows(results, parts)]
     return pd.DataFrame(rows)
@@ -75,6 +78,7 @@ def ask(
     num_fewshot: Shots = None,
     batch_size: int = 8,
     progress: bool = True,
+    seed: int = 0,
 ) -> list[list[dict]]:
     """What every plan of a model makes of every question of a task: all that its metrics are made of.
 
@@ -89,7 +93,7 @@ def ask(
         gold            index of the right choice; None where there is no choice
     """
     named = {str(k): plan for k, plan in enumerate(plans)}
-    run = _run(model, tokenizer, named, [task], limit, data_dir, num_fewshot, batch_size, progress)
+    run = _run(model, tokenizer, named, [task], limit, data_dir, num_fewshot, batch_size, progress, seed)
     return [
         [record for part in parts for record in _records(lm, part, parts[part], results["samples"][part])]
         for lm, parts, results in run
@@ -97,7 +101,7 @@ def ask(
 
 
 def _run(
-    model, tokenizer, plans: Mapping[str, DropPlan], tasks, limit, data_dir, num_fewshot, batch_size, progress
+    model, tokenizer, plans: Mapping[str, DropPlan], tasks, limit, data_dir, num_fewshot, batch_size, progress, seed
 ) -> Iterator[tuple]:
     """(`SweepLM`, parts of the task lm.label, what `lm_eval.evaluate` gives for the plan lm.current), one by one."""
     if limit is not None and (isinstance(limit, bool) or limit < 1):
@@ -118,12 +122,15 @@ def _run(
         for name, parts in loaded.items():
             with quiet():
                 lm = SweepLM(model, tokenizer, plans, batch_size, progress, name)
+            samples = None
+            if limit is not None:
+                samples = {part: subset(part, len(task.eval_docs), limit, seed) for part, task in parts.items()}
             for plan in plans:
                 lm.current = plan
                 for task in parts.values():  # every plan gets the same examples, as if it were alone
                     task.set_fewshot_seed(FEWSHOT_SEED)
                 with quiet():  # standard errors are by formula or 100 bootstrap rounds
-                    results = lm_evaluate(lm, parts, limit=limit, bootstrap_iters=100, log_samples=True)
+                    results = lm_evaluate(lm, parts, samples=samples, bootstrap_iters=100, log_samples=True)
                 yield lm, parts, results
 
 

@@ -17,6 +17,8 @@ from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..checkpoints.extras import import_extra
 from ..data.mirror import split_file
 from ..data.rows import jsonl_file, read_rows
@@ -132,6 +134,16 @@ def right_choice(task: "ConfigurableTask", doc: dict) -> int | None:
     if isinstance(answer, str):
         return choices.index(answer) if answer in choices else None
     return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
+
+
+def subset(name: str, n: int, limit: int | None, seed: int = 0) -> list[int]:
+    """Numbers of the questions that a limit takes of the n of a task's part, in order: a random choice, fixed by seed.
+
+    Those of a smaller limit are among those of a larger one; another part draws its own. None: all.
+    """
+    state = hashlib.sha256(f"{name} {seed}".encode()).digest()
+    order = np.random.default_rng(list(state)).permutation(n)
+    return sorted(order[:limit].tolist())
 
 
 def unread(name: str, data_dir: Data = None) -> float:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..evaluation.tasks import Data, Shots, load_tasks
-from .statistics import headline
+from ..evaluation.tasks import Data, Shots, load_tasks, unread
+from .statistics import above_unread, headline
 
 
 def limit_per_part(task: str, limit: int | None, data_dir: Data = None) -> int | None:
@@ -17,6 +17,14 @@ def limit_per_part(task: str, limit: int | None, data_dir: Data = None) -> int |
         return limit
     n_parts = len(load_tasks([task], data_dir, num_fewshot=0)[task])
     return max(2, limit // n_parts)
+
+
+def above_guessing(rows: pd.DataFrame, baseline: str, tasks: Sequence[str], data_dir: Data = None) -> list[str]:
+    """The tasks that the whole model answers better than could be done without reading the questions.
+
+    That is, where the 95 % interval of its chance-corrected accuracy is above 0. The others are shown, never judged.
+    """
+    return [task for task in tasks if above_unread(rows, baseline, task, unread(task, data_dir)).low > 0]
 
 
 def settings(

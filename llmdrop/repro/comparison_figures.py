@@ -7,25 +7,32 @@ import pandas as pd
 from matplotlib.axes import Axes
 from torch import nn
 
-from .comparisons import BASELINE, percent
+from . import style
+from .comparisons import BASELINE
 from .figures import plain_log_ticks, plot_percent
 from .selectors import Contender
+from .statistics import items, wilson
 
-MARKERS = "osv^DPX*<>"
+MARKERS = "osv^"  # of what changes, in `plot_stability`
 AT_A_TIME = (1, 2, 4, 8, 16, 32, 64)  # sequences
 
 
 def looks(table: pd.DataFrame) -> dict[tuple[str, str], dict]:
-    """{(choice, setting): label, color, marker} of every method of `losses`, in its order."""
-    by_method = {}
-    for k, (choice, setting) in enumerate(table[["choice", "setting"]].drop_duplicates().itertuples(index=False)):
-        marker = MARKERS[k % len(MARKERS)]
-        by_method[choice, setting] = {"label": f"{choice}: {setting}", "color": f"C{k}", "marker": marker}
+    """{(choice, setting): label, color, marker} of every method of `losses`, in its order.
+
+    The same in every figure. Hollow: windows at the second number of sequences for which they are as fast.
+    """
+    by_method: dict[tuple[str, str], dict] = {}
+    for choice, setting in table[["choice", "setting"]].drop_duplicates().itertuples(index=False):
+        look = style.contender(f"{choice}: {setting}") | {"label": f"{choice}: {setting}"}
+        if any(look["color"] == other["color"] for other in by_method.values()):
+            look["mfc"] = "white"
+        by_method[choice, setting] = look
     return by_method
 
 
 def plot_losses(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
-    """Nats lost, and the share left of the paper's loss with its interval, against layers dropped; from `losses`.
+    """Nats lost, and the share left of the paper's loss, with 95 % intervals, against layers dropped; from `losses`.
 
     axes: two. A line a method; the dotted line is a third.
     """
@@ -33,7 +40,8 @@ def plot_losses(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
     for k, ((choice, setting), look) in enumerate(methods.items()):
         part = table[(table["choice"] == choice) & (table["setting"] == setting)]
         beside = part["n"] + 0.25 * (k - (len(methods) - 1) / 2)  # or intervals would cover each other
-        axes[0].plot(part["n"] if len(part) > 1 else beside, part["lost"], **look)
+        error = [part["lost"] - part["lost_low"], part["lost_high"] - part["lost"]]
+        axes[0].errorbar(part["n"] if len(part) > 1 else beside, part["lost"], error, **look)
         error = [part["left"] - part["low"], part["high"] - part["left"]]
         axes[1].errorbar(beside, part["left"], error, linestyle="", **look)
     axes[1].axhline(1 / 3, color="black", lw=0.7, ls=":")
@@ -66,8 +74,8 @@ def plot_leaderboard(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
     smallest = table[table["n"] == counts[0]].groupby("row")
     names = list(smallest[["lost", "reconstructed"]].mean().min(axis=1).sort_values().index)
     series = {
-        "lost": {"label": "as dropped", "color": "#0072B2"},
-        "reconstructed": {"label": "reconstructed", "color": "#D55E00", "mfc": "white"},
+        "lost": {"label": "as dropped", "color": "black"},
+        "reconstructed": {"label": "reconstructed", "color": "black", "mfc": "white"},
     }
     for ax, n in zip(axes, counts, strict=False):
         for column, look in series.items():
@@ -115,20 +123,21 @@ def plot_trade_offs(
     """Four panels: nats lost, the share left of the paper's loss, facts found, predicted speedup by sequences.
 
     rows: from `quality`; table: from `trade_offs`, of the same contenders. context: {set of questions: tokens of their
-    context}. The last two panels show the smallest n, of several kinds of "as fast" the first. speed: settings of
-    `predict_speed`.
+    context}. With 95 % intervals, of facts Wilson's. The last two panels show the smallest n, of several kinds of "as
+    fast" the first. speed: settings of `predict_speed`.
     """
     plot_losses(table, axes[:2])
     for ax in axes[:2]:
         ax.set_xlabel("As fast as without n layers")
     n = int(table["n"].min())
     settings = list(dict.fromkeys(table["setting"]))[:2]  # that of the paper's method, and the first "as fast"
-    axes[2].plot(context.values(), percent(rows, BASELINE, context), color="0.6", label="whole model")
+    whole = {"color": "0.6", "label": "whole model"}
+    axes[2].errorbar(context.values(), *_facts(rows, BASELINE, context), lw=0.8, **whole)
     for contender in contenders:
         if contender.n != n or contender.setting not in settings:
             continue
         look = looks(table)[contender.choice, contender.setting]
-        axes[2].plot(context.values(), percent(rows, contender.name, context), **look)
+        axes[2].errorbar(context.values(), *_facts(rows, contender.name, context), lw=0.8, **look)
         speedups = [contender.variant.predicted_speedup(model, **speed | {"batch_size": b}) for b in AT_A_TIME]
         axes[3].plot(AT_A_TIME, speedups, **look)
     axes[2].set(xlabel="Tokens of context", ylabel=f"Facts found (%), n = {n}", ylim=(-2, 102))
@@ -137,11 +146,22 @@ def plot_trade_offs(
     axes[3].minorticks_off()
 
 
+def _facts(rows: pd.DataFrame, variant: str, where: Iterable[str]) -> tuple[list[float], list[list[float]]]:
+    """(Percent right of each set of questions; how far Wilson's interval reaches below and above)."""
+    shares = []
+    for name in where:
+        right = items(rows, variant, name)["value"]
+        shares.append(wilson(right.sum(), len(right)).times(100))
+    below = [share.value - share.low for share in shares]
+    above = [share.high - share.value for share in shares]
+    return [share.value for share in shares], [below, above]
+
+
 def plot_frontier(table: pd.DataFrame, axes: Sequence[Axes], labels: Mapping[str, str]) -> None:
     """Nats lost against several costs: one line a method through its sizes, intervals, and the frontier in gray.
 
-    table: from `frontier`, with the columns that are keys of labels. labels: {column: axis label}, one Axes each;
-    columns whose name ends in "speedup" are better when larger, others when smaller.
+    table: from `frontier`, with the columns that are keys of labels, and perhaps <column>_low and _high. labels:
+    {column: axis label}, one Axes each; columns whose name ends in "speedup" are better when larger, others smaller.
     """
     methods = list(dict.fromkeys(table["method"]))
     for ax, (column, label) in zip(axes, labels.items(), strict=True):
@@ -149,13 +169,12 @@ def plot_frontier(table: pd.DataFrame, axes: Sequence[Axes], labels: Mapping[str
         best_first = best_first.sort_values([column, "lost"], ascending=[not column.endswith("speedup"), True])
         unbeaten = best_first[best_first["lost"] == best_first["lost"].cummin()]
         ax.step(unbeaten[column], unbeaten["lost"], where="post", color="0.75", lw=3, zorder=0)
-        for k, method in enumerate(methods):
+        for method in methods:
             part = table[table["method"] == method].sort_values("lost")
-            error = [part["lost"] - part["lost_low"], part["lost_high"] - part["lost"]]
-            look = {"color": f"C{k % 6}", "marker": MARKERS[k % len(MARKERS)], "label": method}
-            if k > 5:
-                look["mfc"] = "white"
-            ax.errorbar(part[column], part["lost"], yerr=error, lw=0.7, ms=3.5, **look)
+            errors = {"yerr": [part["lost"] - part["lost_low"], part["lost_high"] - part["lost"]]}
+            if f"{column}_low" in part:
+                errors["xerr"] = [part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]]
+            ax.errorbar(part[column], part["lost"], **errors, lw=0.7, ms=3.5, label=method, **style.contender(method))
         ax.set(xlabel=label, yscale="log")
         plain_log_ticks(ax.yaxis)
 

@@ -14,8 +14,9 @@ from torch import nn
 from ..compress.search import Sublayer, agreement
 from ..compress.shortened_llama import removed
 from ..compress.variant import Variant
+from .estimate import UNKNOWN, Estimate
 from .selectors import Contender
-from .statistics import UNKNOWN, Estimate, difference, items, remaining_loss
+from .statistics import combined, difference, items, mean_of, remaining_loss, speed_ratio
 
 BASELINE = "Baseline"  # the whole model
 PAPER = "cosine"  # the selector of the paper's method, which puts nothing in place of what it drops
@@ -41,7 +42,7 @@ def losses(rows: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:
     """What every contender loses on the texts: one row each.
 
     Columns: choice, setting, n; left, low, high (the share of the paper's loss at n that it leaves, with its interval);
-    lost_<text> and their mean, lost (nats per token more than the whole model's).
+    lost_<text> and their mean, lost, with its interval (_low, _high): nats per token more than the whole model's.
     """
     paper = papers(contenders)
     texts = texts_of(rows)
@@ -51,7 +52,8 @@ def losses(rows: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:
         lost = {f"lost_{text}": difference(rows, contender.name, BASELINE, text).value for text in texts}
         row = {"choice": contender.choice, "setting": contender.setting, "n": contender.n}
         row |= {"left": share.value, "low": share.low, "high": share.high}
-        table.append(row | lost | {"lost": np.mean(list(lost.values()))})
+        of_all = difference(rows, contender.name, BASELINE, texts)
+        table.append(row | lost | {"lost": of_all.value, "lost_low": of_all.low, "lost_high": of_all.high})
     return pd.DataFrame(table)
 
 
@@ -61,8 +63,7 @@ def percent(rows: pd.DataFrame, variant: str, where: Iterable[str]) -> list[floa
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    interval = {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    return {name: estimate.value, f"{name}_stderr": estimate.stderr} | interval
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _sizes(variant: Variant) -> dict[str, int]:
@@ -76,7 +77,7 @@ def leaderboard(rows: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataF
 
     Columns: selector, n, plan, attn, mlp, passes (what choosing cost), overlap (share of the attention layers of the
     paper's method at n), and lost, against (lost, less what the paper's method lost) and reconstructed (lost, where
-    reconstructed): nats per token, mean over the texts, each with _stderr, _low and _high.
+    reconstructed): nats per token, mean over the texts, each with _low and _high.
     """
     paper = papers(contenders)
     texts = texts_of(rows)
@@ -102,7 +103,7 @@ def leaderboard_to_print(table: pd.DataFrame) -> pd.DataFrame:
     """`leaderboard` with one row a selector, best first: lost_<n>, against_<n>, reconstructed_<n>, overlap, passes.
 
     against: "less", "more" or "same" as what the paper's method lost, by the paired interval. overlap is that of the
-    smallest n, passes those of the largest. Random seeds become one row, their mean with its error over seeds.
+    smallest n, passes those of the largest. Random seeds become one row, their mean with its interval over seeds.
     """
     counts = sorted(set(table["n"]))
     numbers = table.drop(columns=["plan", "attn", "mlp"]).pivot(index="selector", columns="n")
@@ -111,7 +112,10 @@ def leaderboard_to_print(table: pd.DataFrame) -> pd.DataFrame:
     seeds = numbers[is_random]
     if len(seeds):
         average = seeds.mean()
-        average["lost_stderr"] = seeds["lost"].sem()
+        for n in counts:
+            over_seeds = mean_of(seeds["lost", n], "seeds")
+            average["lost_low", n] = over_seeds.low
+            average["lost_high", n] = over_seeds.high
         numbers = numbers[~is_random]
         numbers.loc[f"random, {len(seeds)} seeds"] = average
     columns = {}
@@ -122,7 +126,8 @@ def leaderboard_to_print(table: pd.DataFrame) -> pd.DataFrame:
                 verdicts = [numbers["against_high", n] < 0, numbers["against_low", n] > 0]
                 columns[f"against_{n}"] = np.select(verdicts, ["less", "more"], "same")
             else:
-                columns[f"{name}_{n}_stderr"] = numbers[f"{name}_stderr", n]
+                columns[f"{name}_{n}_low"] = numbers[f"{name}_low", n]
+                columns[f"{name}_{n}_high"] = numbers[f"{name}_high", n]
     columns["overlap"] = numbers["overlap", counts[0]]
     columns["passes"] = numbers["passes", counts[-1]]
     first = numbers[[("lost", counts[0]), ("reconstructed", counts[0])]]
@@ -160,23 +165,14 @@ def trade_offs(
     """`losses` with what the contenders answer and save, one row each.
 
     Adds plan (a label), attn, mlp, windowed (numbers of sublayers), the percent right of every set of questions and
-    task, more (how many points more of the questions, benchmarks apart, than the paper's method at n, paired, mean
-    over the sets) with half its interval (_stderr), and at_<b>: the speedup that `predict_speed` allows for b sequences
-    with the settings `speed`.
+    task, and at_<b>: the speedup that `predict_speed` allows for b sequences with the settings `speed`.
     """
-    paper = papers(contenders)
     variants = [contender.variant for contender in contenders]
-    answered = rows[rows["metric"] != "nats"]
-    questions = list(answered.loc[answered["metric"] == "match", "where"].unique())
-    tasks = [name for name in answered["where"].unique() if name not in questions]
     table = losses(rows, contenders)
     table["plan"] = [variant.label for variant in variants]
     table = table.join(pd.DataFrame(map(_sizes, variants)))
-    for name in [*questions, *tasks]:
+    for name in rows.loc[rows["metric"] != "nats", "where"].unique():
         table[name] = [percent(rows, contender.name, [name])[0] for contender in contenders]
-    more = [difference(rows, contender.name, paper[contender.n].name, questions) for contender in contenders]
-    table["more"] = [100 * estimate.value for estimate in more]
-    table["more_stderr"] = [100 * (estimate.high - estimate.low) / 2 for estimate in more]
     for b in sequences:
         settings = speed | {"batch_size": b}
         table[f"at_{b}"] = [variant.predicted_speedup(model, **settings) for variant in variants]
@@ -187,7 +183,7 @@ def frontier(model: nn.Module, rows: pd.DataFrame, contenders: Sequence[Contende
     """What every contender loses on the texts and what it saves, one row each.
 
     speed: settings of `predict_speed`. Columns: method, choice, setting, n, attn, mlp, windowed (numbers of sublayers),
-    lost with _low, _high and _stderr, predicted_speedup, kv (megabytes of the cache at the end, by prediction),
+    lost with _low and _high, predicted_speedup, kv (megabytes of the cache at the end, by prediction),
     parameters (millions).
     """
     texts = texts_of(rows)
@@ -205,30 +201,63 @@ def frontier(model: nn.Module, rows: pd.DataFrame, contenders: Sequence[Contende
     return pd.DataFrame(table)
 
 
-def measured_speed(speedups: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:
-    """What `timing.speedups` says of the contenders, one row each, to join their other columns.
+def frontier_gain(rows: pd.DataFrame, contenders: Sequence[Contender]) -> Estimate:
+    """How much less the best of the others loses than the best that puts nothing in place of what it drops.
 
-    Columns: speedup, prefill and decode (over the baseline that the speedups have), each with half its interval
-    (_stderr); kv, megabytes of the cache at the end.
+    The smallest over the sizes, in nats, mean over the texts; the best are found anew in every draw.
     """
-    rows = speedups.loc[[contender.name for contender in contenders]].reset_index(drop=True)
-    table = pd.DataFrame(index=rows.index)
-    for name, column in {"speedup": "speedup", "prefill": "prefill_speedup", "decode": "decode_speedup"}.items():
-        table[name] = rows[column]
-        table[f"{name}_stderr"] = (rows[f"{column}_high"] - rows[f"{column}_low"]) / 2
-    table["kv"] = rows["kv_bytes"] / 1e6
-    return table
+    names = [contender.name for contender in contenders]
+    counts = np.array([contender.n for contender in contenders])
+    is_plain = np.array([contender.setting == "none" for contender in contenders])
+
+    def statistic(means: list[np.ndarray]) -> float:
+        nats = np.mean(means, axis=0)
+        gains = [nats[is_plain & (counts == n)].min() - nats[~is_plain & (counts == n)].min() for n in set(counts)]
+        return float(min(gains))
+
+    return combined(statistic, rows, names, texts_of(rows))
 
 
-def remaining_as_timed(table: pd.DataFrame, counts: Iterable[int]) -> dict[int, float]:
-    """{n: share of the paper's loss at n that the best of the others leaves, of those measured to be as fast}.
+def measured_speed(rounds: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:
+    """What `timing` says of the contenders, one row each, to join their other columns.
 
-    table: from `trade_offs`, with a column speedup, as measured. 1 where no other is as fast.
+    Columns: speedup, prefill and decode over BASELINE, with their intervals over rounds (_low, _high); kv, megabytes of
+    the cache at the end.
     """
-    is_paper = table["choice"] == PAPER
-    shares = {}
-    for n in sorted(counts):
-        paper = table[is_paper & (table["n"] == n)].iloc[0]
-        as_fast = table.loc[~is_paper & (table["speedup"] >= paper["speedup"]), "lost"]
-        shares[n] = float(min(as_fast, default=paper["lost"]) / paper["lost"])
-    return shares
+    table = []
+    for contender in contenders:
+        row = {}
+        for name, column in {"speedup": "seconds", "prefill": "prefill_seconds", "decode": "decode_seconds"}.items():
+            row |= _columns(name, speed_ratio(rounds, contender.name, BASELINE, column))
+        row["kv"] = rounds.loc[rounds["variant"] == contender.name, "kv_bytes"].iloc[0] / 1e6
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def as_fast_as_timed(rounds: pd.DataFrame, contenders: Sequence[Contender], n: int) -> list[Contender]:
+    """Those that were surely faster here than the paper's method at n: the whole interval over rounds is above 1."""
+    paper = papers(contenders)[n]
+    others = [contender for contender in contenders if contender.n == n and contender is not paper]
+    return [other for other in others if speed_ratio(rounds, other.name, paper.name).low > 1]
+
+
+def remaining_as_timed(
+    rows: pd.DataFrame, rounds: pd.DataFrame, contenders: Sequence[Contender], counts: Iterable[int]
+) -> Estimate:
+    """The share of the paper's loss that the best of `as_fast_as_timed` leaves, the largest over counts.
+
+    Mean over the texts; the best are found anew in every draw. 1 where none is as fast.
+    """
+    paper = papers(contenders)
+    names = [BASELINE, *(contender.name for contender in contenders)]
+    of_paper = {n: names.index(paper[n].name) for n in counts}
+    as_fast = {n: [names.index(other.name) for other in as_fast_as_timed(rounds, contenders, n)] for n in counts}
+
+    def statistic(means: list[np.ndarray]) -> float:
+        left = []
+        for n, others in as_fast.items():
+            shares = np.mean([(nats - nats[0]) / (nats[of_paper[n]] - nats[0]) for nats in means], axis=0)
+            left.append(shares[others].min() if others else 1.0)
+        return float(max(left))
+
+    return combined(statistic, rows, names, texts_of(rows))

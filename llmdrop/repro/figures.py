@@ -22,6 +22,7 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
 from ..plan import DropPlan
 from . import style
+from .estimate import NORMAL_QUANTILE
 from .statistics import shares
 from .tables import write_output
 
@@ -127,16 +128,15 @@ def plot_over_training(
 
 
 def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> None:
-    """Validation loss of each run against training tokens, with its standard error, and the losses it has to beat.
+    """Validation loss of each run against training tokens, and the losses it has to beat.
 
-    df: run, tokens, valid_loss, valid_stderr, optionally train_loss. baselines: {name: loss}.
+    df: run, tokens, valid_loss, optionally train_loss. baselines: {name: loss}.
     """
-    _need(df, "plot_losses", "run", "tokens", "valid_loss", "valid_stderr")
+    _need(df, "plot_losses", "run", "tokens", "valid_loss")
     for _, rows in df.groupby("run", sort=False):
         if "train_loss" in rows:
             ax.plot(rows["tokens"], rows["train_loss"], ":", color="#7F7F7F", lw=0.9, label="Training")
         ax.plot(rows["tokens"], rows["valid_loss"], "o-", color="black", ms=2.5, lw=0.9, label="Validation")
-        _band(ax, rows["tokens"], rows["valid_loss"], rows["valid_stderr"], "black")
     _training_axis(ax, df["tokens"])
     for name, loss in baselines.items():
         ax.axhline(loss, color="0.35", lw=0.8, ls=(0, (4, 2)))
@@ -146,7 +146,7 @@ def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> N
 
 
 def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
-    """Importance against depth, on a log axis, one line a kind, its band a standard error.
+    """Importance against depth, on a log axis, one line a kind, its band a 95 % interval (normal).
 
     df: kind, layer, score, stderr.
     """
@@ -154,7 +154,9 @@ def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
     for kind, rows in _by_kind(df).items():
         look = style.method(kind)
         ax.plot(rows["layer"], rows["score"], label=style.KINDS[kind], **look)
-        _band(ax, rows["layer"], rows["score"], rows["stderr"], look["color"], log=True)
+        factor = np.exp(NORMAL_QUANTILE * rows["stderr"] / rows["score"])  # as wide below as above: never down to zero
+        band = {"color": look["color"], "alpha": 0.16, "linewidth": 0}
+        ax.fill_between(rows["layer"], rows["score"] / factor, rows["score"] * factor, **band)
     ax.set(xlabel="Layer", ylabel="Importance (1 − cosine)", yscale="log")
     ax.xaxis.set_major_locator(_whole())
     plain_log_ticks(ax.yaxis)
@@ -164,14 +166,14 @@ def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
 def plot_drop_curves(
     df: pd.DataFrame, ax: Axes, ylabel: str, chance: float | None = None, log: bool = False, legend: bool = True
 ) -> None:
-    """Figures 5 and 8: a measurement against the number of dropped modules, one curve a method.
+    """Figures 5 and 8: a measurement against the number of what is dropped, one curve a method.
 
-    df: method (any name that `style.name` knows), n_dropped, value. Optional: stderr (a band), source ("paper" rows
-    become hollow markers), step ("attn" or "mlp": what a Joint step dropped, drawn as a square or a star). Rows of
-    method "Baseline" give the dashed baseline, `chance` the dotted line of random guessing.
+    df: method (any name that `style.name` knows), n_dropped, value. Optional: low and high (a band), source (rows of
+    "paper" become hollow markers), step ("attn" or "mlp": what a Joint step dropped, drawn as a square or a star). Rows
+    of method "Baseline" give the dashed baseline, `chance` the dotted line of random guessing.
     """
     _need(df, "plot_drop_curves", "method", "n_dropped", "value")
-    df = df.reindex(columns=["method", "n_dropped", "value", "stderr", "source", "step"])
+    df = df.reindex(columns=["method", "n_dropped", "value", "low", "high", "source", "step"])
     df["method"] = pd.Categorical(df["method"].map(style.name), list(style.METHODS))
     published = df[df["source"] == "paper"]
     measured = df[df["source"] != "paper"]
@@ -186,7 +188,7 @@ def plot_drop_curves(
         if len(rows):
             if len(baseline) and rows["n_dropped"].min() > 0:  # nothing dropped is where every curve starts
                 rows = pd.concat([baseline.assign(n_dropped=0), rows])
-            _curve(ax, rows, method, log)
+            _curve(ax, rows, method)
         printed = published[published["method"] == method]
         hollow = {"linestyle": "", "markerfacecolor": "white", "zorder": 3, "label": "_"}
         ax.plot(printed["n_dropped"], printed["value"], **look | hollow)
@@ -195,19 +197,20 @@ def plot_drop_curves(
     if log:
         ax.set_yscale("log")
         plain_log_ticks(ax.yaxis)
-    ax.set(xlabel="Dropped modules", ylabel=ylabel)
+    ax.set(xlabel="Number dropped", ylabel=ylabel)
     ax.xaxis.set_major_locator(_whole())
     if legend:
         _legend_above(ax, 3)
 
 
-def _curve(ax: Axes, rows: pd.DataFrame, method: str, log: bool) -> None:
+def _curve(ax: Axes, rows: pd.DataFrame, method: str) -> None:
     """One curve of `plot_drop_curves` with its band; where rows have steps, those are its markers."""
     look = style.method(method)
     if rows["step"].notna().any():
         look["marker"] = ""
     ax.plot(rows["n_dropped"], rows["value"], label=method, markevery=max(1, len(rows) // 16), **look)
-    _band(ax, rows["n_dropped"], rows["value"], rows["stderr"], look["color"], log)
+    if rows["low"].notna().any():
+        ax.fill_between(rows["n_dropped"], rows["low"], rows["high"], color=look["color"], alpha=0.16, linewidth=0)
     for kind, marker, size in (("attn", "s", 3.2), ("mlp", "*", 6)):
         steps = rows[rows["step"] == kind]
         if len(steps):
@@ -250,7 +253,8 @@ def plot_bars(
 ) -> None:
     """Figure 9: bars in groups, with error bars and their values.
 
-    df: the columns named by `x` and `hue`, value, optionally stderr. Order is that of appearance.
+    df: the columns named by `x` and `hue`, value, optionally stderr, or the interval's ends low and high. Order is that
+    of appearance.
     """
     _need(df, "plot_bars", x, hue, "value")
     groups = list(df[x].unique())
@@ -263,7 +267,10 @@ def plot_bars(
         rows = df[df[hue] == name]
         left = rows[x].map(groups.index) + (i - (len(hues) - 1) / 2) * width
         look = {"color": _bar_color(name, i), "label": name, "error_kw": {"lw": 0.7}}
-        bars = ax.bar(left, rows["value"], 0.92 * width, yerr=rows.get("stderr"), **look)
+        error = rows.get("stderr")
+        if "low" in rows:
+            error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        bars = ax.bar(left, rows["value"], 0.92 * width, yerr=error, **look)
         ax.bar_label(bars, fmt=f"%.{decimals}f", padding=0.5, fontsize=6)
     ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
@@ -307,8 +314,8 @@ def plot_percent(
 ) -> None:
     """Percent against layers, a line a method with 95 % intervals, side by side; the base model's, and its interval.
 
-    base: a row of `statistics.against`, lines: rows of it with `layers`, by name. apart: layers between two methods'
-    markers.
+    base: a row of `statistics.against`, lines: rows of it with `layers`, by a name that `style.contender` knows. apart:
+    layers between two methods' markers.
     """
     look = style.method("Baseline") | {"marker": "", "lw": 0.8}
     ax.axhline(100 * base["value"], label=label, **look)
@@ -316,9 +323,7 @@ def plot_percent(
     for k, (name, rows) in enumerate(lines.items()):
         x = rows["layers"] + apart * (k - (len(lines) - 1) / 2)
         error = [100 * (rows["value"] - rows["low"]), 100 * (rows["high"] - rows["value"])]
-        color = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")[k % 4]
-        marker = "osv^"[k % 4]
-        ax.errorbar(x, 100 * rows["value"], error, fmt=f"{marker}-", color=color, capsize=1.5, ms=3, label=name)
+        ax.errorbar(x, 100 * rows["value"], error, capsize=1.5, ms=3, label=name, **style.contender(name))
     ax.set_xticks(sorted({n for rows in lines.values() for n in rows["layers"]}))
 
 
@@ -440,14 +445,6 @@ def _whole_ticks(layers: pd.Index) -> tuple[np.ndarray, list[int]]:
     ticks = _whole().tick_values(layers[0] - 0.5, layers[-1] + 0.5)
     labels = [int(tick) for tick in ticks if layers[0] <= tick <= layers[-1]]
     return np.array(labels) - layers[0] + 0.5, labels
-
-
-def _band(ax: Axes, x: pd.Series, y: pd.Series, stderr: pd.Series, color: str, log: bool = False) -> None:
-    """One standard error to each side; on a log axis as wide below as above, so that it never reaches zero."""
-    if stderr.notna().any():
-        factor = np.exp(stderr / y)
-        low, high = (y / factor, y * factor) if log else (y - stderr, y + stderr)
-        ax.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
 
 
 def _training_axis(ax: Axes, tokens: pd.Series) -> None:

@@ -54,13 +54,14 @@ def quality(
     num_fewshot: int | Mapping[str, int] | None = None,
     batch_size: int = 8,
     store: Store | None = None,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """What is left of `model` in every variant, on texts, benchmarks and questions: one row per item and metric.
 
     model: undropped. texts: held-out text by name; metric "nats", a sample's mean negative log-likelihood per token.
-    tasks: lm-eval's benchmarks, limit, data_dir and num_fewshot as of `llmdrop.evaluate`; metrics are lm-eval's own per
-    question ("acc", "acc_norm", "exact_match", ...) and `choice`. questions: prompts with answers; metric "match", 1
-    where greedy decoding writes the answer.
+    tasks: lm-eval's benchmarks, limit, seed, data_dir and num_fewshot as of `llmdrop.evaluate`; metrics are lm-eval's
+    own per question ("acc", "acc_norm", "exact_match", ...) and `choice`. questions: prompts with answers; metric
+    "match", 1 where greedy decoding writes the answer.
 
     Returns columns variant, where (a text, task or set of questions), metric, item (its number), value, n (tokens of a
     text sample, else 1). Items are the same for every variant, so that differences can be paired. Every variant and
@@ -102,7 +103,7 @@ def quality(
     for task in tasks:
 
         def answered(plans: Sequence[DropPlan], task=task) -> list[list[dict]]:
-            return ask(model, tokenizer, plans, task, limit, data_dir, shots.get(task), batch_size)
+            return ask(model, tokenizer, plans, task, limit, data_dir, shots.get(task), batch_size, seed=seed)
 
         key = (
             of_model
@@ -113,6 +114,7 @@ def quality(
                 "task": task,
                 "task_digest": task_digests[task],
                 "limit": limit,
+                "seed": None if limit is None else seed,
             }
         )
         slug = task if limit is None else f"{task}-{limit}"

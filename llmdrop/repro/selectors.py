@@ -128,7 +128,9 @@ class Chooser:
     """Chooses what to drop or to window in `model`; choices are stored, and made once.
 
     text: to score on, and to fit reconstructions on. search_text: a shorter one, on which dropped models are run;
-    long_text: to choose windows on (None: `text`). speed: settings of `predict_speed`, by which contenders are as fast.
+    long_text: to choose windows on (None: `text`). paper_text: what "cosine", the paper's method, scores on (None:
+    `text`), so that it is the same baseline everywhere. speed: settings of `predict_speed`, by which contenders are as
+    fast.
     """
 
     model: nn.Module
@@ -138,6 +140,7 @@ class Chooser:
     batch_size: int = 8
     speed: Mapping[str, object] = field(default_factory=dict)
     store: Store = field(default_factory=Store)
+    paper_text: Calibration | None = None
 
     @cached_property
     def reconstructions(self) -> dict[str, Reconstruction | None]:
@@ -188,14 +191,17 @@ class Chooser:
     def _by_scores(self, chosen_by: Selector, n: int) -> Choice:
         """A choice that follows from one scoring pass, or from none."""
         consecutive = chosen_by.target == "consecutive"
-        scores = self.store.score(self.model, self.text, self.batch_size, chosen_by.with_residual, gap=consecutive)
+        text = self.text
+        if chosen_by is SELECTORS["cosine"] and self.paper_text is not None:
+            text = self.paper_text
+        scores = self.store.score(self.model, text, self.batch_size, chosen_by.with_residual, gap=consecutive)
         if consecutive:
             order = plan_drop(scores, "consecutive", n).attn
         else:
             order = drop_order(scores, chosen_by.target, chosen_by.order)
         if chosen_by.target != "joint":  # whose order is of sublayers already
             order = [(kind, i) for i in order for kind in chosen_by.kinds]
-        return Choice(order, float(self.text.n_tokens) if chosen_by.reads_text else 0.0)
+        return Choice(order, float(text.n_tokens) if chosen_by.reads_text else 0.0)
 
     def seconds_saved(self, window: int | None = None) -> dict[str, float]:
         """What dropping one sublayer of each kind saves by prediction: {"attn": ..., "mlp": ...}.

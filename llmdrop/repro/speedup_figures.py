@@ -10,7 +10,7 @@ from .figures import plot_drop_curves
 
 
 def plot_speedups(df: pd.DataFrame, ax: Axes) -> None:
-    """Speedup against the number of dropped modules: limits as lines, published values hollow, measured ones filled.
+    """Speedup against the number of dropped layers: limits as lines, published values hollow, measured ones filled.
 
     df: method, n_dropped, value, source ("limit", "paper" or "measured"); measured rows may have low and high, the ends
     of their error bar, and decoding: eager ones, where there are others, are drawn small.
@@ -18,6 +18,7 @@ def plot_speedups(df: pd.DataFrame, ax: Axes) -> None:
     measured = df[(df["source"] == "measured") & (df["n_dropped"] > 0)].dropna(subset="value")
     others = df[(df["source"] == "limit") | ((df["source"] == "paper") & (df["n_dropped"] > 0))]
     plot_drop_curves(others, ax, "Speedup", legend=False)
+    ax.set_xlabel("Dropped layers")
     for line in ax.lines:
         if line.get_linestyle() != "None":
             line.set_marker("")

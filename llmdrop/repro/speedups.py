@@ -5,6 +5,7 @@ from functools import partial
 from itertools import product
 from types import MappingProxyType
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -26,8 +27,10 @@ from ..speed.roofline import (
     predict_speedups,
     sized_plans,
 )
+from .estimate import Estimate
 from .paper import table
 from .provenance import provenance, speed_key
+from .statistics import of_means, speed_ratio
 from .store import Store
 from .timing import speedups, timing
 
@@ -139,17 +142,23 @@ def speedup_grid(
 
 def measure_beside_limit(
     store: Store, model: nn.Module, labels: Iterable[str], rounds: int = 3, **settings
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measured speed of the rows named by `labels` beside what this machine's own bytes/s and FLOP/s allow.
 
-    settings: of `measure_speed`. Both measurements go through `store`. Returns one row per label: method, n_dropped,
-    the columns of `timing.speedups`; limit, limit_prefill, limit_decode (speedups predicted for this cache, batch and
-    context) and limit_seconds; ratio, measured over predicted speedup; bandwidth and rate, the machine's bytes/s and
-    FLOP/s as found by `measure_hardware`.
+    settings: of `measure_speed`. Both measurements go through `store`. Returns two frames. One row per label: method,
+    n_dropped, the columns of `timing.speedups`, but for speedup, the geometric mean over rounds, and its 95 % interval
+    speedup_low, speedup_high (see `statistics.speed_ratio`); limit, limit_prefill, limit_decode (speedups predicted for
+    this cache, batch and context) and limit_seconds; ratio, measured over predicted speedup; bandwidth and rate, the
+    machine's bytes/s and FLOP/s as found by `measure_hardware`. And a row per label and round, as from `timing`, with
+    its limit.
     """
     plans = sized_plans(model, labels)
     variants = {label: Variant(plan=plan) for label, plan in plans.items()}
-    measured = speedups(timing(model, variants, rounds=rounds, store=store, **settings))
+    timed = timing(model, variants, rounds=rounds, store=store, **settings)
+    measured = speedups(timed)
+    for label in measured.index[measured["speedup"].notna()]:
+        ratio = speed_ratio(timed, label, measured.index[0])
+        measured.loc[label, ["speedup", "speedup_low", "speedup_high"]] = ratio.value, ratio.low, ratio.high
     device = str(model.get_input_embeddings().weight.device)
     dtype = str(model.dtype).removeprefix("torch.")
     bandwidth, rate = store.get(
@@ -173,7 +182,25 @@ def measure_beside_limit(
     out["bandwidth"] = bandwidth
     out["rate"] = rate
     out.insert(1, "n_dropped", n_dropped(out["method"]))
-    return out
+    return out, timed.join(limit["limit"], on="variant")
+
+
+def least_of_limit(timed: pd.DataFrame) -> Estimate:
+    """The smallest measured speedup over the predicted one, with its interval over rounds.
+
+    timed: from `measure_models`; of each model and way of decoding the first variant is the baseline. What did not fit
+    is left out.
+    """
+    strata = []
+    for _, rows in timed.groupby(["model", "decoding"], sort=False):
+        seconds = np.log(rows.pivot(index="round", columns="variant", values="seconds")).dropna(axis=1)
+        baseline = rows["variant"].iloc[0]
+        limit = np.log(rows.groupby("variant")["limit"].first())
+        of_dropped = seconds.drop(columns=baseline)
+        strata.append((-of_dropped.sub(seconds[baseline], axis=0) - limit[of_dropped.columns]).to_numpy())
+    least = of_means(lambda means: float(min(ratios.min() for ratios in means)), strata, "rounds")
+    value, low, high = np.exp([least.value, least.low, least.high])
+    return Estimate(float(value), float(low), float(high), least.n, "rounds", "bootstrap of log-ratios by round")
 
 
 def measure_models(
@@ -186,16 +213,17 @@ def measure_models(
     decoding: str = "eager",
     rounds: int = 3,
     **settings,
-) -> tuple[pd.DataFrame, dict]:
-    """`measure_beside_limit` of several models, one after the other; (rows, provenance of the last model).
+) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """`measure_beside_limit` of several models, one after the other; (rows, rounds, provenance of the last model).
 
     names: of `load_model`, or keys of GEOMETRIES (random weights; 4-bit where the paper's are). A model that the paper
     prints speedups of is measured by its own rows, any other by those of Table 1, as far as its depth allows.
     batch_sizes: by name without revision; others 1. decoding, cache, settings: of `measure_speed`. Where decoding is
     not "eager", the baseline and the deepest Attention Drop are measured eagerly with a dynamic cache too. Columns in
-    front: model, decoding, batch.
+    front of the rows: model, decoding, batch; rounds have the first two as well.
     """
     frames = []
+    frames_of_rounds = []
     facts = {}
     for name in names:
         model = _load(name, dtype, device)
@@ -207,13 +235,15 @@ def measure_models(
             runs["eager"] = (["Baseline", *attn[-1:]], "dynamic")
         for how, (some, kind) in runs.items():
             options = settings | {"batch_size": batch, "cache": kind, "decoding": how}
-            frame = measure_beside_limit(store, model, some, rounds, **options)
+            frame, timed = measure_beside_limit(store, model, some, rounds, **options)
             frames.append(frame.assign(batch=batch, decoding=how, model=name))
+            frames_of_rounds.append(timed.assign(decoding=how, model=name))
         facts = provenance(model)
         del model  # the next one may not fit beside it
     out = pd.concat(frames, ignore_index=True)
     front = ["model", "decoding", "batch"]
-    return out[front + [column for column in out if column not in front]], facts
+    out = out[front + [column for column in out if column not in front]]
+    return out, pd.concat(frames_of_rounds, ignore_index=True), facts
 
 
 def _load(name: str, dtype: str, device: str) -> nn.Module:

@@ -1,36 +1,81 @@
-"""Estimates with 95 % intervals from what `quality` measured, item by item; resampling is scipy's.
+"""Estimates with 95 % intervals from what `quality` and `timing` measured, item by item; resampling is scipy's.
 
-Differences are paired: every variant read the same samples and answered the same questions.
+Differences are paired: every variant read the same samples, answered the same questions and ran in the same rounds.
+Every interval is that of `resampled`. `tests/repro/test_coverage.py` simulates data with a known truth.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .estimate import Estimate
+
 RESAMPLES = 2000
 DRAWS_AT_A_TIME = 4_000_000  # item numbers in memory, 32 MB
+MOST_UNDEFINED = 0.05  # share of the resamples in which a statistic may be undefined (γ without a speedup)
 # of the metrics of one text, task or set of questions, the one that is shown: the first that is there
 HEADLINE_METRICS = ("nats", "acc_norm", "acc", "exact_match", "exact_match,strict-match", "match")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval; NaN where it is not known."""
+def resampled(
+    statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
+) -> Estimate:
+    """A statistic with its interval: Student's t around it, with the standard error of a bootstrap.
 
-    value: float
-    low: float
-    high: float
+    strata: arrays [n_units, ...], each drawn on its own with replacement: the samples of each text, the questions of
+    each task, the rounds. statistic: of the list of the drawn arrays. value: where it is not the statistic of these
+    strata. Percentiles of a bootstrap are too narrow below twenty units and end at the extremes of three; its standard
+    error is low by sqrt((n - 1) / n), which is put right by the smallest stratum, and a skewed one makes the interval
+    wider. NaN for a stratum of one unit, and where the statistic is undefined in more than MOST_UNDEFINED of the draws.
+    """
+    strata = [np.asarray(stratum, float) for stratum in strata]
+    sizes = [len(stratum) for stratum in strata]
+    if value is None:
+        value = float(statistic(strata))
+    if min(sizes) < 2:
+        return Estimate(value, np.nan, np.nan, sum(sizes), over)
 
-    @property
-    def stderr(self) -> float:
-        """The standard error of a normal distribution with an interval as wide."""
-        return (self.high - self.low) / (2 * stats.norm.ppf(0.975))
+    def of_drawn(*numbers: np.ndarray, axis: int) -> np.ndarray:
+        of_draws = [of_stratum.astype(int).reshape(-1, of_stratum.shape[axis]) for of_stratum in numbers]
+        found = [
+            statistic([stratum[units] for stratum, units in zip(strata, draw, strict=True)])
+            for draw in zip(*of_draws, strict=True)
+        ]
+        return np.reshape(found, numbers[0].shape[:-1])
+
+    numbers = [np.arange(size) for size in sizes]
+    options = {"n_resamples": RESAMPLES, "batch": max(1, DRAWS_AT_A_TIME // sum(sizes)), "vectorized": True}
+    with warnings.catch_warnings():  # of a statistic that is undefined in some draws
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(numbers, of_drawn, **options, method="percentile", rng=np.random.default_rng(0))
+    defined = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
+    if len(defined) < (1 - MOST_UNDEFINED) * RESAMPLES:
+        return Estimate(value, np.nan, np.nan, sum(sizes), over)
+    stderr = defined.std(ddof=1) * np.sqrt(min(sizes) / (min(sizes) - 1))
+    quantile = stats.t.ppf(0.975, sum(sizes) - len(sizes))
+    if stderr > 1e-12 * abs(value):  # Hall 1992: how far a long tail moves the quantiles of t; here to both sides
+        quantile += abs(stats.skew(defined)) * (2 * quantile**2 + 1) / 6
+    half_width = float(quantile * stderr)
+    return Estimate(value, value - half_width, value + half_width, sum(sizes), over, "bootstrap")
 
 
-UNKNOWN = Estimate(np.nan, np.nan, np.nan)
+def of_means(
+    statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
+) -> Estimate:
+    """`resampled` of what depends on the means over units only: statistic gets the list of these, [...] each."""
+
+    def of_units(drawn: list[np.ndarray]) -> float:
+        return float(statistic([units.mean(axis=0) for units in drawn]))
+
+    return resampled(of_units, strata, over, value)
+
+
+def mean_of(values: Sequence[float] | np.ndarray, over: str) -> Estimate:
+    """The mean of one number per seed, run, draw or layer."""
+    return of_means(lambda means: means[0], [np.asarray(values, float)], over)
 
 
 def headline(rows: pd.DataFrame) -> pd.DataFrame:
@@ -50,28 +95,120 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     return known[rank == rank.groupby(known["where"]).transform("min")]
 
 
-def items(rows: pd.DataFrame, variant: str, where: str) -> pd.DataFrame:
-    """One variant's items of one text, task or set of questions by its headline metric, in order: value, n.
+def items(rows: pd.DataFrame, variant: str, where: str, metric: str | None = None) -> pd.DataFrame:
+    """One variant's items of one text, task or set of questions, in order: value, n. metric: None for the headline's.
 
-    Raises ValueError for a variant that was not measured there.
+    Raises ValueError for a variant that was not measured there, or not by that metric.
     """
-    part = headline(rows[(rows["variant"] == variant) & (rows["where"] == where)])
+    part = rows[(rows["variant"] == variant) & (rows["where"] == where)]
+    part = headline(part) if metric is None else part[part["metric"] == metric]
     if part.empty:
+        by = "" if metric is None else f" by {metric!r}"
         measured = ", ".join(dict.fromkeys(rows["variant"]))
-        raise ValueError(f"{variant!r} was not measured on {where!r}; measured: {measured}")
+        raise ValueError(f"{variant!r} was not measured on {where!r}{by}; measured: {measured}")
     return part.sort_values("item").set_index("item")[["value", "n"]]
 
 
-def difference(rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequence[str]) -> Estimate:
+def _paired(rows: pd.DataFrame, variants: Sequence[str], where: str | Sequence[str], metric: str | None) -> tuple:
+    """(strata, strata with doubt, what they are over): of each name in `where` an array [n_items, n_variants].
+
+    Right and wrong answers get doubt: made-up items, one for each variant that it alone has right, so that no agreement
+    on a few questions is taken for certain (Bonett and Price 2012, Agresti and Min 2005).
+    Where rows have a column "cluster" (a document, a prompt), clusters are drawn instead of items.
+    """
+    strata = []
+    doubtful = []
+    over = "questions"
+    for name in [where] if isinstance(where, str) else where:
+        columns = [items(rows, variant, name, metric)["value"] for variant in variants]
+        stratum = pd.concat(columns, axis=1, join="inner").to_numpy(float)
+        if any(len(column) != len(stratum) for column in columns):
+            raise ValueError(
+                f"{', '.join(variants)} were measured on other items of {name!r}; measure them in one call"
+            )
+        part = rows[rows["where"] == name]
+        over = "samples" if "nats" in set(part["metric"]) else over
+        if "cluster" in rows:
+            cluster = part.drop_duplicates("item").sort_values("item")["cluster"].to_numpy()
+            sums = pd.DataFrame(stratum).groupby(cluster).sum().to_numpy()
+            stratum = sums * len(sums) / len(stratum)  # their mean is that of the items
+        strata.append(stratum)
+        has_doubt = len(set(variants)) == len(variants) > 1 and np.isin(stratum, (0, 1)).all()
+        made_up = np.eye(len(variants)) if has_doubt else stratum[:0]
+        doubtful.append(np.concatenate([stratum, made_up]))
+    return strata, doubtful, over
+
+
+def combined(
+    statistic: Callable[[list[np.ndarray]], float],
+    rows: pd.DataFrame,
+    variants: Sequence[str],
+    where: str | Sequence[str],
+    metric: str | None = None,
+) -> Estimate:
+    """A number made of several variants' means on the same items: of each name in `where` an array [n_variants].
+
+    What a claim compares beyond a difference: the largest over some sizes, a difference of differences.
+    """
+    strata, doubtful, over = _paired(rows, variants, where, metric)
+    value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+    estimate = of_means(statistic, doubtful, over, value)
+    method = "paired bootstrap" if len(variants) > 1 else "bootstrap"
+    return Estimate(value, estimate.low, estimate.high, sum(map(len, strata)), over, method)
+
+
+def difference(
+    rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequence[str], metric: str | None = None
+) -> Estimate:
     """Mean of a variant's values less the baseline's, paired item by item.
 
-    where: a text, task or set of questions, or several: then the mean of their means.
+    where: a text, task or set of questions, or several: then the mean of their means. metric: None for the headline's;
+    "choice" moves long before accuracy does.
     """
-    ratios = []
-    for name in [where] if isinstance(where, str) else where:
-        values = items(rows, variant, name)["value"] - items(rows, baseline, name)["value"]
-        ratios.append((values.to_numpy(float), np.ones(len(values))))
-    return _bootstrap(ratios)
+    return differences(rows, [(variant, baseline)], where, metric=metric)
+
+
+def differences(
+    rows: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    where: str | Sequence[str],
+    reduce: Callable[[np.ndarray], float] = np.mean,
+    metric: str | None = None,
+) -> Estimate:
+    """One number of the `difference` of several pairs (variant, baseline): of one method less another at many sizes.
+
+    reduce: their mean, or np.max, np.min.
+    """
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    variants, baselines = np.transpose([[names.index(name) for name in pair] for pair in pairs])
+
+    def statistic(means: list[np.ndarray]) -> float:
+        of_all = np.mean(means, axis=0)
+        return float(reduce(of_all[variants] - of_all[baselines]))
+
+    return combined(statistic, rows, names, where, metric)
+
+
+def kept(
+    rows: pd.DataFrame, variant: str, baseline: str, where: Sequence[str], unread: Mapping[str, float] | None = None
+) -> Estimate:
+    """Percent of the baseline's mean accuracy over tasks that a variant keeps.
+
+    unread: the share right without reading, by task (`llmdrop.evaluation.tasks.unread`), taken off both first; None for
+    the paper's plain accuracy.
+    """
+    base = np.mean([(unread or {}).get(name, 0.0) for name in where])
+
+    def statistic(means: list[np.ndarray]) -> float:
+        of_variant, of_baseline = np.mean(means, axis=0)
+        return 100 * (of_variant - base) / (of_baseline - base) if of_baseline > base else np.nan
+
+    return combined(statistic, rows, [variant, baseline], where)
+
+
+def above_unread(rows: pd.DataFrame, variant: str, where: str, unread: float) -> Estimate:
+    """Chance-corrected accuracy in percent: 0 for what needs no reading, 100 for all right."""
+    return combined(lambda means: 100 * (float(means[0][0]) - unread) / (1 - unread), rows, [variant], where)
 
 
 def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, where: Sequence[str]) -> Estimate:
@@ -79,40 +216,87 @@ def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, whe
 
     The mean over the texts named by `where`. 1: nothing gained; 0: as good as the whole model.
     """
-    ratios = []
+    strata = []
     for name in where:
         base = items(rows, whole, name)
         lost = (items(rows, variant, name)["value"] - base["value"]) * base["n"]
         most = (items(rows, paper, name)["value"] - base["value"]) * base["n"]
-        ratios.append((lost.to_numpy(float), most.to_numpy(float)))
-    return _bootstrap(ratios)
+        strata.append(np.stack([lost.to_numpy(float), most.to_numpy(float)], axis=1))
+
+    def statistic(means: list[np.ndarray]) -> float:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.mean([lost / most for lost, most in means]))
+
+    return of_means(statistic, strata, "samples")
 
 
-def _bootstrap(ratios: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
-    """The mean of several ratios of sums, and its percentile interval.
+def speed_ratio(rounds: pd.DataFrame, variant: str, baseline: str, column: str = "seconds") -> Estimate:
+    """How many times as fast as the baseline a variant is: the geometric mean over rounds, paired by round.
 
-    ratios: (numerators, denominators) of n items. The items of each ratio are drawn on their own.
+    rounds: from `llmdrop.repro.timing.timing`. column: or "prefill_seconds", "decode_seconds". Raises ValueError for
+    what was not timed, or ran out of memory.
     """
-    value = float(np.mean([_ratio(*ratio) for ratio in ratios]))
-    if min(len(numerators) for numerators, _ in ratios) < 2:
-        return Estimate(value, np.nan, np.nan)
-    distributions = []
-    for seed, ratio in enumerate(ratios):
-        batch = max(1, DRAWS_AT_A_TIME // len(ratio[0]))
-        options = {"paired": True, "n_resamples": RESAMPLES, "batch": batch, "method": "percentile"}
-        result = stats.bootstrap(ratio, _ratio, **options, rng=np.random.default_rng(seed))
-        distributions.append(result.bootstrap_distribution)
-    low, high = np.nanquantile(np.mean(distributions, axis=0), [0.025, 0.975])
-    return Estimate(value, min(float(low), value), max(float(high), value))  # equal ones differ by rounding
+    log_ratio = log_seconds(rounds, baseline, column) - log_seconds(rounds, variant, column)
+    estimate = mean_of(log_ratio, "rounds")
+    value, low, high = np.exp([estimate.value, estimate.low, estimate.high])
+    return Estimate(float(value), float(low), float(high), len(log_ratio), "rounds", "bootstrap of log-ratios by round")
 
 
-def _ratio(numerators: np.ndarray, denominators: np.ndarray, axis: int = -1) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return numerators.sum(axis) / denominators.sum(axis)
+def log_seconds(rounds: pd.DataFrame, variant: str, column: str = "seconds") -> np.ndarray:
+    """Logarithms of a variant's seconds, round by round. Raises as `speed_ratio`."""
+    of_variant = rounds[rounds["variant"] == variant].sort_values("round")
+    seconds = of_variant[column].to_numpy(float)
+    if not len(seconds) or not np.isfinite(seconds).all():
+        timed = ", ".join(dict.fromkeys(rounds["variant"]))
+        raise ValueError(f"{variant!r} has no {column} of every round; timed: {timed}")
+    return np.log(seconds)
+
+
+def gamma(avg_baseline: float, avg: float, speedup: float) -> float:
+    """The paper's γ: points of average accuracy lost per percent of speedup; NaN where there is no speedup.
+
+    At a speedup of 1 or less γ would divide by nothing, or praise what is slower and worse.
+    """
+    percent = 100 * (speedup - 1)
+    return (avg_baseline - avg) / percent if percent > 1e-9 else np.nan
+
+
+def gamma_gap(
+    rows: pd.DataFrame, rounds: pd.DataFrame, variant: str, other: str, baseline: str, where: Sequence[str]
+) -> Estimate:
+    """γ of one variant less that of another: in points per percent of tasks, in nats per percent of texts.
+
+    rows: from `quality`; rounds: from `timing`. Items and rounds are drawn together, each by itself.
+    """
+    strata, doubtful, over = _paired(rows, [variant, other, baseline], where, None)
+    scale = -1.0 if over == "samples" else 100.0  # what is lost: nats more, points less
+    seconds = np.stack([log_seconds(rounds, name) for name in (variant, other, baseline)], axis=1)
+
+    def statistic(means: list[np.ndarray]) -> float:
+        *of_items, of_rounds = means
+        average = scale * np.mean(of_items, axis=0)
+        speedup = np.exp(of_rounds[2] - of_rounds)
+        return gamma(average[2], average[0], speedup[0]) - gamma(average[2], average[1], speedup[1])
+
+    value = float(statistic([stratum.mean(axis=0) for stratum in [*strata, seconds]]))
+    estimate = of_means(statistic, [*doubtful, seconds], f"{over} and rounds", value)
+    n = sum(map(len, strata))
+    return Estimate(value, estimate.low, estimate.high, n, estimate.over, "paired bootstrap")
+
+
+def mcnemar(rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequence[str]) -> float:
+    """Exact two-sided p of as many questions right for one alone and for the other alone, were the two alike."""
+    strata, _, _ = _paired(rows, [variant, baseline], where, None)
+    answers = np.concatenate(strata)
+    only_variant = int(((answers[:, 0] == 1) & (answers[:, 1] == 0)).sum())
+    only_baseline = int(((answers[:, 0] == 0) & (answers[:, 1] == 1)).sum())
+    if only_variant + only_baseline == 0:
+        return 1.0
+    return float(stats.binomtest(only_variant, only_variant + only_baseline).pvalue)
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    return _bootstrap([(values, np.ones_like(values))])
+    return mean_of(values, "questions")
 
 
 def wilson(n_right: int, n: int) -> Estimate:
@@ -139,8 +323,8 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
     """Table 12: percent right by examples a label, their mean, facts found; a row a variant, the last for guessing.
 
     rows: task ("retrieval" or the name of the labels), variant, item, tokens, right, and for labels shots. chance:
-    percent by guessing, by task. Columns: method, "1: 0.3k" (examples a label: tokens) ..., avg with its error over
-    queries, found with its error over facts, in the contexts that every variant was given.
+    percent by guessing, by task. Columns: method, "1: 0.3k" (examples a label: tokens) ..., avg with its interval over
+    queries, and found, with Wilson's interval (_low, _high), in the contexts that every variant was given.
     """
     labels = rows[rows["task"] != "retrieval"]
     facts = rows[rows["task"] == "retrieval"]
@@ -148,13 +332,15 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
     table = 100 * labels.groupby(["variant", "shots"], sort=False)["right"].mean().unstack()
     table.columns = [f"{shots:.0f}: {n / 1000:.1f}k" for shots, n in tokens.items()]
     guessing = dict.fromkeys([*table, "avg"], chance[labels["task"].iloc[0]]) | {"found": chance["retrieval"]}
-    by_query = 100 * labels.groupby(["variant", "item"], sort=False)["right"].mean().unstack("variant")
-    table["avg"] = by_query.mean()
-    table["avg_stderr"] = by_query.sem()
+    by_query = 100 * labels.groupby(["variant", "item"], sort=False)["right"].mean()
+    for variant, values in by_query.groupby("variant", sort=False):
+        average = mean_of(values, "questions")
+        table.loc[variant, ["avg", "avg_low", "avg_high"]] = average.value, average.low, average.high
     asked_of_all = facts.groupby("tokens")["variant"].transform("nunique") == len(table)
     found = shares(facts[asked_of_all], "variant").set_index("variant")
     table["found"] = found["value"]
-    table["found_stderr"] = (found["high"] - found["low"]) / 3.92  # from Wilson's interval: never 0 ± 0
+    table["found_low"] = found["low"]
+    table["found_high"] = found["high"]
     return pd.concat([table, pd.DataFrame(guessing, index=["Guessing"])]).rename_axis("method").reset_index()
 
 

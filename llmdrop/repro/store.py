@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from .. import scoring
@@ -172,6 +174,26 @@ class Store:
             lambda: provenance(model, calibration, batch_size=batch_size, **settings),
         )
         return ImportanceScores.from_json(json.dumps(value))
+
+    def sample_scores(self, model: nn.Module, calibration: Calibration, batch_size: int = 8) -> dict[str, np.ndarray]:
+        """The scores of every sample alone, by kind, [n_samples, n_layers], stored.
+
+        Their mean over samples is what `llmdrop.score` gives, and samples are what its intervals are over. Raises what
+        `llmdrop.score` raises, and ValueError for padded samples, whose mean would need weights.
+        """
+        if calibration.attention_mask is not None:
+            raise ValueError(f"{calibration.source} is padded; scores by sample need samples of one length")
+
+        def compute() -> dict[str, list]:
+            sums, _ = scoring.sample_sums(model, calibration, batch_size)  # [n_layers, 6, n_samples]
+            by_sample = 1 - sums.numpy() / calibration.input_ids.shape[1]
+            return {kind: by_sample[:, 2 * k].T.tolist() for k, kind in enumerate(scoring.KINDS)}
+
+        key = model_key(model, batch_size) | {"calibration": calibration.digest, "version": scoring.VERSION}
+        slug = f"{model_name(model)}-{text_name(calibration)}"
+        made_with = partial(provenance, model, calibration, batch_size=batch_size)
+        value = self.get("sample-scores", key, compute, slug, made_with)
+        return {kind: np.array(of_samples) for kind, of_samples in value.items()}
 
 
 def _json(value, what: str) -> str:

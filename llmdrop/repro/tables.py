@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,9 +12,10 @@ import pandas as pd
 from ..files import write_atomic
 from ..speed.geometry import GEOMETRIES
 from . import style
-from .paper import claims, gamma, record_claim
+from .estimate import Estimate
+from .paper import claim, record_claim, verdict
 from .paper import table as printed_table
-from .statistics import headline
+from .statistics import above_unread, combined, difference, gamma, headline, kept, speed_ratio
 
 NAMES = {
     "model": "Model",
@@ -36,12 +37,13 @@ NAMES = {
     "ppl_ratio": "PPL ×",
     "speedup": "SpeedUp",
     "gamma": "γ",
+    "nats": "Nats lost",
 }
 # percent right by guessing
 CHANCE = dict.fromkeys(("boolq", "piqa", "rte", "winogrande"), 50)
 CHANCE |= dict.fromkeys(("arc_challenge", "arc_easy", "hellaswag", "logiqa", "mmlu", "openbookqa"), 25)
 CHANCE |= {"commonsense_qa": 20, "social_iqa": 100 / 3}
-DIGITS = {"speedup": 2, "gamma": 2, "perplexity": 2, "ppl_ratio": 2}  # the others 1, as in the paper
+DIGITS = {"speedup": 2, "gamma": 2, "nats": 2, "perplexity": 2, "ppl_ratio": 2}  # the others 1, as in the paper
 # what pandas leaves as it is and LaTeX, without further packages, cannot print
 _LATEX = {"γ": r"$\gamma$", "ρ": r"$\rho$", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "∞": r"$\infty$"}
 _LATEX |= {"≥": r"$\geq$", "≤": r"$\leq$", "<": "$<$", ">": "$>$", "|": "$|$", "–": "--", "’": "'"}
@@ -101,6 +103,33 @@ def by_variant(rows: pd.DataFrame, speed: pd.DataFrame | None = None) -> pd.Data
     return table.join(error.add_suffix("_stderr"))
 
 
+def against_baseline(rows: pd.DataFrame) -> pd.DataFrame:
+    """What each variant leaves of the first, the baseline, with 95 % intervals: variant, panel, value, low, high.
+
+    rows: from `quality`. panel: a text (perplexity as a multiple of the baseline's), "ppl_ratio" (of all texts), a task
+    (percent right), "percent" (mean accuracy over the tasks, in percent of the baseline's). Paired item by item.
+    """
+    shown = headline(rows).drop_duplicates("where")
+    is_text = shown["metric"] == "nats"
+    texts = list(shown.loc[is_text, "where"])
+    tasks = list(shown.loc[~is_text, "where"])
+    panels = {text: [text] for text in texts} | ({"ppl_ratio": texts} if texts else {})
+    variants = rows["variant"].unique()
+    found = []
+    for variant in variants:
+        for panel, where in panels.items():
+            lost = difference(rows, variant, variants[0], where)
+            ratios = np.exp([lost.value, lost.low, lost.high])
+            found.append((variant, panel, *ratios))
+        for task in tasks:
+            right = above_unread(rows, variant, task, unread=0)
+            found.append((variant, task, right.value, right.low, right.high))
+        if tasks:
+            left = kept(rows, variant, variants[0], tasks)
+            found.append((variant, "percent", left.value, left.low, left.high))
+    return pd.DataFrame(found, columns=["variant", "panel", "value", "low", "high"])
+
+
 def _add_average(table: pd.DataFrame, error: pd.DataFrame) -> None:
     """Add avg and percent over the columns so far, and their errors."""
     average = table.mean(axis=1, skipna=False)  # never over fewer tasks than the baseline's
@@ -127,6 +156,37 @@ def _add_speed(table: pd.DataFrame, error: pd.DataFrame, speed: pd.DataFrame) ->
         error["gamma"] = np.hypot(error["avg"], error["avg"].iloc[0]) / percent_faster
 
 
+def with_intervals(
+    rows: pd.DataFrame,
+    texts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    rounds: pd.DataFrame | None = None,
+    baseline: str = "Baseline",
+) -> pd.DataFrame:
+    """One row a variant of `quality`'s rows; each column x with its 95 % interval, x_low and x_high.
+
+    texts: gives `nats`, lost per token over the baseline, paired by sample, mean over the texts. tasks: gives `avg`,
+    percent right, mean over the tasks. rounds: from `timing`; gives `speedup`, times as fast as the baseline, paired by
+    round. What is not given has no column. Raises ValueError for a variant that was not measured or timed.
+    """
+    table = {}
+    for variant in rows["variant"].unique():
+        estimates = {}
+        if texts:
+            estimates["nats"] = difference(rows, variant, baseline, texts)
+        if tasks:
+            estimates["avg"] = combined(lambda means: float(np.mean(means)), rows, [variant], tasks).times(100)
+        if rounds is not None:
+            estimates["speedup"] = speed_ratio(rounds, variant, baseline)
+        cells = {}
+        for column, estimate in estimates.items():
+            cells[column] = estimate.value
+            cells[f"{column}_low"] = estimate.low
+            cells[f"{column}_high"] = estimate.high
+        table[variant] = cells
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
 def compare(table: pd.DataFrame, column: str, row: str, other: str | None = None) -> tuple[float, float]:
     """`column` of one row, less that of the other row if given, and the standard error as if they were independent.
 
@@ -145,27 +205,35 @@ def random_guess(table: pd.DataFrame, tasks: Iterable[str], vocabulary: int) -> 
     """
     baseline = table.iloc[0]
     average = pd.Series(CHANCE).reindex(list(tasks)).mean()
-    guess = {"avg": average, "percent": 100 * average / baseline["avg"]}
+    guess = {"avg": average, "percent": 100 * average / baseline.get("avg", np.nan)}
     return CHANCE | guess | {"ppl_ratio": vocabulary / baseline["perplexity"]}
 
 
-def near_guessing(table: pd.DataFrame) -> list[str]:
-    """Benchmarks on which even the baseline, the first row from `by_variant`, is not two errors above CHANCE."""
-    baseline = table.iloc[0]
-    tasks = [column for column in table if column in CHANCE]
-    return [task for task in tasks if baseline[task] - 2 * baseline[f"{task}_stderr"] < CHANCE[task]]
-
-
-def record_worst(out_dir: str | os.PathLike, results: Iterable[tuple[str, str, float, float]], detail: str) -> None:
+def record_worst(
+    out_dir: str | os.PathLike, results: Iterable[tuple[str, str, Estimate | None]], detail: str = ""
+) -> None:
     """`record_claim` for each claim with the model that speaks most against it.
 
-    results: (claim id, model, measured, error), one for each claim and model; NaN for what a model cannot say.
+    results: (claim id, model, estimate), one for each claim and model; None for what a model cannot say. "differs"
+    speaks against a claim more than "undecided", and of equal verdicts the one that is less on the claim's side.
     """
-    table = pd.DataFrame(results, columns=["id", "model", "measured", "error"])
-    is_upper_limit = claims().set_index("id")["tolerance"].str.startswith("<")
-    for id, rows in table.groupby("id", sort=False):
-        worst = rows.sort_values("measured", ascending=not is_upper_limit[id]).iloc[0]  # NaN last
-        record_claim(out_dir, id, worst["measured"], worst["error"], detail=f"{worst['model']}: {detail}")
+    by_claim: dict[str, list[tuple[str, Estimate]]] = {}
+    for id, model, estimate in results:
+        by_claim.setdefault(id, []).extend([(model, estimate)] if estimate is not None else [])
+    against = ["differs", "undecided", "holds"]
+    for id, estimates in by_claim.items():
+        row = claim(id)
+        if not estimates:
+            record_claim(out_dir, id, None, detail)
+            continue
+
+        def side(found: tuple[str, Estimate], test: str = row["test"], limit: float = row["limit"]) -> tuple:
+            value = found[1].value
+            on_side = value if test in ("above", "at least") else -abs(value) if test == "within" else -value
+            return against.index(verdict(test, limit, found[1])), on_side
+
+        model, worst = min(estimates, key=side)
+        record_claim(out_dir, id, worst, ": ".join(filter(None, (model, detail))))
 
 
 def format_table(
@@ -181,10 +249,12 @@ def format_table(
 ) -> str:
     """`df` as text: "markdown", "latex" (booktabs; needs the packages booktabs and colortbl) or "csv" (all digits).
 
-    A column `x_stderr` is folded into its `x`: "68.2 ± 0.5". Rows with `source == "paper"` are in italics. Rows whose
-    `avg` is below `keep` times that of the `method == "Baseline"` row of the same model and source are gray (Markdown:
-    ▽ at the average). No cell is blank: a missing number reads "not in the paper" in published rows, in others
-    `missing` or what `missing_in` has for its column, and γ "–" for a Baseline and where there is no speedup.
+    A column `x_stderr` is folded into its `x`: "68.2 ± 0.5"; so are `x_low` and `x_high`: "0.45 [0.41, 0.49]", which is
+    left out where they are equal. Rows with `source == "paper"` are in italics. Rows whose `avg` is below `keep` times
+    that of the `method == "Baseline"` row of the same model and source are gray (Markdown: ▽ at the average).
+
+    No cell is blank: a missing number reads "not in the paper" in published rows, in others `missing` or what
+    `missing_in` has for its column, and γ "–" for a Baseline and where there is no speedup.
 
     digits: after the point, by column. names: of columns, for the head (else NAMES). note: a line below. Raises
     ValueError for a frame without rows or columns, for an unknown fmt, and for two columns of one name.
@@ -208,15 +278,17 @@ def format_table(
     if fmt == "csv":
         return df.astype(object).where(df.notna(), reasons).to_csv(index=False, lineterminator="\n")
 
-    columns = [c for c in df if not (c.endswith("_stderr") and c.removesuffix("_stderr") in df)]
+    folded = [f"{column}{ending}" for column in df for ending in ("_stderr", "_low", "_high")]
+    columns = [column for column in df if column not in folded]
     digits = DIGITS | dict(digits or {})
     names = NAMES | dict(names or {})
     cells = pd.DataFrame(index=df.index)
     for column in columns:
-        errors = df.get(f"{column}_stderr", pd.Series(np.nan, index=df.index))
+        unknown = pd.Series(np.nan, index=df.index)
+        spreads = [df.get(f"{column}{ending}", unknown) for ending in ("_stderr", "_low", "_high")]
         cells[column] = [
-            reason if pd.isna(value) else _cell(value, error, digits.get(column, 1))
-            for value, error, reason in zip(df[column], errors, reasons[column], strict=True)
+            reason if pd.isna(value) else _cell(value, spread, digits.get(column, 1))
+            for value, spread, reason in zip(df[column], zip(*spreads, strict=True), reasons[column], strict=True)
         ]
     cells.columns = [names.get(column, column) for column in columns]
     if not cells.columns.is_unique:
@@ -268,14 +340,20 @@ def provenance_line(provenance: Mapping) -> str:
     return " · ".join(f"{fact}: {value}" for fact, value in provenance.items())
 
 
-def _cell(value, error: float, places: int) -> str:
-    """A number with its error, rounded: 4 digits say enough (115.2, 1083). Integers and text as they are."""
+def _cell(value, spread: tuple[float, float, float], places: int) -> str:
+    """A number with its error or interval, rounded: 4 digits say enough (115.2, 1083). Integers and text as they are.
+
+    spread: standard error, low and high, each NaN where there is none.
+    """
     if not pd.api.types.is_float(value):
         return str(value)
     if math.isfinite(value):
         places = min(places, max(0, 3 - int(np.log10(max(abs(value), 1)))))
     text = _number(value, places)
-    return text if pd.isna(error) else f"{text} ± {_number(error, places)}"
+    error, low, high = spread
+    if pd.notna(error):
+        return f"{text} ± {_number(error, places)}"
+    return f"{text} [{_number(low, places)}, {_number(high, places)}]" if low < high else text
 
 
 def _number(value: float, places: int) -> str:

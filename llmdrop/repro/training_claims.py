@@ -1,41 +1,48 @@
-"""What Figure 7 says of a training run, as numbers: how soon its final order of layers is there, and how it gets there.
+"""What Figure 7 says of a training run, as estimates: how soon its final order of layers is there, and how it comes.
 
-Layer 0 stands apart in that figure, and is left out of all but the claim about it.
+Layer 0 stands apart in that figure, and is left out of all but the claim about it. Intervals are over layers: the drawn
+ones of every run, so that one run has them, too.
 """
 
-import math
 from itertools import combinations
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .estimate import Estimate
+from .statistics import resampled, wilson
+
 SETTLED = 0.8  # rank correlation with the final order from which on an order counts as the final one
-SLOPE_CLAIMS = {"attn": "fig07-attn-stays-low", "mlp": "fig07-mlp-rises", "block": "fig07-block-rises"}
+KINDS = ("attn", "mlp", "block")
 
 
 class Finding(NamedTuple):
-    """What was measured for a claim, with its error (NaN where it is not known), and where it comes from."""
+    """What was measured for a claim, None where it could not be, and where it comes from."""
 
-    measured: float
-    error: float
+    estimate: Estimate | None
     detail: str
 
 
-def consistency(scores: pd.DataFrame, n: int, since: float) -> pd.DataFrame:
-    """Figure 7's claims on one or several runs with the same checkpoints: id (index), measured, error, detail.
+def consistency(scores: pd.DataFrame, n: int, since: float) -> dict[str, Finding]:
+    """Figure 7's claims, by id, on one or several runs with the same checkpoints.
 
     scores: run, tokens, kind, layer, score. n: how many layers are dropped. since: training tokens from which on a
-    checkpoint is late, as all of the paper's are. error: standard deviation over runs (of slopes: half the 95 %
-    interval), NaN where there is only one.
+    checkpoint is late, as all of the paper's are. Raises ValueError where fewer than two checkpoints are late.
     """
-    findings = _levels(scores, since) | _orders(scores, n, since)
-    for kind, row in slopes(scores, since).iterrows():
-        low = row["slope"] - row["halfwidth"]
-        high = row["slope"] + row["halfwidth"]
-        detail = f"95 % interval {low:.4f} to {high:.4f}, from {since:,.0f} tokens on"
-        findings[SLOPE_CLAIMS[kind]] = Finding(row["slope"], row["halfwidth"], detail)
-    return pd.DataFrame(findings.values(), index=list(findings))
+    tokens = np.sort(scores["tokens"].unique())
+    late = tokens >= max(since, 1)
+    if late.sum() < 2:
+        raise ValueError(f"{late.sum()} checkpoints from {since:g} tokens on; a slope needs two")
+    runs = [_by_layer(of_run, tokens) for _, of_run in scores.groupby("run", sort=False)]
+    but_layer_0 = [run[1:] for run in runs]
+    late_runs = [run[:, :, late] for run in but_layer_0]
+    return (
+        _levels(late_runs, np.log10(tokens[late]))
+        | _module_0([run[:, :, late] for run in runs])
+        | _orders([run[:, 0] for run in but_layer_0], tokens, late, n)
+    )
 
 
 def agreement(scores: pd.DataFrame, n: int) -> pd.DataFrame:
@@ -65,29 +72,14 @@ def between_runs(scores: pd.DataFrame, n: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "first", "second", "rank_correlation", "overlap"])
 
 
-def slopes(scores: pd.DataFrame, since: float) -> pd.DataFrame:
-    """Change of the mean score per tenfold training tokens from `since` tokens on: kind (index), slope, halfwidth.
-
-    A least-squares line per layer and run; halfwidth is of the 95 % t interval of their mean, layers and runs taken
-    for independent. Raises ValueError where fewer than two checkpoints are left.
-    """
-    late = scores[scores["tokens"] >= max(since, 1)]
-    n_late = late["tokens"].nunique()
-    if n_late < 2:
-        raise ValueError(f"{n_late} checkpoints from {since:g} tokens on; a slope needs two")
-    rows = {}
-    for kind, part in _but_layer_0(late).groupby("kind", sort=False):
-        by_tokens = part.pivot(index="tokens", columns=["run", "layer"], values="score")
-        x = by_tokens.index.to_series().map(math.log10)
-        centered = x - x.mean()
-        of_layers = by_tokens.mul(centered, axis=0).sum() / (centered**2).sum()
-        halfwidth = stats.t.ppf(0.975, len(of_layers) - 1) * of_layers.sem()
-        rows[kind] = {"slope": of_layers.mean(), "halfwidth": halfwidth}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
-
-
 def _but_layer_0(scores: pd.DataFrame) -> pd.DataFrame:
     return scores[scores["layer"] > 0]
+
+
+def _by_layer(scores: pd.DataFrame, tokens: np.ndarray) -> np.ndarray:
+    """One run's scores as [n_layers, kinds, n_tokens]."""
+    table = scores.pivot(index="layer", columns=["kind", "tokens"], values="score")
+    return np.stack([table[kind][tokens].to_numpy(float) for kind in KINDS], axis=1)
 
 
 def _alike(first: pd.Series, second: pd.Series, n: int) -> dict[str, float]:
@@ -95,64 +87,104 @@ def _alike(first: pd.Series, second: pd.Series, n: int) -> dict[str, float]:
     return {"rank_correlation": float(first.corr(second, method="spearman")), "overlap": len(common) / n}
 
 
-def _levels(scores: pd.DataFrame, since: float) -> dict[str, Finding]:
-    """The claims on how high scores are. Tables are [tokens, run]."""
+def _correlations(scores: np.ndarray) -> np.ndarray:
+    """Spearman's correlations of the columns of [n_layers, n], each with each."""
+    ranks = stats.rankdata(scores, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # one layer drawn over and over
+        return np.corrcoef(ranks, rowvar=False)
+
+
+def _levels(runs: list[np.ndarray], log_tokens: np.ndarray) -> dict[str, Finding]:
+    """The claims on how high late scores are. runs: [n_layers, kinds, n_late] each."""
+
+    def highest_ratio(drawn: list[np.ndarray], other: str) -> list[float]:
+        k = KINDS.index(other)
+        return [float((run[:, 0].mean(axis=0) / run[:, k].mean(axis=0)).max()) for run in drawn]
+
+    def percent_below(drawn: list[np.ndarray]) -> float:
+        return 100 * float(np.mean([(run[:, 0] < run[:, 1]).mean() for run in drawn]))
+
+    centered = log_tokens - log_tokens.mean()
+
+    def slope(drawn: list[np.ndarray], kind: str) -> float:
+        means = np.mean([run[:, KINDS.index(kind)].mean(axis=0) for run in drawn], axis=0)
+        return float(means @ centered / (centered @ centered))
+
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in highest_ratio(runs, "mlp"))
+    share = 100 * np.mean([(run[:, 0] < run[:, 1]).mean(axis=0) for run in runs], axis=0)
+    by_tokens = ", ".join(f"{10**log:,.0f} {percent:.0f} %" for log, percent in zip(log_tokens, share, strict=True))
+    since = f"from {10 ** log_tokens[0]:,.0f} tokens on"
+    return {
+        "fig07-attn-low-always": Finding(
+            resampled(lambda drawn: max(highest_ratio(drawn, "mlp")), runs, "layers"), f"by run: {ratios}"
+        ),
+        "fig07-attn-stays-low": Finding(
+            resampled(lambda drawn: float(np.mean(highest_ratio(drawn, "block"))), runs, "layers"), since
+        ),
+        "fig07-attn-low-share": Finding(resampled(percent_below, runs, "layers"), f"by tokens: {by_tokens}"),
+        "fig07-mlp-rises": Finding(resampled(lambda drawn: slope(drawn, "mlp"), runs, "layers"), since),
+        "fig07-block-rises": Finding(resampled(lambda drawn: slope(drawn, "block"), runs, "layers"), since),
+    }
+
+
+def _module_0(runs: list[np.ndarray]) -> dict[str, Finding]:
+    """How far module 0 stands above the highest between the first and the last. runs: with layer 0, late."""
+    first = [run[0] for run in runs]
+
+    def least_ratio(drawn: list[np.ndarray]) -> float:
+        return float(min((of_0 / run.max(axis=0)).min() for of_0, run in zip(first, drawn, strict=True)))
+
+    estimate = resampled(least_ratio, [run[1:-1] for run in runs], "layers")
+    return {"fig07-module0-apart": Finding(estimate, f"{len(runs)} runs")}
+
+
+def _orders(runs: list[np.ndarray], tokens: np.ndarray, late: np.ndarray, n: int) -> dict[str, Finding]:
+    """The claims on the order of the attention layers. runs: [n_layers, n_tokens] each, layer 0 left out."""
     findings = {}
-    by_layer = _but_layer_0(scores).pivot(index=["tokens", "run"], columns=["kind", "layer"], values="score")
-    means = by_layer.T.groupby(level="kind").mean().T.unstack("run")  # means["attn"]: [tokens, run]
+    is_late = np.flatnonzero(late)[:-1]  # the last agrees with itself
 
-    ratio = means["attn"] / means["mlp"]
-    below_for_good = ratio[::-1].cummax()[::-1] < 1  # there and ever after
-    first_below = below_for_good.idxmax().where(below_for_good.any())
-    places = ", ".join("never" if math.isnan(tokens) else f"{tokens:,.0f}" for tokens in first_below)
-    detail = f"below 1 for good from {places} tokens on; late at most {ratio.loc[since:].max().max():.2f}"
-    findings["fig07-attn-low-always"] = Finding(ratio.max().max(), ratio.max().std(), detail)
+    def with_last(drawn: list[np.ndarray]) -> list[np.ndarray]:
+        return [_correlations(run)[-1] for run in drawn]
 
-    share = 100 * (by_layer["attn"] < by_layer["mlp"]).mean(axis=1).unstack()  # percent of layers
-    late = share.loc[since:].mean()
-    by_tokens = ", ".join(f"{tokens:,.0f} {value:.0f} %" for tokens, value in share.mean(axis=1).items())
-    findings["fig07-attn-low-share"] = Finding(late.mean(), late.std(), f"by tokens: {by_tokens}")
+    def lowest(drawn: list[np.ndarray]) -> float:
+        return float(min(found[is_late].min() for found in with_last(drawn)))
 
-    change = (means.iloc[-1] - means.iloc[0]).unstack()  # [kind, run], from the first checkpoint to the last
-    growth = change.loc["mlp"] - change.loc["attn"]
-    by_kind = ", ".join(f"{kind} {value:+.4f}" for kind, value in change.mean(axis=1).items())
-    findings["fig07-mlp-grows"] = Finding(growth.mean(), growth.std(), f"first to last: {by_kind}")
+    def settled(drawn: list[np.ndarray]) -> float:
+        """Percent of the tokens at the first checkpoint from which on all agree with the last, mean over runs."""
+        firsts = []
+        for found in with_last(drawn):
+            unlike = np.flatnonzero(~(found >= SETTLED))
+            firsts.append(tokens[min(unlike[-1] + 1, len(tokens) - 1)] if len(unlike) else tokens[0])
+        return 100 * float(np.mean(firsts)) / tokens[-1]
 
-    with_layer_0 = scores.pivot(index=["tokens", "kind", "run"], columns="layer", values="score")
-    apart = with_layer_0[0] / with_layer_0.iloc[:, 1:-1].max(axis=1)  # over the highest between the first and the last
-    tokens, kind, _ = apart.idxmin()
-    detail = f"least at {tokens:,.0f} tokens, {kind}; late {apart.loc[since:].min():.2f}"
-    findings["fig07-module0-apart"] = Finding(apart.min(), apart.groupby("run").min().std(), detail)
-    return findings
+    by_run = ", ".join(f"{found[is_late].min():.2f}" for found in with_last(runs))
+    findings["fig07-attn-ranking-stable"] = Finding(resampled(lowest, runs, "layers"), f"lowest by run: {by_run}")
+    by_run = ", ".join(f"{settled([run]):.1f} %" for run in runs)
+    findings["fig07-order-early"] = Finding(resampled(settled, runs, "layers"), f"by run: {by_run}")
 
+    fewest = []
+    for run in runs:
+        first = [set(run[:, k].argsort()[:n]) for k in (*is_late, -1)]
+        fewest.append(min(len(layers & first[-1]) for layers in first[:-1]))
+    share = wilson(sum(fewest), n * len(runs))  # of the layers dropped first, each still there or not
+    overlap = Estimate(share.value, share.low, share.high, n * len(runs), "layers", "Wilson").times(100)
+    findings["fig07-top-n-overlap"] = Finding(overlap, f"by run: {', '.join(map(str, fewest))} of {n}")
 
-def _orders(scores: pd.DataFrame, n: int, since: float) -> dict[str, Finding]:
-    """The claims on the order of the attention layers. Tables are [tokens, run]."""
-    findings = {}
-    attention = scores[scores["kind"] == "attn"]
-    with_last = agreement(attention, n).pivot(index="tokens", columns="run")
-    correlation = with_last["rank_correlation"]
-    late = correlation.loc[since:].iloc[:-1]  # the last agrees with itself
+    if len(runs) == 1:
+        alone = Finding(None, "one run; several SEEDS are needed")
+        return findings | dict.fromkeys(("fig07-seeds-agree", "fig07-seeds-as-training"), alone)
+    together = np.stack(runs, axis=2)  # [n_layers, n_tokens, n_runs]
+    pairs = np.triu_indices(len(runs), 1)
 
-    lowest_at = correlation.min(axis=1).idxmin()
-    detail = f"lowest at {lowest_at:,.0f} tokens; late at least {late.min().min():.2f}"
-    findings["fig07-attn-ranking-stable"] = Finding(correlation.min().min(), correlation.min().std(), detail)
+    def across(drawn: list[np.ndarray]) -> float:
+        return float(_correlations(drawn[0][:, -1])[pairs].mean())
 
-    settled = correlation[::-1].cummin()[::-1] >= SETTLED  # there and ever after
-    percent = 100 * settled.idxmax() / correlation.index.max()
-    by_run = ", ".join(f"{value:.2f} %" for value in percent)
-    findings["fig07-order-early"] = Finding(percent.mean(), percent.std(), f"by run: {by_run}")
+    def within_less_across(drawn: list[np.ndarray]) -> float:
+        of_runs = [drawn[0][:, :, k] for k in range(len(runs))]
+        return float(np.mean([found[is_late].mean() for found in with_last(of_runs)])) - across(drawn)
 
-    overlap = 100 * with_last["overlap"].loc[since:].min()
-    by_run = ", ".join(f"{value:.0f} %" for value in overlap)
-    detail = f"{n} of {scores['layer'].max()} layers; by run: {by_run}"
-    findings["fig07-top-n-overlap"] = Finding(overlap.min(), overlap.std(), detail)
-
-    across = between_runs(attention, n)["rank_correlation"]
-    within = late.mean().mean()
-    detail = "one run; several SEEDS are needed"
-    if len(across):
-        detail = f"{len(across)} pairs, {across.min():.2f} to {across.max():.2f}; within runs, late: {within:.2f}"
-    findings["fig07-seeds-agree"] = Finding(across.mean(), across.std(), detail)
-    findings["fig07-seeds-as-training"] = Finding(within - across.mean(), across.std(), detail)
+    values = _correlations(together[:, -1])[pairs]
+    detail = f"{len(values)} pairs, {values.min():.2f} to {values.max():.2f}"
+    findings["fig07-seeds-agree"] = Finding(resampled(across, [together], "layers"), detail)
+    findings["fig07-seeds-as-training"] = Finding(resampled(within_less_across, [together], "layers"), detail)
     return findings

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +50,9 @@ def load_training_text(
 ) -> TrainingText:
     """Tokenize sources (keys of `llmdrop.calibration.SOURCES`) with a byte-level BPE trained on them, in windows.
 
-    About one document in twenty is held out, chosen by its opening words, so that two passages of one article are
-    never on both sides. The others, shuffled (always alike), train the tokenizer (the first 2,000) and fill at most
-    n_train windows of seq_len tokens (None: all there is). data_dir: see `llmdrop.data`.
+    Validation is on the documents that the sources hold out (see `llmdrop.data.texts`). The others, shuffled (always
+    alike), train the tokenizer (the first 2,000) and fill at most n_train windows of seq_len tokens (None: all there
+    is). data_dir: see `llmdrop.data`.
 
     Raises ValueError for unknown sources, sizes that make no sense, or too little text.
     """
@@ -61,25 +61,25 @@ def load_training_text(
         raise ValueError(f"unknown text {', '.join(unknown) or '(none given)'}; these are known: {', '.join(SOURCES)}")
     if vocabulary < SMALLEST_VOCABULARY or seq_len < 2 or n_valid < 2:
         raise ValueError(f"{vocabulary=}, {seq_len=}, {n_valid=}: need at least {SMALLEST_VOCABULARY}, 2 and 2")
-    documents = list(dict.fromkeys(document for name in sources for document in SOURCES[name].documents(data_dir)))
-    shuffled = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
-    train_documents = [document for document in shuffled if not _is_held_out(document)]
-    valid_documents = [document for document in shuffled if _is_held_out(document)]
+    train_documents = _shuffled(document for name in sources for document in SOURCES[name].documents(data_dir))
+    valid_documents = _shuffled(document for name in sources for document in SOURCES[name].held_out(data_dir))
     tokenizer = _train_tokenizer(train_documents[:TOKENIZER_DOCUMENTS], vocabulary)
     train = _pack(train_documents, tokenizer, seq_len, n_train)
     valid = _pack(valid_documents, tokenizer, seq_len, n_valid)
     if not len(train) or len(valid) < n_valid:
         raise ValueError(
-            f"{', '.join(sources)}: {len(documents)} documents give {len(train)} windows of {seq_len} tokens to train "
-            f"on and {len(valid)} held out; need 1 and {n_valid}. Add sources, or shorten windows or n_valid"
+            f"{', '.join(sources)}: {len(train_documents)} documents give {len(train)} windows of {seq_len} tokens to "
+            f"train on, {len(valid_documents)} give {len(valid)} held out; need 1 and {n_valid}. Add sources, or "
+            "shorten windows or n_valid"
         )
     held_out = Calibration(torch.tensor(valid, dtype=torch.long), source=f"{'+'.join(sources)}, held out")
     return TrainingText(tokenizer, train, held_out, count_baselines(train, valid, len(tokenizer)))
 
 
-def _is_held_out(document: str) -> bool:
-    opening = document[:24].encode()
-    return hashlib.sha256(opening).digest()[0] < 13  # of 256
+def _shuffled(documents: Iterable[str]) -> list[str]:
+    """Each once, in an order that is always the same."""
+    distinct = list(dict.fromkeys(documents))
+    return [distinct[i] for i in np.random.default_rng(0).permutation(len(distinct))]
 
 
 def _train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:

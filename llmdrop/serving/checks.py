@@ -13,15 +13,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from ..checkpoints.save import save_model
 from ..plan import DropPlan
 from ..prune import dropped
-from ..speed.measure import in_rounds, measure_speed, speedups
+from ..speed.measure import in_rounds, measure_speed
 from . import llama_cpp, vllm_engine
 
-VERSION = 1  # raised when the numbers of this module change
+VERSION = 2  # raised when the numbers of this module change
 FORMATS = {"transformers": "hf", "llama.cpp": "gguf", "vLLM": "nemotron-nas"}
-COLUMNS = [  # of `compare_serving`
-    *("prefill_tokens_per_second", "decode_tokens_per_second", "prefill_speedup"),
-    *("decode_speedup", "decode_low", "decode_high", "kv_bytes", "file_bytes", "kv_share", "file_share"),
-]
 
 
 def engines() -> dict[str, str]:
@@ -164,11 +160,10 @@ def compare_serving(
     threads: int = 1,
     weights: str = "q8_0",
 ) -> list[dict]:
-    """Speed of several plans of one model in one engine, in turn, `rounds` times: a drifting machine hits all alike.
+    """Time several plans of one model in one engine, in turn, `rounds` times: a drifting machine hits all alike.
 
-    Returns one row per plan that the engine can have: engine, plan and COLUMNS. Speedups are over the first plan
-    (medians over rounds of ratios within one round, and their range), kv_bytes what the engine says it needs for prompt
-    and new tokens, shares relative to the first plan's.
+    Returns one row per round and plan that the engine can have: engine, plan, round, prefill_seconds, decode_seconds,
+    kv_bytes, what the engine says it needs for prompt and new tokens, and file_bytes.
     """
     how = {"threads": threads, "parallel": 1, "context": _rounded_up(len(prompt) + new_tokens, 256)}
     runs: dict[str, Callable[[int], dict]] = {}
@@ -191,14 +186,9 @@ def compare_serving(
             return []
         in_rounds(runs, 1)  # warms up
         rows = in_rounds(runs, rounds)
-    rows["seconds"] = rows["prefill_seconds"] + rows["decode_seconds"]
-    table = speedups(rows[["name", "round", "seconds", "prefill_seconds", "decode_seconds", "kv_bytes", "file_bytes"]])
-    table["prefill_tokens_per_second"] = len(prompt) / table["prefill_seconds"]
-    table["decode_tokens_per_second"] = new_tokens / table["decode_seconds"]
-    table["kv_share"] = table["kv_bytes"] / table["kv_bytes"].iloc[0]
-    table["file_share"] = table["file_bytes"] / table["file_bytes"].iloc[0]
-    table = table.rename(columns={"decode_speedup_low": "decode_low", "decode_speedup_high": "decode_high"})
-    return [{"engine": engine, "plan": name} | row for name, row in table[COLUMNS].to_dict("index").items()]
+    columns = ["plan", "round", "prefill_seconds", "decode_seconds", "kv_bytes", "file_bytes"]
+    rows = rows.rename(columns={"name": "plan"})[columns]
+    return [{"engine": engine} | row for row in rows.to_dict("records")]
 
 
 def _time_engine(running, prompt: Sequence[int], new_tokens: int, file_bytes: int, turn: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ from llmdrop import (
 from llmdrop.data.mirror import split_file
 from llmdrop.evaluation.evaluate import ask
 from llmdrop.evaluation.lm_eval_models import SweepLM
-from llmdrop.evaluation.tasks import load_tasks, right_choice
+from llmdrop.evaluation.tasks import load_tasks, right_choice, subset
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 ATTN, MIXED = DropPlan([0, 3, 27, 28]), DropPlan([26, 28], [27, 28])
@@ -75,7 +75,9 @@ def test_rows_equal_stock_lm_eval(smollm2):
     assert list(rows.columns) == ["plan", "task", "metric", "value", "stderr", "n", "num_fewshot", "version"]
     with dropped(model, ATTN):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-        stock = lm_evaluate(lm, load_tasks(["piqa"])["piqa"], limit=12)["results"]["piqa"]
+        parts = load_tasks(["piqa"])["piqa"]
+        samples = {"piqa": subset("piqa", len(parts["piqa"].eval_docs), 12)}
+        stock = lm_evaluate(lm, parts, samples=samples)["results"]["piqa"]
     for row in rows[rows["plan"] == "Attn"].itertuples():
         assert row.value == stock[f"{row.metric},none"] and row.n == 12 and row.num_fewshot == 0
         assert row.stderr == pytest.approx(stock[f"{row.metric}_stderr,none"])
@@ -129,7 +131,8 @@ def test_questions_make_up_the_metrics(smollm2, name, limit):
     answers = ask(model, tokenizer, list(plans.values()), name, limit=limit, progress=False)
     assert json.loads(json.dumps(answers)) == answers
     for plan, records in zip(plans, answers, strict=True):
-        assert [(record["task"], record["item"]) for record in records] == [(name, k) for k in range(limit)]
+        taken = subset(name, len(load_tasks([name])[name][name].eval_docs), limit)
+        assert [(record["task"], record["item"]) for record in records] == [(name, k) for k in taken]
         check_records(records, name)
         for row in rows[rows["plan"] == plan].itertuples():
             assert row.value == pytest.approx(mean(records, row.metric), abs=1e-12)
@@ -162,7 +165,9 @@ def test_questions_of_every_part(smollm2, mirror):
     model, tokenizer = smollm2
     settings = {"limit": 1, "data_dir": mirror, "num_fewshot": 0, "progress": False}
     (records,) = ask(model, tokenizer, [ATTN], "mmlu", **settings)
-    assert [(record["task"], record["item"]) for record in records] == [(f"mmlu_{name}", 0) for name in SUBJECTS]
+    parts = load_tasks(["mmlu"], mirror, 0)["mmlu"]
+    taken = [(name, number) for name in parts for number in subset(name, len(parts[name].eval_docs), 1)]
+    assert [(record["task"], record["item"]) for record in records] == taken and len(taken) == len(SUBJECTS)
     check_records(records, "mmlu", mirror, 0)
     rows = evaluate_sweep(model, tokenizer, {"attn": ATTN}, ["mmlu"], **settings)
     assert rows["value"].item() == pytest.approx(mean(records, "acc")) and rows["n"].item() == len(records)
@@ -192,7 +197,8 @@ def test_questions_without_choices(smollm2, mirror):
     for plan, (record,) in zip(plans, answers, strict=True):
         values = rows[rows["plan"] == plan].set_index("metric")["value"].to_dict()
         assert record.pop("metrics") == values and len(values) == 2
-        assert record == {"task": "gsm8k", "item": 0, "loglikelihoods": [], "bytes": [], "tokens": [], "gold": None}
+        assert record.pop("item") in range(len(load_tasks(["gsm8k"], mirror, 1)["gsm8k"]["gsm8k"].eval_docs))
+        assert record == {"task": "gsm8k", "loglikelihoods": [], "bytes": [], "tokens": [], "gold": None}
 
     (records,) = ask(model, tokenizer, [DropPlan()], "asdiv", limit=4, progress=False)
     rows = evaluate(model, tokenizer, ["asdiv"], limit=4, progress=False)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval import evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
@@ -201,3 +203,19 @@ def test_every_definition_is_where_lm_eval_keeps_it():
         assert len(files) == (57 if name == "mmlu" else 1), name
     with open(tasks.tasks_dir() / tasks.YAML["social_iqa"]) as file:
         assert yaml.safe_load(file)["dataset_path"] == "lighteval/siqa"
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 400), st.integers(0, 5))
+def test_a_limit_takes_a_random_choice_that_a_larger_one_extends(n, limit, larger, seed):
+    limit, larger = sorted((limit, larger))
+    few = tasks.subset("piqa", n, limit, seed)
+    many = tasks.subset("piqa", n, larger, seed)
+    assert few == sorted(set(few)) and len(few) == min(limit, n) and set(few) <= set(many) <= set(range(n))
+    assert few == tasks.subset("piqa", n, limit, seed)
+    assert tasks.subset("piqa", n, None, seed) == list(range(n))
+
+
+def test_other_seeds_and_tasks_take_other_questions():
+    taken = [tasks.subset("piqa", 1500, 100), tasks.subset("piqa", 1500, 100, 1), tasks.subset("boolq", 1500, 100)]
+    assert all(max(numbers) > 1200 for numbers in taken)  # never the first
+    assert len({tuple(numbers) for numbers in taken}) == 3

@@ -29,8 +29,8 @@ CELLS = {  # parameters, measure
     "drop": ('MODEL = "tiny"\nATTN = 0\nMLP = 0\nBLOCK = 0\nDEST = ""\n', "print(MODEL, ATTN, MLP, BLOCK, DEST)"),
 }
 REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()"
-FOREIGN = set("MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR LIMIT ONLY FRESH PROFILE JOBS".split())  # not ours
-FOREIGN.add("LLMDROP_BUILD")  # else FRESH=1 puts aside the measurements of whoever runs the tests
+# not ours: FRESH=1 would put the measurements of another build folder aside
+FOREIGN = set("LLMDROP_BUILD MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR LIMIT ONLY FRESH PROFILE JOBS".split())
 
 
 def write_notebook(path: Path, parameters: str, code: str) -> None:

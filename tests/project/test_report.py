@@ -14,6 +14,8 @@ plt = pytest.importorskip("matplotlib.pyplot")
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 report = pytest.importorskip("report", reason="the report needs llmdrop.paper")
+from llmdrop.repro import paper  # noqa: E402
+from llmdrop.repro.estimate import Estimate, exact  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -22,11 +24,29 @@ FLAGS = (
 ).split()
 
 
+DECIDED = {  # claims with their verdicts, made up
+    "fig04-norm-goes-too": "holds",
+    "fig03-attn-below-mlp": "holds",
+    "fig02-deep-blocks-low": "differs",
+    "fig03-deep-attn-low": "undecided",
+    "tab01-attn8-above-mlp8": "holds",
+}
+
+
+def record_made_up(figures: Path) -> None:
+    paper.record_claim(figures, "fig04-norm-goes-too", exact(0), "made up")
+    paper.record_claim(figures, "fig03-attn-below-mlp", Estimate(0.49876, 0.4642, 0.5333, 64, "samples", "bootstrap"))
+    paper.record_claim(figures, "fig02-deep-blocks-low", Estimate(1.1111, 1.0707, 1.1515, 64, "samples", "bootstrap"))
+    paper.record_claim(figures, "fig03-deep-attn-low", Estimate(0.98, 0.9, 1.06, 64, "samples", "bootstrap"))
+    paper.record_claim(figures, "fig03-choice-transfers", None, "one set only")
+    paper.record_claim(figures, "tab01-attn8-above-mlp8", Estimate(2.3, 2.1, 2.5, 64, "samples", "paired bootstrap"))
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A profile, two executed notebooks, one failed one, two figures, two tables and three claims: all made up."""
+    """A profile, two executed notebooks, one failed one, two figures, two tables and some claims: all made up."""
     root = tmp_path_factory.mktemp("project")
-    figures, done = root / "figures", root / "executed"
+    figures, done = root / "figures" / "embedded", root / "executed"
     (figures / "claims").mkdir(parents=True)
     done.mkdir()
     (root / "notebooks" / "profiles").mkdir(parents=True)
@@ -60,11 +80,7 @@ def project(tmp_path_factory):
     (figures / "tab01_03_drop_modules.csv").write_text("method,avg\nBaseline,64.0\n")
     (figures / "tab01_03_drop_modules.txt").write_text("made up\n")
     (figures / "tab05_settings.csv").write_text("task,num_fewshot\npiqa,0\n")
-    ids = list(report.paper.claims()["id"])
-    for id, measured, holds in ((ids[0], 0.98764, True), (ids[1], 0.4321, False), (ids[2], None, None)):
-        row = {"measured": measured, "error": 0.0123 if measured else None, "holds": holds, "detail": "made up"}
-        row |= {"id": id, "verdict": {True: "holds", False: "differs", None: "not run"}[holds]}
-        (figures / "claims" / f"{id}.json").write_text(json.dumps(row))
+    record_made_up(figures)
     cell = nbformat.v4.new_code_cell("print(1)")
     cell.outputs = [
         nbformat.v4.new_output("stream", name="stdout", text=f"saved in {ROOT}/figures <object at 0x7f00deadbeef>\n"),
@@ -82,11 +98,14 @@ def project(tmp_path_factory):
 
 
 def rebuild(root):
-    return report.build(root / "notebooks/profiles/embedded.yaml", root / "executed", root / "figures")
+    profile = root / "notebooks/profiles/embedded.yaml"
+    page = report.build(profile, root / "executed", root / "figures/embedded")
+    report.overview(profile.parent, root / "figures")
+    return page
 
 
 def test_every_item_of_the_paper_is_there(project):
-    page = (project / "figures" / "index.html").read_text()
+    page = (project / "figures" / "embedded" / "index.html").read_text()
     places = [page.index(f'id="{kind}{n:02d}"') for kind in ("fig", "tab") for n in range(1, 13)]
     assert places == sorted(places)
     assert page.index('id="claims"') < page.index('id="errata"') < places[0]
@@ -109,7 +128,8 @@ def test_not_run_names_the_command(project, tmp_path):
     shutil.copytree(project / "notebooks", tmp_path / "notebooks")
     page = rebuild(tmp_path).read_text()
     assert "make reproduce PROFILE=embedded ONLY=tab01_03_drop_modules" in page
-    assert page.count(">not run</span>") == len(report.paper.claims())
+    own = paper.claims()["profiles"].str.contains("embedded").sum()
+    assert page.count(">not run</span>") == own and f">{own} not run</span>" in page
     assert "has not been run here. Run it: <code>make reproduce PROFILE=embedded</code>" in page
 
 
@@ -128,34 +148,76 @@ def test_headings_are_the_notebooks_own():
     assert report.heading(ROOT / "notebooks/none_such.ipynb") == "None such"
 
 
-def test_numbers_have_the_digits_of_their_errors():
-    cases = {(0.98764, 0.0123): "0.988 ± 0.012", (-4.25, 3.31): "−4.2 ± 3.3", (100.4, 18.3): "100 ± 18"}
-    cases |= {(0.0, 0.0): "0 ± 0", (90.0, None): "90", (None, None): "not run", (1.19, float("nan")): "1.19"}
-    for (measured, error), text in cases.items():
-        assert report.measured_text(dict(measured=measured, error=error)).replace("\u00a0", " ") == text
-
-
-def test_a_verdict_within_the_error_is_undecided():
-    claim = dict(tolerance=">= 95 % of baseline", measured=97.0, error=1.1)
-    assert report.undecided(claim) and not report.undecided(claim | dict(error=0.9))
-    assert not report.undecided(claim | dict(error=None)) and not report.undecided(claim | dict(measured=None))
-
-
-def test_claims_are_joined(project):
+def test_claims_are_shown_with_all_that_makes_a_verdict(project):
     import pandas as pd
 
-    claims = pd.read_csv(project / "figures" / "claims.csv")
-    assert {"id", "statement", "where", "published", "measured", "tolerance", "verdict", "notebook"} <= set(claims)
-    assert list(claims["verdict"][:3]) == ["holds", "differs", "not run"]
-    page = (project / "figures" / "index.html").read_text()
-    assert "0.988\u00a0±\u00a00.012" in page and ">1 hold</span>" in page and ">1 differ</span>" in page
+    claims = pd.read_csv(project / "figures/embedded/claims.csv").set_index("id")
+    assert claims.loc[list(DECIDED), "verdict"].to_dict() == DECIDED
+    assert claims["profiles"].str.contains("embedded").all(), "claims of other profiles"
+    page = (project / "figures/embedded/index.html").read_text()
+    shown = dict(re.findall(r'<tr id="claim-([^"]+)">(.*?)</tr>', page, re.DOTALL))
+    assert set(shown) == set(claims.index)
+    holds = shown["fig03-attn-below-mlp"]
+    assert "0.499 [0.464, 0.533] (ratio)" in holds and "64 samples, bootstrap" in holds and "&lt; 1 (ratio)" in holds
+    assert re.search(r"To decide it: about [\d,]+ more samples", shown["fig03-deep-attn-low"])
+    assert 'class="verdict undecided"' in shown["fig03-deep-attn-low"]
+    not_run = shown["fig03-choice-transfers"]
+    assert "one set only" in not_run and "make reproduce PROFILE=paper ONLY=fig02_03_importance" in not_run
+    assert ">0 parameters<br>" in shown["fig04-norm-goes-too"]
+    counts = claims["verdict"].value_counts()
+    assert all(
+        f">{counts[verdict]} {word}</span>" in page for verdict, word in (("holds", "hold"), ("differs", "differ"))
+    )
+
+
+def test_claims_are_apart_by_kind_and_folded_by_figure(project):
+    page = (project / "figures/embedded/index.html").read_text()
+    kinds = [page.index(title) for title in paper.KINDS.values()]
+    assert kinds == sorted(kinds)
+    folds = re.findall(r'<details class="fold"><summary>([^<]*) <span class="soft small">([^<]*)</span>', page)
+    assert ("Figure 2", "1 differs, 1 not run") in folds
+    figures = [int(name.removeprefix("Figure ")) for name, _ in folds if name.startswith("Figure")]
+    of_paper = figures[: figures.index(max(figures)) + 1]
+    assert of_paper == sorted(set(of_paper))
+
+
+def test_the_page_of_all_profiles_has_the_best_evidence(project, tmp_path):
+    root = shutil.copytree(project, tmp_path / "project")
+    figures = root / "figures"
+    decided = Estimate(1.9, 1.7, 2.1, 640, "samples", "paired bootstrap")
+    wide = Estimate(0.4, -0.8, 1.6, 64, "samples", "paired bootstrap")
+    paper.record_claim(figures / "full", "tab01-attn8-above-mlp8", wide)  # undecided: the embedded profile decides it
+    paper.record_claim(figures / "full", "tab01-attn8-above-block8", decided)
+    rebuild(root)
+    best = report.best_evidence(figures)
+    assert list(best["id"]) == list(paper.claims()["id"])
+    assert best.loc["tab01-attn8-above-mlp8", ["verdict", "profile"]].tolist() == ["holds", "embedded"]
+    assert best.loc["tab01-attn8-above-block8", ["verdict", "profile"]].tolist() == ["holds", "full"]
+    nowhere = best.loc["tab03-half-of-attn"]
+    assert (nowhere["verdict"], nowhere["profile"]) == ("not run", "")
+    assert nowhere["needed"] == "make reproduce PROFILE=full ONLY=tab01_03_drop_modules"
+    for page in (figures / "index.html", figures / "README.md"):
+        text = page.read_text()
+        sections = [text.rindex(title) for title in ("Ten claims", "Importance of blocks, for", *paper.KINDS.values())]
+        assert sections == sorted(sections)
+        assert text.count("1.90 [1.70, 2.10] nats") == 2  # a headline, and in its place
+        assert "embedded/fig02_03_importance.png" in text
+        assert not re.search(r"\d\.\d{7,}|\['", text), "raw numbers or Python"
+
+
+def test_the_headlines_are_claims():
+    assert len(report.HEADLINES) == len(set(report.HEADLINES)) == 10
+    assert set(report.HEADLINES) <= set(paper.claims()["id"])
+    assert {kind for id, kind in paper.claims()[["id", "kind"]].to_numpy() if id in report.HEADLINES} == set(
+        paper.KINDS
+    )
 
 
 def test_the_same_inputs_give_the_same_bytes(project):
     pages = sorted((project / "figures").rglob("*.html"))
     before = [page.read_bytes() for page in pages]
     rebuild(project)
-    assert before == [page.read_bytes() for page in pages] and len(pages) == 2
+    assert before == [page.read_bytes() for page in pages] and len(pages) == 3
 
 
 def test_pages_are_impersonal_small_and_offline(project):
@@ -165,7 +227,7 @@ def test_pages_are_impersonal_small_and_offline(project):
         assert not re.search(r"""(src|href)=["'](https?:)?//""", text), "loads something from the network"
         assert not any(found in text for found in ("0x7f00deadbeef", "a progress bar", "measuring score", "12.3 s"))
         assert len(text) < 200_000
-    assert "kept" in (project / "figures/notebooks/fig02_03_importance.html").read_text()
+    assert "kept" in (project / "figures/embedded/notebooks/fig02_03_importance.html").read_text()
 
 
 def in_browser(page: Path, script: str, tmp_path: Path, width: int = 1280):
@@ -186,15 +248,31 @@ def in_browser(page: Path, script: str, tmp_path: Path, width: int = 1280):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
-@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(project, tmp_path, width):
     script = """{images: d.images.length, broken: [...d.images].filter(i => !i.naturalWidth).map(i => i.src),
                  wide: d.documentElement.scrollWidth - w.innerWidth}"""
-    page = project / "figures" / "index.html"
+    page = project / "figures" / "embedded" / "index.html"
     seen, errors = in_browser(page, script, tmp_path, width)
     assert seen == {"images": 3, "broken": [], "wide": 0} and errors == []
-    seen, errors = in_browser(project / "figures" / "notebooks" / "fig02_03_importance.html", script, tmp_path, width)
+    seen, errors = in_browser(project / "figures" / "index.html", script, tmp_path, width)
+    assert seen == {"images": 2, "broken": [], "wide": 0} and errors == []
+    seen, errors = in_browser(
+        project / "figures" / "embedded" / "notebooks" / "fig02_03_importance.html", script, tmp_path, width
+    )
     assert seen["broken"] == [] and seen["wide"] <= 0 and errors == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
+def test_what_names_a_row_stays_in_sight(project, tmp_path):
+    """On a telephone, after scrolling a table to its end."""
+    script = """(() => { const box = d.querySelector('#tab01 .scroll'); box.scrollLeft = 10000;
+        const left = box.getBoundingClientRect().left;
+        return [...box.querySelectorAll('tbody tr:first-child td')].slice(0, 2)
+            .map(cell => Math.round(cell.getBoundingClientRect().left - left)) })()"""
+    page = project / "figures" / "embedded" / "index.html"
+    (model, method), _ = in_browser(page, script, tmp_path, 390)
+    assert model == 0 < method < 120
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")

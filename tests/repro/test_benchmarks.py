@@ -8,7 +8,7 @@ import pytest
 from llmdrop import Store
 from llmdrop.compress.variant import Variant
 from llmdrop.data.mirror import read_split
-from llmdrop.repro.benchmarks import limit_per_part, settings
+from llmdrop.repro.benchmarks import above_guessing, limit_per_part, settings
 from llmdrop.repro.quality import quality
 
 
@@ -23,6 +23,16 @@ def test_limit_per_part_of_a_mirror_with_subjects_is_divided(limit, of_each, mon
     monkeypatch.setattr("llmdrop.repro.benchmarks.load_tasks", lambda *_, **__: subjects)
     assert limit_per_part("mmlu", limit, "a mirror") == of_each
     assert limit_per_part("piqa", limit, "a mirror") == limit
+
+
+def test_tasks_above_guessing(monkeypatch):
+    monkeypatch.setattr("llmdrop.repro.benchmarks.unread", lambda task, _: {"piqa": 0.5, "boolq": 0.62}[task])
+    parts = []
+    for task, right in {"piqa": [1, 1, 1, 0], "boolq": [1, 1, 0]}.items():  # 75 % are more than 50; 67 may be 62
+        values = right * 30
+        parts.append(pd.DataFrame({"where": task, "item": range(len(values)), "value": values}))
+    rows = pd.concat(parts).assign(variant="Baseline", metric="acc", n=1)
+    assert above_guessing(rows, "Baseline", ["piqa", "boolq"]) == ["piqa"]
 
 
 def test_settings_are_what_lm_eval_says(smollm2, tmp_path):

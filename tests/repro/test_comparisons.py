@@ -14,9 +14,12 @@ from llmdrop.compress.reconstruction import METHODS, Reconstruction
 from llmdrop.compress.variant import Variant
 from llmdrop.compress.windows import Windows
 from llmdrop.repro import comparison_figures as figures
+from llmdrop.repro import style
 from llmdrop.repro.comparisons import (
     BASELINE,
+    as_fast_as_timed,
     frontier,
+    frontier_gain,
     leaderboard,
     leaderboard_to_print,
     losses,
@@ -68,12 +71,26 @@ def test_losses_and_their_share_of_the_paper_s():
         ]
     )
     table = losses(measured, [COSINE, other])
-    assert list(table.columns) == ["choice", "setting", "n", "left", "low", "high", "lost_text", "lost_new", "lost"]
-    assert table.iloc[0].tolist() == ["cosine", "none", 2, 1, 1, 1, 2, 2, 2]
+    columns = [
+        "choice",
+        "setting",
+        "n",
+        "left",
+        "low",
+        "high",
+        "lost_text",
+        "lost_new",
+        "lost",
+        "lost_low",
+        "lost_high",
+    ]
+    assert list(table.columns) == columns
+    assert table.iloc[0].tolist() == ["cosine", "none", 2, 1, 1, 1, 2, 2, 2, 2, 2]
     shares = (1 + 5) / (2 + 2), (1 + 1.5) / (2 + 6)  # weighted by tokens, then the mean of the texts
     assert table["left"][1] == pytest.approx(np.mean(shares))
     assert (table["lost_text"][1], table["lost_new"][1]) == (3, 0.75) and table["lost"][1] == 1.875
     assert table["low"][1] <= table["left"][1] <= table["high"][1] and table["setting"][1] == "least squares"
+    assert table["lost_low"][1] < table["lost"][1] < table["lost_high"][1]
 
 
 def test_the_paper_s_method_must_be_there_at_every_n():
@@ -108,9 +125,10 @@ def test_leaderboard():
     assert list(printed.index) == ["KL greedy", "cosine", "random, 2 seeds"]
     assert list(printed["against_8"]) == ["less", "same", "more"]
     assert printed.loc["random, 2 seeds", "lost_8"] == 3 and printed.loc["random, 2 seeds", "passes"] == 2.5
-    assert printed.loc["random, 2 seeds", "lost_8_stderr"] == pytest.approx(0.5)
-    columns = ["lost_8", "lost_8_stderr", "against_8", "reconstructed_8", "reconstructed_8_stderr", "overlap", "passes"]
-    assert list(printed.columns) == columns
+    half_width = printed.loc["random, 2 seeds", "lost_8_high"] - 3
+    assert half_width > 12.706 * 0.5, "Student's t of one degree of freedom times the standard error"
+    columns = [f"{name}{ending}" for name in ("lost_8", "reconstructed_8") for ending in ("", "_low", "_high")]
+    assert list(printed.columns) == [*columns[:3], "against_8", *columns[3:], "overlap", "passes"]
 
 
 def test_overlap_is_with_the_paper_s_layers():
@@ -148,8 +166,7 @@ def test_trade_offs_pair_questions_with_the_paper_s():
     table = trade_offs(model, measured, contenders, [1, 16], **SPEED)
     assert table["left"].tolist() == pytest.approx([1, 0.1]) and table["windowed"].tolist() == [0, 3]
     assert table["attn"].tolist() == [2, 0] and table["plan"].tolist() == ["Attn-2", "3 windows of 4"]
-    assert table["facts"].tolist() == [25, 75] and table["more"].tolist() == [0, 50]
-    assert table["more_stderr"][0] == 0 < table["more_stderr"][1] and table["piqa"].tolist() == [50, 100]
+    assert table["facts"].tolist() == [25, 75] and table["piqa"].tolist() == [50, 100]
     for b in (1, 16):
         expected = [contender.variant.predicted_speedup(model, batch_size=b, **SPEED) for contender in contenders]
         assert table[f"at_{b}"].tolist() == expected
@@ -157,10 +174,10 @@ def test_trade_offs_pair_questions_with_the_paper_s():
 
     _, axes = plt.subplots(1, 4)
     figures.plot_trade_offs(model, measured, table, contenders, {"facts": 64}, axes, **SPEED)
-    assert [list(line.get_ydata()) for line in axes[2].get_lines()] == [[100], [25], [75]]
+    drawn = [[container.lines[0] for container in ax.containers] for ax in axes]
+    assert [list(line.get_ydata()) for line in drawn[2]] == [[100], [25], [75]]
     assert len(axes[3].get_lines()) == 2 and axes[1].get_ylabel().startswith("Share")
-    colors = [line.get_color() for line in axes[0].get_lines()]
-    assert [line.get_color() for line in axes[2].get_lines()[1:]] == colors
+    assert [line.get_color() for line in drawn[2][1:]] == [line.get_color() for line in drawn[0]]
 
 
 def test_frontier_counts_what_is_saved():
@@ -187,26 +204,60 @@ def test_frontier_counts_what_is_saved():
     assert len(axes[0].containers) == 3
 
 
+def timed(seconds: dict[str, list[float]]) -> pd.DataFrame:
+    """As from `timing`: {variant: seconds of every round}, a third of them for the prompt."""
+    frames = []
+    for name, values in seconds.items():
+        frame = pd.DataFrame({"variant": name, "round": range(len(values)), "seconds": values, "kv_bytes": 2e6})
+        frames.append(frame.assign(prefill_seconds=frame["seconds"] / 3, decode_seconds=2 * frame["seconds"] / 3))
+    return pd.concat(frames, ignore_index=True)
+
+
 def test_measured_speed_is_joined_in_the_order_of_the_contenders():
-    columns = {}
-    for name, value in {"speedup": 2.0, "prefill_speedup": 1.0, "decode_speedup": 3.0}.items():
-        columns |= {name: [1.0, value, 9], f"{name}_low": [1.0, value - 0.5, 9], f"{name}_high": [1.0, value + 1, 9]}
-    speedups = pd.DataFrame(columns | {"kv_bytes": [4e6, 2e6, 0]}, index=[BASELINE, WINDOWS.name, COSINE.name])
-    table = measured_speed(speedups, [COSINE, WINDOWS])
-    assert table["speedup"].tolist() == [9, 2] and table["decode"].tolist() == [9, 3] and table["kv"].tolist() == [0, 2]
-    assert table["prefill_stderr"].tolist() == [0, 0.75]
+    rounds = timed({BASELINE: [4.0, 5.0, 4.5], WINDOWS.name: [2.0, 2.5, 2.2], COSINE.name: [4.0, 5.0, 4.5]})
+    table = measured_speed(rounds, [COSINE, WINDOWS])
+    assert table["speedup"].tolist() == pytest.approx([1, 2.015], rel=1e-3) and table["kv"].tolist() == [2, 2]
+    assert table["prefill"].tolist() == pytest.approx(table["decode"].tolist())
+    assert table["speedup_low"][1] < table["speedup"][1] < table["speedup_high"][1]
 
 
 def test_remaining_as_timed():
-    table = pd.DataFrame(
-        {
-            "choice": ["cosine", "cosine", "windows", "drops", "drops"],
-            "n": [8, 16, 8, 8, 16],
-            "lost": [1.0, 2.0, 0.1, 0.2, 0.5],
-            "speedup": [1.2, 1.6, 1.1, 1.2, 1.5],
-        }
-    )
-    assert remaining_as_timed(table, [16, 8]) == {8: 0.2, 16: 1.0}
+    """Only what is surely faster than the paper's method counts; where nothing is, all of the loss is left."""
+    drops = Contender("drops and windows", "as fast for 1", 2, Variant(DropPlan(attn=[1]), windows=Windows((2, 3), 4)))
+    contenders = [COSINE, WINDOWS, drops]
+    names = [contender.name for contender in contenders]
+    lost = [[2.0, 2.2, 2.1], [0.2, 0.25, 0.2], [0.5, 0.6, 0.55]]
+    whole = [1.0, 2.0, 1.5]
+    measured = rows({BASELINE: whole} | {name: list(np.add(whole, row)) for name, row in zip(names, lost, strict=True)})
+    seconds = {BASELINE: [2.0, 2.1, 2.05], COSINE.name: [1.0, 1.1, 1.05], drops.name: [0.9, 0.98, 0.95]}
+    unsure = timed(seconds | {WINDOWS.name: [0.8, 1.3, 1.0]})
+    assert as_fast_as_timed(unsure, contenders, 2) == [drops]
+    share = remaining_as_timed(measured, unsure, contenders, [2])
+    assert share.value == pytest.approx(0.55 / 2.1) and share.low < share.value < share.high and share.over == "samples"
+    slow = timed(seconds | {WINDOWS.name: [1.2, 1.3, 1.25], drops.name: [1.2, 1.3, 1.25]})
+    assert remaining_as_timed(measured, slow, contenders, [2]).value == 1
+
+
+def test_frontier_gain_is_that_of_the_size_with_the_least():
+    contenders = []
+    lost = {BASELINE: [1.0, 1.0]}
+    for n, (paper, block, ours) in {2: (2.0, 3.0, 1.4), 3: (3.0, 2.5, 2.2)}.items():
+        made_up = plain("KL greedy", n).reconstructed(Reconstruction(TEXT))
+        for contender, nats in [(plain("cosine", n), paper), (plain("Block Drop", n), block), (made_up, ours)]:
+            contenders.append(contender)
+            lost[contender.name] = [nats, nats + 0.1]
+    gain = frontier_gain(rows(lost), contenders)
+    assert gain.value == pytest.approx(0.3) and gain.over == "samples"
+
+
+def test_every_contender_has_a_look_of_its_own():
+    looks = list(style.CONTENDERS.values())
+    assert len({look["color"] for look in looks}) == len(looks)
+    assert style.contender("cosine: none") == style.contender("cosine") == style.CONTENDERS["cosine"]
+    assert style.contender("window 256: as fast for 16") == style.CONTENDERS["window 256"]
+    assert style.contender("cosine")["color"] == style.method("Attention")["color"]
+    table = pd.DataFrame({"choice": ["window 64"] * 2, "setting": ["as fast for 16", "as fast for 1"]})
+    assert ["mfc" in look for look in figures.looks(table).values()] == [False, True]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -222,10 +273,11 @@ def test_reconstruction_by_least_squares_adds_no_tensors(method):
 
 def test_figures_of_losses_and_of_the_leaderboard():
     _, axes = plt.subplots(1, 2)
-    base = {"choice": "cosine", "n": 8, "left": 1.0, "low": 1.0, "high": 1.0, "lost": 0.4}
+    base = {"choice": "cosine", "n": 8, "left": 1.0, "low": 1.0, "high": 1.0}
+    base |= {"lost": 0.4, "lost_low": 0.3, "lost_high": 0.5}
     better = base | {"setting": "least squares", "left": 0.5, "low": 0.4}
     figures.plot_losses(pd.DataFrame([base | {"setting": "none"}, better]), axes)
-    assert [line.get_label() for line in axes[0].lines] == ["cosine: none", "cosine: least squares"]
+    assert axes[0].get_legend_handles_labels()[1] == ["cosine: none", "cosine: least squares"]
     measured, contenders = leaderboard_rows()
     _, axes = plt.subplots(1, 2)
     figures.plot_leaderboard(leaderboard(measured, contenders), axes)

@@ -59,7 +59,11 @@ def curves():
         {"method": "Joint", "n_dropped": range(5), "value": 68.0, "step": [None, "attn", "attn", "mlp", "mlp"]}
     )
     return pd.concat(
-        [ours.assign(source="measured", stderr=0.6), joint, ours[method != "Baseline"].assign(source="paper")],
+        [
+            ours.assign(source="measured", low=ours["value"] - 1.2, high=ours["value"] + 1.2),
+            joint,
+            ours[method != "Baseline"].assign(source="paper"),
+        ],
         ignore_index=True,
     )
 
@@ -127,7 +131,8 @@ def draw(name):
     elif name == "drop_curves":
         figures.plot_drop_curves(df := curves(), ax, "Accuracy", chance=50)
     elif name == "perplexity":
-        df = curves().query("source != 'paper'").assign(value=lambda d: 2.0 ** (75 - d["value"]), stderr=1.0)
+        df = curves().query("source != 'paper'").assign(value=lambda d: 2.0 ** (75 - d["value"]))
+        df = df.assign(low=0.8 * df["value"], high=1.25 * df["value"])
         figures.plot_drop_curves(df, ax, ylabel="Perplexity", log=True)
     elif name == "dropping_order":
         figures.plot_dropping_order(df := order(), ax, 32)

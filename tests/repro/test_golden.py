@@ -105,7 +105,7 @@ def of_evaluate() -> list:
         file = Path(mirror, "baber/piqa/default/validation.jsonl")
         file.parent.mkdir(parents=True)
         file.write_text("".join(json.dumps(question) + "\n" for question in questions))
-        return ask(tiny("llama"), words(), PLANS, "piqa", data_dir=mirror, progress=False)
+        return ask(tiny("llama"), words(), PLANS, "piqa", limit=3, data_dir=mirror, progress=False)
 
 
 def of_generation() -> dict:

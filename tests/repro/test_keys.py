@@ -33,8 +33,9 @@ RECIPE = {"n_layers", "width", "steps", "batch_size", "lr", "n_checkpoints"}
 # the entries of a key, by kind of measurement
 DOCUMENTED = {
     "score": MODEL | {"version", "calibration", "with_residual", "gap"},
+    "sample-scores": MODEL | {"version", "calibration"},
     "losses": MODEL | {"version", "text", "variant"},
-    "questions": MODEL | {"version", "tokenizer", "lm_eval", "task", "task_digest", "limit", "variant"},
+    "questions": MODEL | {"version", "tokenizer", "lm_eval", "task", "task_digest", "limit", "seed", "variant"},
     "matches": MODEL | {"version", "tokenizer", "questions", "variant"},
     "answers": MODEL | {"version", "tokenizer", "prompts", "stop", "max_new_tokens", "variant"},
     "timing": MACHINE | {"version", "rounds", "settings", "shapes_timed"},
@@ -97,6 +98,7 @@ def keys(tmp_path_factory) -> list[tuple[str, dict]]:
         if llmdrop.repro.provenance.version("peft"):
             variants["healing"] = Variant(plan, healing=Healing(text))
         store.score(model, text)
+        store.sample_scores(model, text)
         questions = {"asked": Questions(["w2 w3"], [" w4"])}
         quality(model, tokenizer, variants, {"text": text}, ["piqa"], questions, data_dir=mirror, store=store)
         answers(model, tokenizer, {"whole": Variant()}, ["w2 w3"], "prompts", 2, store=store)

@@ -61,6 +61,15 @@ def test_every_choice_is_stored_with_what_it_cost(chooser, store, name):
         assert {kind for kind, _ in choice.order} == {"attn"}
 
 
+def test_the_paper_s_method_scores_on_its_own_text(chooser, store):
+    """And no other selector does, so that it is the same baseline whatever the others see."""
+    apart = replace(chooser, paper_text=LONG)
+    alone = replace(chooser, text=LONG)
+    assert apart.choose("cosine", 2) == alone.choose("cosine", 2)
+    for name in ("relative magnitude", "MLP Drop", "Block Drop"):
+        assert apart.choose(name, 2) == chooser.choose(name, 2)
+
+
 def test_choices_by_scores_are_those_of_the_core(chooser):
     model = chooser.model
     scores = score(model, TEXT, gap=True, progress=False)

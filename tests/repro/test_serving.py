@@ -13,10 +13,14 @@ def test_checks_and_timings_are_made_once(tmp_path, monkeypatch):
     checked = serving.check_all(model, TOKENIZER, plans, PROMPTS[:3], 4, store=store)
     assert set(zip(checked["engine"], checked["plan"], strict=True)) == {(e, p) for e in engines() for p in plans}
     assert checked["max_difference"].notna().any()
-    timed = serving.compare_all(model, TOKENIZER, plans, list(range(9)), 4, store=store, rounds=1, weights="f16")
-    assert set(timed["engine"]) == set(engines())
+    timed = serving.compare_all(model, TOKENIZER, plans, list(range(9)), 4, store=store, rounds=2, weights="f16")
+    assert list(zip(timed["engine"], timed["plan"], strict=True)) == [(e, p) for e in engines() for p in plans]
+    shares = ["prefill_speedup", "decode_speedup_low", "kv_share", "file_share"]
+    assert (timed.loc[timed["plan"] == "Baseline", shares] == 1).all(axis=None)
+    assert (timed["decode_speedup_low"] <= timed["decode_speedup"]).all()
+    assert (timed["decode_speedup"] <= timed["decode_speedup_high"]).all()
     for measure in ("check_export", "compare_serving"):
         monkeypatch.setattr(serving, measure, lambda *args, **settings: pytest.fail("measured again"))
     assert serving.check_all(model, TOKENIZER, plans, PROMPTS[:3], 4, store=store).equals(checked)
-    again = serving.compare_all(model, TOKENIZER, plans, list(range(9)), 4, store=store, rounds=1, weights="f16")
+    again = serving.compare_all(model, TOKENIZER, plans, list(range(9)), 4, store=store, rounds=2, weights="f16")
     assert again.equals(timed)

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import tiny
@@ -55,16 +56,33 @@ def test_grid():
 
 def test_measured_beside_the_limit_of_this_machine(tmp_path, capsys):
     store, model = Store(tmp_path), tiny("llama")
-    rows = speedups.measure_beside_limit(store, model, ["Baseline", "Attn-2"], **SIZES)
+    rows, timed = speedups.measure_beside_limit(store, model, ["Baseline", "Attn-2"], **SIZES)
     assert rows["method"].tolist() == ["Baseline", "Attn-2"] and rows["n_dropped"].tolist() == [0, 2]
     assert (rows.loc[0, ["speedup", "limit", "ratio"]] == 1).all()
+    assert rows["speedup_low"][1] <= rows["speedup"][1] <= rows["speedup_high"][1]
+    assert len(timed) == 2 * SIZES["rounds"] and set(timed["limit"]) == set(rows["limit"])
     assert (rows["bandwidth"] == 2e10).all() and (rows["rate"] == 3e11).all()
     limit = predict_speed(model, DropPlan([2, 3]), 2, 8, 4, (2e10, 3e11), weight_bits=32, cache_bits=32)
     assert rows["limit_seconds"][1] == pytest.approx(limit.seconds)
     assert rows["ratio"][1] == rows["speedup"][1] / rows["limit"][1]
     capsys.readouterr()
-    assert speedups.measure_beside_limit(store, model, ["Baseline", "Attn-2"], **SIZES).equals(rows)
+    again, timed_again = speedups.measure_beside_limit(store, model, ["Baseline", "Attn-2"], **SIZES)
+    assert again.equals(rows) and timed_again.equals(timed)
     assert "measuring" not in capsys.readouterr().out
+
+
+def test_least_of_limit():
+    """Two models of known ratios, of which a variant that did not fit is left out; the interval is over rounds."""
+    noise = np.random.default_rng(0).normal(0, 0.01, 20)
+    parts = []
+    for model, speedup in {"fast": 2.0, "slow": 1.1}.items():
+        seconds = {"Baseline": np.ones(20), "Attn-2": np.exp(noise) / speedup, "Attn-4": np.full(20, np.nan)}
+        for variant, values in seconds.items():
+            row = {"model": model, "decoding": "eager", "variant": variant, "round": range(20), "seconds": values}
+            parts.append(pd.DataFrame(row | {"limit": 1.0 if variant == "Baseline" else 1.25}))
+    found = speedups.least_of_limit(pd.concat(parts))
+    assert found.low < 1.1 / 1.25 < found.high and found.high - found.low < 0.02
+    assert found.over == "rounds" and found.value == pytest.approx(1.1 / 1.25 * np.exp(-noise.mean()))
 
 
 @pytest.fixture
@@ -77,7 +95,7 @@ def two_shapes(monkeypatch):
 def test_models_by_shape(tmp_path, two_shapes):
     names = ["Llama-3-8B", "Llama-3-70B"]
     sizes = dict(prompt_len=4, new_tokens=2, rounds=1)
-    rows, facts = speedups.measure_models(Store(tmp_path), names, "bfloat16", "cpu", {"Llama-3-8B": 3}, **sizes)
+    rows, _, facts = speedups.measure_models(Store(tmp_path), names, "bfloat16", "cpu", {"Llama-3-8B": 3}, **sizes)
     assert rows["model"].unique().tolist() == names and rows["batch"].unique().tolist() == [3, 1]
     printed = paper.table("table02")
     assert rows["method"].tolist() == printed["method"].tolist() and (rows["decoding"] == "eager").all()
@@ -96,7 +114,7 @@ def test_models_without_published_speedups_are_measured_by_table_1(name, tmp_pat
         monkeypatch.setitem(GEOMETRIES, name, Shape(32, 128, 2, 1, 64, 128, 100))
         expected = {"Baseline", *paper.table("table01")["method"]}
     sizes = dict(prompt_len=4, new_tokens=2, rounds=1)
-    rows, _ = speedups.measure_models(
+    rows, _, _ = speedups.measure_models(
         Store(tmp_path), [name], "bfloat16" if name != "tiny" else "float32", "cpu", **sizes
     )
     assert set(rows["method"]) == expected and len(rows) == len(expected)
@@ -120,13 +138,13 @@ def test_compiled_runs_have_an_eager_one_beside(tmp_path, two_shapes, monkeypatc
     measure = speedups.measure_beside_limit
     monkeypatch.setattr(speedups, "measure_beside_limit", spy)
     sizes = dict(cache="static", decoding="graph", prompt_len=4, new_tokens=2, rounds=1)
-    rows, _ = speedups.measure_models(Store(tmp_path), ["Llama-3-8B"], "bfloat16", "cpu", **sizes)
+    rows, _, _ = speedups.measure_models(Store(tmp_path), ["Llama-3-8B"], "bfloat16", "cpu", **sizes)
     assert [how[1:] for how in asked] == [("static", "graph"), ("dynamic", "eager")]
     assert asked[1][0] == ["Baseline", "Attn-20"] and rows["decoding"].tolist() == ["graph"] * 6 + ["eager"] * 2
 
 
 def test_plots(tmp_path, two_shapes, explained):
-    rows, _ = speedups.measure_models(
+    rows, _, _ = speedups.measure_models(
         Store(tmp_path), ["Llama-3-8B"], "bfloat16", "cpu", prompt_len=4, new_tokens=2, rounds=2
     )
     rows.loc[1, ["speedup", "speedup_low", "speedup_high"]] = np.nan  # did not fit

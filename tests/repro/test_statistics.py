@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from llmdrop.repro import statistics
-from llmdrop.repro.statistics import Estimate
+from llmdrop.repro.estimate import Estimate, exact
 
 
 def rows_of(variant: str, where: str, metric: str, values, n=1) -> pd.DataFrame:
@@ -70,19 +70,151 @@ def test_difference_is_paired():
     assert np.isfinite(alone.value) and np.isnan([alone.low, alone.high, alone.stderr]).all()
 
 
-def test_difference_has_the_interval_of_a_bootstrap():
+def test_differences_of_several_pairs():
+    pairs = [("cosine", "whole"), ("better", "whole")]
+    mean = statistics.differences(losses(), pairs, ["news", "code"])
+    assert mean.value == pytest.approx(0.15, abs=1e-9)  # the noise of the two is opposite
+    assert mean.low == pytest.approx(0.15, abs=1e-9) and mean.n == 80 and mean.over == "samples"
+    largest = statistics.differences(losses(), pairs, ["news", "code"], reduce=np.max)
+    assert largest == statistics.difference(losses(), "cosine", "whole", ["news", "code"])
+
+
+def test_the_interval_of_a_mean_is_students():
     rows = losses()
     values = statistics.items(rows, "cosine", "news")["value"] - statistics.items(rows, "whole", "news")["value"]
-    expected = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=1).confidence_interval
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     estimate = statistics.difference(rows, "cosine", "whole", "news")
-    assert [estimate.low, estimate.high] == pytest.approx(list(expected), abs=0.002)
+    assert [estimate.low, estimate.high] == pytest.approx(list(expected), abs=0.001)
+    assert (estimate.n, estimate.over, estimate.method) == (40, "samples", "paired bootstrap")
+    three = statistics.mean_of([1.0, 2.0, 6.0], "seeds")
+    expected = stats.ttest_1samp([1.0, 2.0, 6.0], 0).confidence_interval(0.95)
+    assert three.low < 0.9 * expected.low < 1 and three.high > expected.high > 6  # not between the extremes of three
+    assert (three.n, three.over) == (3, "seeds")
 
 
 def test_the_interval_does_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch):
     rows = losses()
     at_once = statistics.difference(rows, "cosine", "whole", "news")
     monkeypatch.setattr(statistics, "DRAWS_AT_A_TIME", 400)
-    assert statistics.difference(rows, "cosine", "whole", "news") == at_once
+    again = statistics.difference(rows, "cosine", "whole", "news")
+    assert [again.low, again.high] == pytest.approx([at_once.low, at_once.high], rel=1e-12)
+
+
+def test_other_metrics_and_other_items():
+    rows = pd.concat([rows_of("a", "piqa", "acc", [1, 0]), rows_of("a", "piqa", "choice", [-0.5, -1.5])])
+    rows = pd.concat([rows, rows_of("b", "piqa", "acc", [1, 1]), rows_of("b", "piqa", "choice", [-0.25, -0.75])])
+    assert statistics.difference(rows, "b", "a", "piqa").value == 0.5
+    assert statistics.difference(rows, "b", "a", "piqa", "choice").value == 0.5
+    with pytest.raises(ValueError, match="'b' was not measured on 'piqa' by 'nats'"):
+        statistics.difference(rows, "b", "a", "piqa", "nats")
+    fewer = pd.concat([rows_of("a", "piqa", "acc", [1, 0]), rows_of("b", "piqa", "acc", [1])])
+    with pytest.raises(ValueError, match="a, b were measured on other items of 'piqa'"):
+        statistics.difference(fewer, "a", "b", "piqa")
+
+
+def test_clusters_are_drawn_whole():
+    """Sentences of one document lose alike: forty sentences of four documents are four."""
+    cluster = np.repeat([0, 1, 2, 3], 10)
+    lost = np.array([0.1, 0.2, 0.3, 0.4])[cluster]
+    whole = np.random.default_rng(0).normal(3, 1, 40)
+    rows = pd.concat([rows_of("whole", "news", "nats", whole), rows_of("cosine", "news", "nats", whole + lost)])
+    by_item = statistics.difference(rows, "cosine", "whole", "news")
+    by_cluster = statistics.difference(rows.assign(cluster=np.tile(cluster, 2)), "cosine", "whole", "news")
+    assert by_cluster.value == pytest.approx(by_item.value) == pytest.approx(0.25)
+    assert by_cluster.stderr > 4 * by_item.stderr
+
+
+def right_or_wrong() -> pd.DataFrame:
+    """Two tasks of 40 questions: the whole model has 30 of each right, the dropped one 24 of them."""
+    whole = np.arange(40) < 30
+    parts = []
+    for task in ("piqa", "openbookqa"):
+        parts.append(rows_of("whole", task, "acc", whole.astype(int)))
+        parts.append(rows_of("dropped", task, "acc", (np.arange(40) < 24).astype(int)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_kept():
+    rows = right_or_wrong()
+    plain = statistics.kept(rows, "dropped", "whole", ["piqa", "openbookqa"])
+    assert plain.value == pytest.approx(80) and plain.low < 80 < plain.high < 100
+    assert (plain.n, plain.over) == (80, "questions")
+    corrected = statistics.kept(rows, "dropped", "whole", ["piqa", "openbookqa"], {"piqa": 0.5, "openbookqa": 0.25})
+    assert corrected.value == pytest.approx(100 * (0.6 - 0.375) / (0.75 - 0.375))
+    nothing = statistics.kept(rows, "dropped", "whole", ["piqa"], {"piqa": 0.75})
+    assert np.isnan([nothing.value, nothing.low]).all()  # the whole model knows nothing
+    assert statistics.above_unread(rows, "whole", "piqa", 0.5).value == pytest.approx(50)
+
+
+def test_mcnemar():
+    rows = right_or_wrong()
+    assert statistics.mcnemar(rows, "dropped", "whole", "piqa") == pytest.approx(2 / 2**6)  # six, all of one side
+    assert statistics.mcnemar(rows, "dropped", "whole", ["piqa", "openbookqa"]) == pytest.approx(2 / 2**12)
+    assert statistics.mcnemar(rows, "whole", "whole", "piqa") == 1
+
+
+def test_combined():
+    rows = losses()
+    names = ["whole", "better", "cosine"]
+    largest = statistics.combined(
+        lambda means: max(np.mean([m[k] - m[0] for m in means]) for k in (1, 2)), rows, names, ["news", "code"]
+    )
+    assert largest.value == pytest.approx(statistics.difference(rows, "cosine", "whole", ["news", "code"]).value)
+    assert largest.low < 0.2 < largest.high
+
+
+def rounds_of(seconds: dict[str, list[float]]) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame({"variant": name, "round": range(len(times)), "seconds": times}) for name, times in seconds.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_speed_ratio():
+    rounds = rounds_of({"Baseline": [2.0, 4.0, 8.0, 2.0], "Attn-8": [1.0, 2.1, 3.9, 1.0]})
+    ratio = statistics.speed_ratio(rounds, "Attn-8", "Baseline")
+    assert ratio.value == pytest.approx(2.0, abs=0.02) and 1.8 < ratio.low < 2 < ratio.high < 2.2
+    assert (ratio.n, ratio.over) == (4, "rounds")
+    assert statistics.speed_ratio(rounds, "Baseline", "Attn-8").value == pytest.approx(1 / ratio.value)
+    with pytest.raises(ValueError, match="'MLP-8' has no seconds of every round; timed: Baseline, Attn-8"):
+        statistics.speed_ratio(rounds, "MLP-8", "Baseline")
+    out_of_memory = rounds_of({"Baseline": [2.0, 2.0], "Attn-8": [1.0, np.nan]})
+    with pytest.raises(ValueError, match="'Attn-8' has no seconds of every round"):
+        statistics.speed_ratio(out_of_memory, "Attn-8", "Baseline")
+
+
+def test_gamma_gap():
+    rows = right_or_wrong()
+    more = rows[rows["variant"] == "dropped"].assign(variant="other")
+    more.loc[more["item"] < 3, "value"] = 0
+    rows = pd.concat([rows, more], ignore_index=True)
+    rounds = rounds_of({"whole": [1.5] * 5, "dropped": [1.0] * 5, "other": [1.2] * 5})
+    gap = statistics.gamma_gap(rows, rounds, "other", "dropped", "whole", ["piqa", "openbookqa"])
+    assert gap.value == pytest.approx(22.5 / 25 - 15 / 50)
+    assert gap.low < gap.value < gap.high and gap.over == "questions and rounds"
+    slower = rounds_of({"whole": [1.5] * 5, "dropped": [1.6] * 5, "other": [1.2] * 5})
+    undefined = statistics.gamma_gap(rows, slower, "other", "dropped", "whole", ["piqa"])
+    assert np.isnan([undefined.value, undefined.low]).all()
+    of_texts = losses()
+    rounds = rounds_of({"whole": [1.5] * 5, "cosine": [1.0] * 5, "better": [1.2] * 5})
+    gap = statistics.gamma_gap(of_texts, rounds, "cosine", "better", "whole", ["news", "code"])
+    assert gap.value == pytest.approx(0.2 / 50 - 0.1 / 25, abs=0.001) and gap.over == "samples and rounds"
+
+
+def test_gamma():
+    assert statistics.gamma(75.1, 73.3, 1.43) == pytest.approx(1.8 / 43)
+
+
+@pytest.mark.parametrize("speedup", [1.0, 1 + 1e-12, 0.89, np.nan])
+def test_gamma_is_undefined_without_a_speedup(speedup):
+    """At 0.89 x it was -0.16 once: low, as if that were good."""
+    assert np.isnan(statistics.gamma(62.0, 60.2, speedup))
+
+
+def test_exact_has_no_spread_and_units_change():
+    assert exact(3) == Estimate(3, 3, 3, None, "exact")
+    share = Estimate(-0.1, -0.2, 0.1, 40, "questions", "paired bootstrap")
+    assert share.times(-100) == Estimate(10, -10, 20, 40, "questions", "paired bootstrap")
 
 
 def test_remaining_loss():
@@ -130,12 +262,14 @@ def test_context_table():
     )
     table = statistics.context_table(rows, {"kinds": 12.5, "retrieval": 6.25}).set_index("method")
     assert list(table.index) == ["Baseline", "MLP-8", "Guessing"]
-    assert list(table) == ["1: 0.3k", "2: 0.9k", "avg", "avg_stderr", "found", "found_stderr"]
+    intervals = [f"{column}{end}" for column in ("avg", "found") for end in ("", "_low", "_high")]
+    assert list(table) == ["1: 0.3k", "2: 0.9k", *intervals]
     assert table.loc["Baseline", ["1: 0.3k", "2: 0.9k", "avg", "found"]].tolist() == [50, 75, 62.5, 100]
     assert table.loc["MLP-8", ["1: 0.3k", "2: 0.9k", "avg", "found"]].tolist() == [0, 25, 12.5, 25]
     assert table.loc["Guessing", ["1: 0.3k", "avg", "found"]].tolist() == [12.5, 12.5, 6.25]
-    assert table.loc["Baseline", "avg_stderr"] == pytest.approx(pd.Series([100, 100, 50, 0]).sem())
-    assert table.loc["Baseline", "found_stderr"] > 0  # all of four found is not all for sure
+    average = statistics.mean_of([100, 100, 50, 0], "questions")
+    assert table.loc["Baseline", ["avg_low", "avg_high"]].tolist() == pytest.approx([average.low, average.high])
+    assert table.loc["Baseline", "found_low"] < 60  # all of four found is not all for sure
 
 
 def answers(n: int = 48) -> pd.DataFrame:

@@ -249,6 +249,23 @@ def model():
     return made
 
 
+def test_scores_by_sample_have_the_mean_that_is_scored(tmp_path):
+    store = Store(tmp_path)
+    model = tiny("llama")
+    calibration = Calibration(random_ids(5, 12))
+    by_sample = store.sample_scores(model, calibration)
+    scores = store.score(model, calibration)
+    for kind in ("attn", "mlp", "block"):
+        assert by_sample[kind].shape == (5, len(scores.attn))
+        assert by_sample[kind].mean(axis=0) == pytest.approx(getattr(scores, kind), rel=1e-9)
+    again = store.sample_scores(model, calibration)
+    assert (again["attn"] == by_sample["attn"]).all() and len(list(tmp_path.glob("sample-scores/*.json"))) == 1
+    mask = torch.ones(5, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="custom is padded; scores by sample need samples of one length"):
+        store.sample_scores(model, Calibration(random_ids(5, 12), attention_mask=mask))
+
+
 def test_score_is_stored(store, model, capsys):
     calibration = Calibration(random_ids(4, 12), source="toy (set), seed 0")
     first = store.score(model, calibration)

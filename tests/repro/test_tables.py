@@ -15,6 +15,7 @@ from tiny import random_ids, tiny
 import llmdrop
 from llmdrop.compress.variant import Variant
 from llmdrop.repro import paper, tables
+from llmdrop.repro.estimate import Estimate
 from llmdrop.repro.quality import quality
 
 
@@ -83,6 +84,20 @@ def test_by_variant():
     assert np.isclose(with_speed.loc["Attn-8", "gamma_stderr"], np.hypot(error, base_error) / 10)
 
 
+def test_against_baseline():
+    table = tables.against_baseline(measured()).set_index(["variant", "panel"])
+    assert list(table.loc["Attn-8"].index) == ["xsum", "ppl_ratio", "piqa", "boolq", "percent"]
+    ratio = table.loc[("Attn-8", "ppl_ratio")]
+    assert ratio["value"] == pytest.approx(np.exp(1.1)) and ratio["low"] < ratio["value"] < ratio["high"]
+    assert table.loc[("Attn-8", "xsum")].tolist() == ratio.tolist()  # the only text
+    assert table.loc[("Attn-8", "piqa"), "value"] == 40
+    assert table.loc[("Attn-8", "percent"), "value"] == pytest.approx(100 * 45 / 55)
+    assert table.loc[("Baseline", "ppl_ratio")].tolist() == [1, 1, 1]
+    texts = measured().query("metric == 'nats'")
+    assert set(tables.against_baseline(texts)["panel"]) == {"xsum", "ppl_ratio"}
+    assert np.isnan(tables.random_guess(tables.by_variant(texts), [], 1000)["percent"])
+
+
 def test_by_variant_takes_texts_or_tasks_alone():
     rows = measured()
     assert list(tables.by_variant(rows[rows["metric"] != "nats"])) == list(tables.by_variant(rows))[:4] + [
@@ -131,25 +146,71 @@ def test_guessing():
     guess = tables.random_guess(table, ["piqa", "mmlu"], vocabulary=1000)
     assert guess["piqa"] == 50 and guess["mmlu"] == 25 and guess["avg"] == 37.5
     assert np.isclose(guess["percent"], 100 * 37.5 / 55) and np.isclose(guess["ppl_ratio"], 1000 / np.exp(3.05))
-    assert tables.near_guessing(table) == ["piqa", "boolq"]  # 60 and 50 % of five and four questions
-    many = pd.concat(
-        [right("Baseline", "piqa", "acc", [1, 1, 1, 0] * 50), right("Baseline", "boolq", "acc", [1, 0] * 50)]
+
+
+def test_with_intervals():
+    rounds = pd.DataFrame(
+        {"variant": ["Baseline", "Attn-8"] * 3, "round": [0, 0, 1, 1, 2, 2], "seconds": [2.2, 2, 1.1, 1, 3.4, 3]}
     )
-    assert tables.near_guessing(tables.by_variant(many)) == ["boolq"]
+    table = tables.with_intervals(measured(), ["xsum"], ["piqa", "boolq"], rounds)
+    whole = table.loc["Baseline"]
+    assert whole["nats"] == whole["nats_low"] == whole["nats_high"] == 0 and whole["speedup"] == 1
+    row = table.loc["Attn-8"]
+    assert np.isclose(row["nats"], 1.1) and np.isclose(row["avg"], 45)
+    assert np.isclose(row["speedup"], np.prod([1.1, 1.1, 3.4 / 3]) ** (1 / 3))
+    for column in ("nats", "avg", "speedup"):
+        assert row[f"{column}_low"] < row[column] < row[f"{column}_high"]
+    assert list(tables.with_intervals(measured(), tasks=["piqa"])) == ["avg", "avg_low", "avg_high"]
+    with pytest.raises(ValueError, match="seconds of every round"):
+        tables.with_intervals(measured(), rounds=rounds.query("variant == 'Baseline'"))
 
 
-def test_compare_and_record_worst(tmp_path):
+def test_cells_with_intervals():
+    df = pd.DataFrame({"nats": [0.452, 0.0], "nats_low": [0.41, 0.0], "nats_high": [0.49, 0.0], "low": [1.0, 2.0]})
+    rows = tables.format_table(df).splitlines()
+    assert rows[0] == "| Nats lost | low |" and rows[2:] == ["| 0.45 [0.41, 0.49] | 1.0 |", "| 0.00 | 2.0 |"]
+    assert tables.format_table(df, "csv").splitlines()[1] == "0.452,0.41,0.49,1.0"
+
+
+def test_compare():
     table = pd.DataFrame({"avg": [50.0, 45.0], "avg_stderr": [3.0, 4.0]}, index=["Baseline", "Attn-8"])
     assert tables.compare(table, "avg", "Baseline", "Attn-8") == (5, 5)
     assert tables.compare(table, "avg", "Attn-8") == (45, 4)
     assert np.isnan(tables.compare(table, "avg", "Attn-8", "MLP-8")).all()
-    ids = ["tab01-attn8-keeps-95", "tab01-mlp8-below-95", "tab01-speedup-attn8"]  # >= 95, < 95, > 1
-    values = {"a": (99, 90, np.nan), "b": (96, 93, np.nan)}
-    found = [(id, model, value, 1.0) for model, row in values.items() for id, value in zip(ids, row, strict=True)]
-    tables.record_worst(tmp_path, found, "a test")
-    claims = paper.joined_claims(tmp_path).set_index("id").loc[ids]
-    assert list(claims["measured"][:2]) == [96, 93] and list(claims["verdict"]) == ["holds", "holds", "not run"]
-    assert list(claims["detail"][:2]) == ["b: a test"] * 2
+
+
+def test_the_worst_model_is_recorded(tmp_path):
+    def estimate(value, width, over="questions"):
+        return Estimate(value, value - width, value + width, 100, over, "paired bootstrap")
+
+    results = [
+        ("tab01-attn8-keeps-95", "a", estimate(99, 1)),  # above 95
+        ("tab01-attn8-keeps-95", "b", estimate(97, 1)),
+        ("tab01-mlp8-below-95", "a", estimate(90, 9)),  # below 95: less, and not decided
+        ("tab01-mlp8-below-95", "b", estimate(93, 1)),
+        ("tab07-close-at-4-reverse", "a", estimate(0.01, 0.02, "samples")),  # within 0.05
+        ("tab07-close-at-4-reverse", "b", estimate(-0.2, 0.02, "samples")),
+        ("tab01-speedup-attn8", "a", None),
+        ("tab01-speedup-attn8", "b", estimate(1.1, 0.05, "rounds")),
+        ("tab03-speedup-half", "a", None),
+    ]
+    tables.record_worst(tmp_path, results, "a test")
+    claims = paper.joined_claims(tmp_path).set_index("id")
+    assert claims["verdict"].to_dict() == {
+        "tab01-attn8-keeps-95": "holds",
+        "tab01-mlp8-below-95": "undecided",
+        "tab07-close-at-4-reverse": "differs",
+        "tab01-speedup-attn8": "holds",
+        "tab03-speedup-half": "not run",
+    }
+    assert claims["detail"].to_dict() == {
+        "tab01-attn8-keeps-95": "b: a test",
+        "tab01-mlp8-below-95": "a: a test",
+        "tab07-close-at-4-reverse": "b: a test",
+        "tab01-speedup-attn8": "b: a test",
+        "tab03-speedup-half": "a test",
+    }
+    assert claims.loc["tab01-attn8-keeps-95", "value"] == 97
 
 
 @pytest.mark.parametrize("fmt", ["markdown", "latex", "csv"])

@@ -1,0 +1,40 @@
+"""A number with its interval: what `statistics` makes, and what a claim is recorded with."""
+
+from dataclasses import dataclass
+from math import nan
+
+NORMAL_QUANTILE = 1.959964  # 97.5 % of a standard normal distribution lie below
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; NaN where it is not known.
+
+    n, over: how many of what the interval is over ("questions", "samples", "rounds", "seeds", ...; see
+    `llmdrop.repro.paper.INTERVALS`), "exact" for what has no spread. method: how it was made, for people.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int | None = None
+    over: str = ""
+    method: str = ""
+
+    @property
+    def stderr(self) -> float:
+        """The standard error of a normal distribution with an interval as wide."""
+        return (self.high - self.low) / (2 * NORMAL_QUANTILE)
+
+    def times(self, factor: float) -> "Estimate":
+        """In another unit: 100 makes percent of shares."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Estimate(factor * self.value, low, high, self.n, self.over, self.method)
+
+
+UNKNOWN = Estimate(nan, nan, nan)
+
+
+def exact(value: float) -> Estimate:
+    """What follows from printed numbers, shapes or counts alone: it has no spread."""
+    return Estimate(float(value), float(value), float(value), None, "exact")

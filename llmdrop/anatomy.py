@@ -14,6 +14,7 @@ with random weights: where a model's weights are (on a GPU, in 4 bits, on a disk
 
 import copy
 import inspect
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from .proof import N_TOKENS, NotAdditive, Split, Sublayer, is_gone, prove, rando
 RECORD = "_llmdrop"
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # by decoder
 Signature = tuple
+_OF_CONFIG: dict[tuple, dict[Signature, Split | None]] = {}  # by decoder class, config and signatures
 _PROVEN: WeakKeyDictionary[nn.Module, dict[Signature, Split | None]] = WeakKeyDictionary()  # by model
 
 
@@ -151,7 +153,12 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     proven = _PROVEN.setdefault(model, {})
     signatures = [layer if layer is None else _signature(layer) for layer in layers]
     if not proven.keys() >= {signature for signature in signatures if signature is not None}:
-        proven |= _prove_all(decoder, layer_list)
+        whole = not any(is_gone(module) for module in layer_list.modules())
+        alike = (type(decoder), json.dumps(decoder.config.to_dict(), sort_keys=True, default=str), *signatures)
+        if not whole or alike not in _OF_CONFIG:
+            proven |= _prove_all(decoder, layer_list)
+        if whole:  # models of one config are alike
+            proven |= _OF_CONFIG.setdefault(alike, dict(proven))
     splits = tuple(signature and proven[signature] for signature in signatures)
     readers = {}
     for place, reading in _readers(decoder.config).items():

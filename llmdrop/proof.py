@@ -12,6 +12,7 @@ writers of one kind only belong to that sublayer; those that feed both (a norm t
 """
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from transformers.cache_utils import Cache
 TOLERANCE = 2e-6  # of the sum, in units of its largest term
 REACTION = 1e-4  # a module reacts to what moves its output by more than so much of it
 N_TOKENS = 8
+LARGE = 2**22  # numbers in a matrix beyond which a copy has one that is quick to multiply
 TOUCHED = 3  # the token that is moved to see who looks at others
 
 Call = tuple[tuple, dict]  # args and kwargs, besides the residual stream, with which the decoder calls a layer
@@ -161,6 +163,9 @@ def random_copy(module: nn.Module, replaced: dict[nn.Module, nn.Module] | None =
         if hasattr(part, "in_features") and not _is_plain(part):
             memo[id(part)] = _plain(part, weight)
             continue
+        if type(part) is nn.Linear and part.weight.numel() > LARGE:
+            memo[id(part)] = _Folded(part, generator)
+            continue
         for name, parameter in part.named_parameters(recurse=False):
             memo.setdefault(id(parameter), weight(name, parameter.shape))
         for buffer in part.buffers(recurse=False):
@@ -175,6 +180,24 @@ def random_copy(module: nn.Module, replaced: dict[nn.Module, nn.Module] | None =
             if getattr(config, name, None) is not None:
                 setattr(config, name, "eager")
     return new.eval()
+
+
+class _Folded(nn.Linear):
+    """A random matrix as large as another, but quick to multiply: what it reads is folded, what it gives repeated."""
+
+    def __init__(self, large: nn.Linear, generator: torch.Generator):
+        super().__init__(large.in_features, large.out_features, bias=False, device="meta")
+        self.fold = math.gcd(large.in_features, 256)
+        self.small = torch.randn(self.fold, self.fold, generator=generator) * 0.6 / large.in_features**0.5
+        self.signs = torch.randn(large.in_features, generator=generator).sign()
+        self.sizes = 0.5 + torch.rand(large.out_features, generator=generator)
+        self.shift = None if large.bias is None else 0.1 * torch.randn(large.out_features, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        folded = (x * self.signs).unflatten(-1, (-1, self.fold)).sum(-2) @ self.small
+        times = -(-self.out_features // self.fold)
+        y = folded.repeat(*[1] * (x.ndim - 1), times)[..., : self.out_features] * self.sizes
+        return y if self.shift is None else y + self.shift
 
 
 def _is_plain(matrix: nn.Module) -> bool:

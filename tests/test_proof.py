@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, tiny
 from torch import nn
 
-from llmdrop import find_anatomy
+from llmdrop import anatomy, find_anatomy, proof
 from llmdrop.proof import Gone, NotAdditive, prove, random_copy
 
 WIDTH = 16
@@ -216,3 +216,12 @@ def test_proving_leaves_the_model_alone(family):
     for module in model.modules():
         if "config" in vars(module):
             assert module.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_large_matrices_are_proven_by_quick_ones(family, monkeypatch):
+    expected = find_anatomy(tiny(family)).splits
+    anatomy._OF_CONFIG.clear()
+    monkeypatch.setattr(proof, "LARGE", 0)
+    assert find_anatomy(tiny(family)).splits == expected
+    anatomy._OF_CONFIG.clear()

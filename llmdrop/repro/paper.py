@@ -87,12 +87,13 @@ def verdict(test: str, limit: float, estimate: Estimate) -> str:
 def record_claim(out_dir: str | os.PathLike, id: str, estimate: Estimate | None, detail: str = "") -> Path:
     """Write what was measured for one claim to `<out_dir>/claims/<id>.json`; returns that file.
 
-    None records "not run", and `detail` should say why; so does a value that is not defined (NaN). Raises ValueError for an unknown claim, and for an estimate
-    whose interval is missing or is over something else than the claim says: only what the claim calls exact has none.
+    None records "not run", and `detail` should say why; so does a value that is not defined (NaN). Raises ValueError
+    for an unknown claim, and for an estimate whose interval is missing or is over something else than the claim says:
+    only what the claim calls exact has none.
     """
     expected = claim(id)["interval"]
     record = {"id": id, "detail": str(detail)}
-    if estimate is not None and math.isnan(estimate.value):  # a share of nothing
+    if estimate is not None and estimate.over == expected and math.isnan(estimate.value):  # a share of nothing
         record["detail"] = f"not defined for what was measured; {detail}".rstrip("; ")
         estimate = None
     if estimate is not None:

@@ -223,6 +223,8 @@ def _plain(
                         predicted = logits[row, end - item.n_scored : end].float()
                         target = torch.tensor(item.tokens[-item.n_scored :], device=predicted.device)
                         logp = predicted.log_softmax(-1).gather(-1, target[:, None])
+                        if not logp.isfinite().all():
+                            raise ValueError(f"the model gives values that are not finite on this text. {NOT_FINITE}")
                         sums[p, k] = logp.double().sum().item()
                         greedy[p, k] = bool((predicted.argmax(-1) == target).all())
                     bar.update(len(batch))

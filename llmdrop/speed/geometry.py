@@ -86,9 +86,8 @@ def shape_of(model: nn.Module | str) -> Shape:
     parts = find_anatomy(model)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None)
-    # what a dropped block had is not known, and has no effect
-    types = iter(getattr(config, "layer_types", None) or ["sliding_attention"] * parts.n_layers)
-    slides = [layer is not None and next(types) == "sliding_attention" for layer in parts.layers]
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(parts.layer_list)
+    slides = [place is not None and types[place] == "sliding_attention" for place in parts.places]
     windows = tuple(getattr(config, "sliding_window", None) if slide else None for slide in slides)
     return Shape(
         layers=parts.n_layers,

@@ -49,17 +49,18 @@ class Documents:
     split: str
     about: str  # what kind of text it is
     text: Callable[[dict], str] = itemgetter("text")  # of a row
+    holds_out: bool = True  # some of its documents for measuring
 
     @property
     def where(self) -> str:
         return f"{self.dataset} {self.split}"
 
     def documents(self, data_dir: str | os.PathLike | None = None) -> list[str]:
-        """Every text once, in the order of the split, but those held out for measuring.
+        """Every text once, in the order of the split, but those held out for measuring (where some are).
 
         data_dir: see `llmdrop.data`; raises what `read_split` raises.
         """
-        return [document for document in self._all(data_dir) if not is_held_out(document)]
+        return [text for text in self._all(data_dir) if not (self.holds_out and is_held_out(text))]
 
     def held_out(self, data_dir: str | os.PathLike | None = None) -> list[str]:
         """The other documents. Raises as `documents`."""
@@ -109,10 +110,10 @@ def _text(row: dict) -> str:
 def _dataset(name: str) -> Documents:
     """A dataset that datasets can load: a directory, or owner/name[/config[/split]] of the hub."""
     if os.path.isdir(name):
-        return Documents(name, None, "train", "own", _text)
+        return Documents(name, None, "train", "own", _text, holds_out=False)
     owner, dataset, *rest = name.split("/")
     config, split = [*rest, None, None][:2]
-    return Documents(f"{owner}/{dataset}", config, split or "train", "from the hub", _text)
+    return Documents(f"{owner}/{dataset}", config, split or "train", "from the hub", _text, holds_out=False)
 
 
 DATASETS.append(_dataset)

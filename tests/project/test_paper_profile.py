@@ -37,6 +37,8 @@ SMALL = {
     "PPL_SAMPLES": 2,
     "PPL_LEN": 48,
     "PPL_SKIP": 0,
+    "HELD_OUT_SAMPLES": 2,
+    "HELD_OUT_LEN": 48,
     "N_SEEDS": 2,
     "WANDA_SAMPLES": 1,
     "CHOICE_SAMPLES": 1,
@@ -53,11 +55,11 @@ SMALL = {
     "N_PROMPTS": 1,
 }
 OWN = {  # where one notebook needs another size
-    "fig05_drop_curves": {"N_DROPPED": [4]},
+    "fig05_drop_curves": {"N_DROPPED": {"attn": [4], "mlp": [4], "block": [4]}},
     "fig08_joint": {"N_DROPPED": [4, 8]},
-    "fig12_gsm8k": {"MODEL": "meta-math/MetaMath-Mistral-7B", "N_DROPPED": []},  # answers have 256 tokens
+    "fig12_gsm8k": {"MODEL": "meta-math/MetaMath-Mistral-7B", "N_DROPPED": [4]},  # answers have 256 tokens
     "tab12_long_context": {"N_QUERIES": 2, "N_DROPPED": [2, 8], "RETRIEVAL": {256: [8]}, "N_FACTS": 4},
-    "speedups": {"BATCH_SIZES": {}},
+    "speedups": {"BATCH_SIZES": {}, "ROUNDS": 2},
     "tab04_kv_cache": {"N_DROPPED": 6},
     "tab05_settings": {"LIMIT": 2},  # questions of each subject: one has no standard error
     "serving": {"N_DROPPED": {"attn": 4}},

@@ -118,7 +118,7 @@ def measured_speedups(name: str, decoding: str, args: argparse.Namespace) -> dic
     settings = {
         key: p[key.upper()] for key in ("batch_sizes", "prompt_len", "new_tokens", "timed_steps", "rounds", "cache")
     }
-    rows, facts = speedups.measure_models(
+    rows, rounds, facts = speedups.measure_models(
         llmdrop.Store(), [name], p["DTYPE"], args.device, decoding=decoding, **settings
     )
     dropped = rows[(rows["decoding"] == decoding) & (rows["n_dropped"] > 0)]
@@ -130,7 +130,8 @@ def measured_speedups(name: str, decoding: str, args: argparse.Namespace) -> dic
         f"measured ÷ predicted at least {worst['ratio']:.3f} ({worst['method']}); {deepest['method']} "
         f"{deepest['speedup']:.2f}x, published {printed:.2f}x"
     )
-    return {"rows": rows.to_dict("records"), "facts": facts, "summary": summary + _pinned()}
+    measured = {"rows": rows.to_dict("records"), "rounds": rounds.to_dict("records"), "facts": facts}
+    return measured | {"summary": summary + _pinned()}
 
 
 def _pinned() -> str:
@@ -403,7 +404,9 @@ def draw(steps: list[Step], figures: Path) -> None:
     if speed:
         rows = pd.concat([pd.DataFrame(record["rows"]) for record in speed], ignore_index=True)
         given = {"OUT": str(figures / "geometry"), "MODEL": ",".join(dict.fromkeys(rows["model"]))}
-        with mock.patch.object(speedups, "measure_models", lambda *args, **options: (rows, dict(speed[-1]["facts"]))):
+        rounds = pd.concat([pd.DataFrame(record["rounds"]) for record in speed], ignore_index=True)
+        measured = rows, rounds, dict(speed[-1]["facts"])
+        with mock.patch.object(speedups, "measure_models", lambda *args, **options: measured):
             execute("speedups", notebook_parameters("speedups", "geometry") | given)
     if batches:
         rows = pd.concat([pd.DataFrame(record["rows"]) for record in batches], ignore_index=True)

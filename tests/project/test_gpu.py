@@ -38,7 +38,7 @@ def small(monkeypatch):
     def parameters(notebook, profile):
         values = read(notebook, profile)
         if notebook == "speedups":
-            values |= {"PROMPT_LEN": 8, "NEW_TOKENS": 2, "TIMED_STEPS": 2, "ROUNDS": 1, "DTYPE": "float32"}
+            values |= {"PROMPT_LEN": 8, "NEW_TOKENS": 2, "TIMED_STEPS": 2, "ROUNDS": 2, "DTYPE": "float32"}
             values |= {"BATCH_SIZES": dict.fromkeys(values["BATCH_SIZES"], 2)}
         return values
 

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .plan import AnyPlan, DropPlan, as_plan
-from .proof import N_TOKENS, NotAdditive, Split, Sublayer, is_gone, prove, random_copy
+from .proof import N_TOKENS, NotAdditive, Split, StandIn, Sublayer, as_output, has_gone, is_gone, prove, random_copy
 
 # attribute of a decoder that was dropped from: its depth before ("n_layers"), DropPlan.key, biases that were added, and
 # layers that its list does not even hold a place for ("removed")
@@ -153,12 +153,13 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     proven = _PROVEN.setdefault(model, {})
     signatures = [layer if layer is None else _signature(layer) for layer in layers]
     if not proven.keys() >= {signature for signature in signatures if signature is not None}:
-        whole = not any(is_gone(module) for module in layer_list.modules())
-        alike = (type(decoder), json.dumps(decoder.config.to_dict(), sort_keys=True, default=str), *signatures)
-        if not whole or alike not in _OF_CONFIG:
+        if has_gone(layer_list):
             proven |= _prove_all(decoder, layer_list)
-        if whole:  # models of one config are alike
-            proven |= _OF_CONFIG.setdefault(alike, dict(proven))
+        else:  # models of one config are alike
+            alike = (type(decoder), json.dumps(decoder.config.to_dict(), sort_keys=True, default=str), *signatures)
+            if alike not in _OF_CONFIG:
+                _OF_CONFIG[alike] = _prove_all(decoder, layer_list)
+            proven |= _OF_CONFIG[alike]
     splits = tuple(signature and proven[signature] for signature in signatures)
     readers = {}
     for place, reading in _readers(decoder.config).items():
@@ -233,7 +234,7 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
     """The split of every signature, by one run of a copy of the decoder whose layers look at how they are called."""
     model_type = getattr(decoder.config, "model_type", type(decoder).__name__)
     signatures = [None if is_gone(layer) else _signature(layer) for layer in layers]
-    whole = {k: layer for k, layer in enumerate(layers) if signatures[k] is not None and not _has_gone(layer)}
+    whole = {k: layer for k, layer in enumerate(layers) if signatures[k] is not None and not has_gone(layer)}
     missing = {signature for signature in signatures if signature is not None} - {signatures[k] for k in whole}
     if missing:  # of these every layer has something dropped
         undropped = find_layers(undropped_decoder(decoder))[1]
@@ -270,10 +271,6 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
     return proven | dict.fromkeys({signature for signature in signatures if signature} - proven.keys())
 
 
-def _has_gone(layer: nn.Module) -> bool:
-    return any(is_gone(module) for module in layer.modules())
-
-
 def undropped_decoder(decoder: nn.Module) -> nn.Module:
     """The decoder that the config describes, before anything is dropped; its weights are on "meta"."""
     with _weights_on_meta(), torch.device("cpu"):
@@ -306,8 +303,8 @@ def _in_float32() -> Iterator[None]:
         torch.set_default_dtype(former)
 
 
-class _Probe(nn.Module):
-    """Stands for a layer in a copy of the decoder: proves its kind, if it is the first or last of it; passes x on."""
+class _Probe(StandIn):
+    """In a copy of the decoder, proves a layer's kind, if the layer is the first or last of it; passes x on."""
 
     def __init__(
         self,
@@ -317,16 +314,12 @@ class _Probe(nn.Module):
         shown: dict[Signature, list[int]],
         proven: dict[Signature, Split],
     ):
-        super().__init__()
-        vars(self)["layer"] = layer  # not as a child
+        super().__init__(layer)
         self.index = index
         self.signature = signature
         self.shown = shown
         self.proven = proven
         self.calls = 0
-
-    def __getattr__(self, name: str):
-        return getattr(vars(self)["layer"], name)  # what decoders ask a layer
 
     def forward(self, *args, **kwargs):
         self.calls += 1
@@ -342,7 +335,7 @@ class _Probe(nn.Module):
         else:  # one that lost something, before the first whole one
             output = random_copy(vars(self)["layer"])(hidden, *args[1:], **kwargs)
             n_outputs = len(output) if isinstance(output, tuple | list) else 0
-        return (hidden, *[None] * (n_outputs - 1)) if n_outputs else hidden
+        return as_output(hidden, n_outputs)
 
     def _prove(self, hidden: torch.Tensor, call: tuple[tuple, dict], seed: int) -> Split:
         layer = vars(self)["layer"]

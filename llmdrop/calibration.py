@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .anatomy import check_has_weights, unwrapped
+from .anatomy import check_has_weights, find_layers, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ def check_readable(model: nn.Module, largest_id: int, longest: int) -> None:
     check_has_weights(model)
     embedding = model.get_input_embeddings()
     check_vocabulary(largest_id, len(embedding.weight))
-    decoder = getattr(model.base_model, "decoder", model.base_model)  # OPT nests one level deeper
+    decoder = find_layers(model)[0]
     others = [child for child in decoder.children() if isinstance(child, nn.Embedding) and child is not embedding]
     limit = getattr(model.config, "max_position_embeddings", None)
     if others and limit is not None and longest > limit:

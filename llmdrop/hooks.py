@@ -38,23 +38,24 @@ class ResidualTap:
         with ExitStack() as hooks:
             hooks.enter_context(exclusive(self.parts.decoder))
             self.thread = threading.get_ident()
+
+            def watch(register: Callable, hook: Callable, **options) -> None:
+                hooks.callback(register(self._of_this_thread(hook), **options).remove)
+
             for i, split in enumerate(self.parts.splits):
                 if split is None:
                     continue
                 layer = self.parts.layers[i]
                 mlp = split.mlp if self.parts.has("mlp", i) else None
-                hooks.callback(layer.register_forward_pre_hook(self._start(i), with_kwargs=True).remove)
+                watch(layer.register_forward_pre_hook, self._start(i), with_kwargs=True)
                 if mlp and mlp.reads:
                     reader = layer.get_submodule(mlp.reads)
-                    hooks.callback(reader.register_forward_pre_hook(self._keep_input("m"), with_kwargs=True).remove)
+                    watch(reader.register_forward_pre_hook, self._keep_input("m"), with_kwargs=True)
                 for kind in ("attn", "mlp"):
                     for name in getattr(split, kind).writers if self.parts.has(kind, i) else ():
-                        hooks.callback(
-                            layer.get_submodule(name)
-                            .register_forward_hook(self._keep_output(name, split.overwrites))
-                            .remove
-                        )
-                hooks.callback(layer.register_forward_hook(self._finish(i)).remove)
+                        writer = layer.get_submodule(name)
+                        watch(writer.register_forward_hook, self._keep_output(name, split.overwrites))
+                watch(layer.register_forward_hook, self._finish(i))
             self.hooks = hooks.pop_all()
         return self
 
@@ -66,10 +67,17 @@ class ResidualTap:
         """x as layer i, which has run, adds to it."""
         return _times(self.scales[i][0], x)
 
+    def _of_this_thread(self, hook: Callable) -> Callable:
+        """The hook, which sees nothing of what another thread runs."""
+
+        def guarded(*args) -> None:
+            if threading.get_ident() == self.thread:
+                hook(*args)
+
+        return guarded
+
     def _start(self, i: int) -> Callable:
         def hook(layer, args, kwargs):
-            if threading.get_ident() != self.thread:
-                return
             x = args[0] if args else kwargs["hidden_states"]
             if i not in self.scales:
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -80,16 +88,14 @@ class ResidualTap:
 
     def _keep_input(self, name: str) -> Callable:
         def hook(module, args, kwargs):
-            if threading.get_ident() == self.thread:
-                self.seen[name] = args[0] if args else kwargs["hidden_states"]
+            self.seen[name] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
     def _keep_output(self, name: str, copied: bool) -> Callable:
         def hook(module, args, output):
-            if threading.get_ident() == self.thread:
-                tensor = first_tensor(output)
-                self.seen[name] = tensor.clone() if copied else tensor
+            tensor = first_tensor(output)
+            self.seen[name] = tensor.clone() if copied else tensor
 
         return hook
 
@@ -99,8 +105,6 @@ class ResidualTap:
 
         def hook(module, args, output):
             nonlocal checked
-            if threading.get_ident() != self.thread:
-                return
             seen, self.seen = self.seen, {}
             y = first_tensor(output)
             x = seen["x"].to(y.device)  # of a model over several GPUs accelerate moves it inside the layer

@@ -657,3 +657,27 @@ class Gone(nn.Module):
 def is_gone(module: nn.Module) -> bool:
     """Whether this stands for a module that is gone: a `Gone`, also the one that a checkpoint's own file brings."""
     return hasattr(module, "stands_for")
+
+
+def has_gone(module: nn.Module) -> bool:
+    """Whether anything in this module is gone, or all of it."""
+    return any(is_gone(part) for part in module.modules())
+
+
+# ---- what stands for a layer while it is watched
+
+
+class StandIn(nn.Module):
+    """Stands for a layer in its list for a while: what decoders ask a layer, the layer answers."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        vars(self)["layer"] = layer  # not as a child
+
+    def __getattr__(self, name: str):
+        return getattr(vars(self)["layer"], name)
+
+
+def as_output(stream: torch.Tensor, n_outputs: int) -> torch.Tensor | tuple:
+    """A residual stream in the form in which a layer gives it; n_outputs: as of `Split`."""
+    return (stream, *[None] * (n_outputs - 1)) if n_outputs else stream

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .anatomy import RECORD, Anatomy, exclusive, find_anatomy, find_layers, unwrapped
 from .plan import AnyPlan, DropPlan
-from .proof import Gone, Sublayer, is_gone
+from .proof import Gone, Sublayer, has_gone, is_gone
 
 SLOT_NAMES = ("layer_idx", "layer_id")  # attributes by which modules know their slot of a KV cache
 DROPPED = " (dropped)"  # after the name of a model
@@ -50,7 +50,7 @@ def name_as_dropped(model: nn.Module) -> None:
     """Let the model's name say so: adapters that are trained on it must not name the undropped model as their base."""
     model = unwrapped(model)
     name = str(getattr(model, "name_or_path", ""))
-    if name and any(is_gone(module) for module in model.modules()) and not name.endswith(DROPPED):
+    if name and has_gone(model) and not name.endswith(DROPPED):
         model.name_or_path = name + DROPPED
 
 
@@ -200,8 +200,7 @@ def place(model: nn.Module, record: dict) -> None:
     "matrices", names of those with biases. Names are from the base model on.
     """
     base = model.base_model
-    # before 4.56 caches grow as layers use them, and layers return tuples
-    is_old = "config" not in inspect.signature(DynamicCache.__init__).parameters
+    is_old = is_old_release()
     for name, (passes, width, n_outputs) in record["stubs"].items():
         owner, _, child = name.rpartition(".")
         if is_old and child.isdigit():
@@ -225,6 +224,11 @@ def place(model: nn.Module, record: dict) -> None:
         decoder._llmdrop_cache = cut
         decoder.register_forward_pre_hook(cut.before, with_kwargs=True)
         decoder.register_forward_hook(cut.after, with_kwargs=True)
+
+
+def is_old_release() -> bool:
+    """Whether this transformers is older than 4.56: caches grow as layers use them, and layers return tuples."""
+    return "config" not in inspect.signature(DynamicCache.__init__).parameters
 
 
 def drop_recorded(model: nn.Module, record: dict) -> nn.Module:
@@ -258,12 +262,6 @@ def give_biases(undo: ExitStack, model: nn.Module, places: Iterable[tuple[int, s
 def given_biases(parts: Anatomy) -> list[list]:
     """[index of the layer in the undropped model, name in the layer] of the matrices that `give_biases` gave one."""
     return list(getattr(parts.decoder, RECORD, {}).get("biases", ()))
-
-
-def text_configs(model: nn.Module, parts: Anatomy) -> list:
-    """The configs that say how many layers the decoder has: heads made by Auto classes hold a copy of their own."""
-    configs = [model.config.get_text_config(), parts.decoder.config]
-    return list({id(config): config for config in configs}.values())
 
 
 def zero_bias(matrix: nn.Linear) -> nn.Parameter:

@@ -3,10 +3,11 @@
 from contextlib import ExitStack
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..anatomy import RECORD, Anatomy, find_anatomy, find_layers, undropped_decoder
-from ..proof import is_gone
-from ..prune import given_biases, put, text_configs
+from ..proof import has_gone, is_gone
+from ..prune import given_biases, put
 
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_hash_layers")  # so many layers differ from the rest
 LAST_LAYERS = ("num_kv_shared_layers",)
@@ -29,7 +30,7 @@ def is_ordinary(model: nn.Module) -> bool:
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         return False
     kept = _kept(parts)
-    if any(_has_gone(parts.layer_list[place]) for place in kept):
+    if any(has_gone(parts.layer_list[place]) for place in kept):
         return False
     with ExitStack() as undo:
         renumber(undo, model)
@@ -54,7 +55,7 @@ def renumber(undo: ExitStack, model: nn.Module) -> None:
     path = next(name for name, module in model.named_modules() if module is parts.layer_list)
     owner, _, name = path.rpartition(".")
     put(undo, model.get_submodule(owner), name, nn.ModuleList(parts.layer_list[place] for place in kept))
-    for config in text_configs(model, parts):
+    for config in _text_configs(model, parts):
         former = vars(config).copy()
         undo.callback(vars(config).update, former)
         for key, value in former.items():
@@ -63,6 +64,12 @@ def renumber(undo: ExitStack, model: nn.Module) -> None:
         config.num_hidden_layers = len(kept)
     record = getattr(parts.decoder, RECORD) | {"removed": list(parts.plan.blocks)}
     put(undo, parts.decoder, RECORD, record)
+
+
+def _text_configs(model: nn.Module, parts: Anatomy) -> list[PretrainedConfig]:
+    """The configs that say how many layers the decoder has: heads made by Auto classes hold a copy of their own."""
+    configs = [model.config.get_text_config(), parts.decoder.config]
+    return list({id(config): config for config in configs}.values())
 
 
 def _cut(key: str, value, kept: list[int], n_layers: int):
@@ -82,10 +89,6 @@ def _cut(key: str, value, kept: list[int], n_layers: int):
 def _kept(parts: Anatomy) -> list[int]:
     """Places in the layer list that hold a layer."""
     return [place for place, layer in enumerate(parts.layer_list) if not is_gone(layer)]
-
-
-def _has_gone(layer: nn.Module) -> bool:
-    return any(is_gone(module) for module in layer.modules())
 
 
 def _facts(layer: nn.Module, numbers: set[int]) -> dict:

@@ -183,7 +183,8 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
         )
     blocks = sorted(set(record.get("attn", ())) & set(record.get("mlp", ())))
     if record and "undropped" not in record and len(blocks) == len(record["attn"]) == len(record["mlp"]):
-        depth = raw.get("text_config", raw).get("n_layer", raw.get("text_config", raw).get("num_hidden_layers"))
+        text = raw.get("text_config", raw)
+        depth = text.get("n_layer", text.get("num_hidden_layers"))
         if depth != record["n_layers"] - len(blocks):  # a model of another depth, made from the config of this one
             record = {}
         elif not record.get("biases"):

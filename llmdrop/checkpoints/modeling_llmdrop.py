@@ -8,7 +8,7 @@ makes room for the biases that it lists; then weights are loaded. transformers 4
 from __future__ import annotations
 
 import copy
-import inspect
+import inspect  # noqa: F401
 import json
 
 import torch  # noqa: F401
@@ -24,7 +24,7 @@ except ImportError:  # before 4.54
 # in a checkpoint these stand here themselves
 from llmdrop.anatomy import RECORD  # noqa: F401
 from llmdrop.proof import Gone  # noqa: F401
-from llmdrop.prune import CacheCut, TokenCount, place, zero_bias  # noqa: F401
+from llmdrop.prune import CacheCut, TokenCount, is_old_release, place, zero_bias  # noqa: F401
 
 StockConfig = transformers.LlamaConfig
 CLASSES = ("LlamaModel", "LlamaForCausalLM")
@@ -54,9 +54,8 @@ class Dropped:
     """A stock model without the sublayers, and with the biases, that its config's record lists."""
 
     def __init__(self, config, *args, **kwargs):
-        # before 4.56 caches grow as layers use them; some models and mixed windows have caches of other kinds there
-        is_old = "config" not in inspect.signature(DynamicCache.__init__).parameters
-        if is_old and not config.llmdrop["in_old_releases"]:
+        # some models and mixed windows have caches of other kinds there
+        if is_old_release() and not config.llmdrop["in_old_releases"]:
             raise ImportError(f"this dropped {type(self).__name__} needs transformers 4.56 or later")
         config = copy.deepcopy(config)
         # in memory it is the whole model's: heads and others may make models of their own from it

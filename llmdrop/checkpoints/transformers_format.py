@@ -1,7 +1,7 @@
 """Write a dropped model for transformers, with or without llmdrop beside it.
 
 Importing this file teaches transformers' own `save_pretrained` what a dropped model is, so that every checkpoint of one
-is right, whoever writes it: Trainer, peft's merge-and-save, accelerate, the user.
+is right, whoever calls it: Trainer, peft's merge-and-save, the user.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .. import prune
 from ..anatomy import RECORD, Anatomy, exclusive, find_anatomy
-from ..proof import Gone, is_gone
+from ..proof import Gone, has_gone
 from . import modeling_llmdrop
 from .blocks import is_ordinary, renumber
 from .destination import mark
@@ -32,7 +32,7 @@ stock_save_pretrained = getattr(PreTrainedModel.save_pretrained, "__wrapped__", 
 
 @wraps(stock_save_pretrained)
 def _save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
-    names = list(self.state_dict())
+    names = [] if state_dict is None else list(self.state_dict())
     with described(self):
         if state_dict is not None:  # has the names from before the model was numbered anew
             renamed = dict(zip(names, self.state_dict(), strict=True))
@@ -70,7 +70,7 @@ def described(model: nn.Module) -> Iterator[None]:
     A model that has only lost whole blocks is a shorter one of its architecture meanwhile, where it is one. Raises
     ValueError for a dropped model that `find_anatomy` does not know.
     """
-    if not any(hasattr(module, RECORD) or is_gone(module) for module in model.modules()):
+    if not has_gone(model) and not any(hasattr(module, RECORD) for module in model.modules()):
         yield
         return
     parts = find_anatomy(model)
@@ -152,7 +152,7 @@ def _modeling_file(model_type: str) -> str:
     source = source.replace("transformers.LlamaConfig", f"transformers.{CONFIG_MAPPING_NAMES[model_type]}")
     start = source.index("# in a checkpoint these stand here themselves")
     end = source.index("\n", source.index("from llmdrop.prune import")) + 1
-    parts = (Gone, prune.TokenCount, prune.CacheCut, prune.place, prune.zero_bias)
+    parts = (Gone, prune.TokenCount, prune.CacheCut, prune.is_old_release, prune.place, prune.zero_bias)
     own = "\n\n".join(map(inspect.getsource, parts))
     return f"{source[:start]}RECORD = {RECORD!r}\n\n\n{own}{source[end:]}"
 

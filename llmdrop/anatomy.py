@@ -143,6 +143,11 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     """
     model = unwrapped(model)
     decoder, layer_list = find_layers(model)
+    with exclusive(decoder):  # else others may stand in for layers
+        return _anatomy(model, decoder, layer_list)
+
+
+def _anatomy(model: nn.Module, decoder: nn.Module, layer_list: nn.ModuleList) -> Anatomy:
     record = getattr(decoder, RECORD, None) or {"n_layers": len(layer_list)}
     plan = DropPlan(record.get("attn", ()), record.get("mlp", ()), record["n_layers"])
     removed = () if len(layer_list) == record["n_layers"] else record.get("removed", plan.blocks)

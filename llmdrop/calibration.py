@@ -120,7 +120,10 @@ def _samples(given: TokenIds, mask=None, n_deep: int = 0) -> list[Sample]:
             nested = [_samples(*pair, n_deep + 1) for pair in zip(parts, masks, strict=True)]
             return [sample for samples in nested for sample in samples]
         given = parts
-    ids = torch.as_tensor(given)
+    try:
+        ids = torch.as_tensor(given)
+    except (ValueError, RuntimeError, TypeError) as error:  # an id beyond 64 bits, or what is no number
+        raise ValueError(f"these are no token ids: {str(given)[:80]} ({error}); give integers") from error
     if mask is not None:
         mask = torch.as_tensor(mask)
         if mask.shape != ids.shape:
@@ -286,10 +289,10 @@ def _documents(source, data_dir) -> tuple[str, list[str]]:
             return str(source), dataset.documents(data_dir)
         name = path.name
         source = _read_documents(path)
-    elif isinstance(source, Mapping):
+    elif isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise TypeError(
-            f"a {type(source).__name__} is no text; give one split of a dataset, and to Calibration() what a tokenizer "
-            "gave"
+            f"a {type(source).__name__} is no text; give a known name ({', '.join(SOURCES)}), a file, documents or one "
+            "split of a dataset, and to Calibration() what a tokenizer gave"
         )
     elif hasattr(source, "column_names"):  # a datasets.Dataset, or one that is read as it comes
         if source.column_names and "text" not in source.column_names:

@@ -381,6 +381,8 @@ def test_what_holds_no_ids_is_named():
         (["A text.", "Another."], TypeError, "a str is no token ids.*Texts go through llmdrop.load_calibration"),
         (None, TypeError, "a NoneType is no token ids"),
         (7, TypeError, "a int is no token ids"),
+        ([[2**64, 1]], ValueError, "these are no token ids: .*give integers"),
+        ([[1, None]], ValueError, "these are no token ids: .*give integers"),
         ([5, 6, 7], ValueError, r"shape \(3,\); expected \[n_samples, seq_len\]"),
         ([], ValueError, "there are no samples"),
         ([[5], []], ValueError, "or one without a token"),
@@ -398,8 +400,8 @@ def test_what_holds_no_ids_is_named():
     for given_, error, message in cases:
         with pytest.raises(error, match=message):
             Calibration(given_)
-    for source in ({"input_ids": [[5]]}, TOKENIZER(["a"]), datasets.DatasetDict()):
-        with pytest.raises(TypeError, match="is no text; give one split of a dataset, and to Calibration()"):
+    for source in ({"input_ids": [[5]]}, TOKENIZER(["a"]), datasets.DatasetDict(), None, 7):
+        with pytest.raises(TypeError, match=r"is no text; give .*one split of a dataset, and to Calibration\(\)"):
             load_calibration(source, Tokenizer(), 1, 4)
     with pytest.raises(TypeError, match="one is a dict. Token ids go into Calibration()"):
         load_calibration(DataLoader([{"input_ids": torch.ones(3)}]), Tokenizer(), 1, 4)

@@ -40,10 +40,16 @@ def load_model(
     kwargs go to `from_pretrained` (revision, subfolder, cache_dir, token, local_files_only, device_map, ...); a GGUF
     takes attn_implementation alone. Remote code never runs.
 
-    Raises ValueError for an unknown dtype, a device that is not there or a damaged checkpoint, FileNotFoundError when
-    the model or the wheel is missing, ImportError without the extra that a GGUF needs; each says what to do.
+    Raises ValueError for an unknown dtype, a device that is not there, a damaged checkpoint or `config=` (the file's
+    own says what was dropped), FileNotFoundError when the model or the wheel is missing, ImportError without the extra
+    that a GGUF needs; each says what to do.
     """
     dtype = check_dtype(kwargs.pop("torch_dtype", dtype), (*DTYPES, "auto"))  # its former name in transformers
+    if "config" in kwargs:
+        raise ValueError(
+            "load_model reads the checkpoint's own config, which says what was dropped from it; change the config.json "
+            "of a copy, or the model after loading"
+        )
     if "device_map" in kwargs and str(device) != "auto":
         raise ValueError(f"device={str(device)!r} and device_map={kwargs['device_map']!r} both place it; give one")
     device = check_device(device)

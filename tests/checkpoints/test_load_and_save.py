@@ -148,6 +148,8 @@ def test_dtype_auto_is_the_checkpoints_own(tmp_path, tokenizer):
     assert load_model("smollm2-135m", dtype="auto", device="cpu")[0].dtype == torch.float32
     with pytest.raises(ValueError, match="dtype 'int8' is not one of float32, bfloat16, float16, auto"):
         load_model(path, dtype="int8")
+    with pytest.raises(ValueError, match="reads the checkpoint's own config, which says what was dropped"):
+        load_model(path, config=tiny("llama").config)
 
 
 def test_two_processes_convert_a_wheel_once(tmp_path):

@@ -156,6 +156,7 @@ def cut_caches(undo: ExitStack, parts: Anatomy, plan: DropPlan) -> None:
                     put(undo, module, name, numbers[slot + cut.counts])
             if vars(module).get(SHARED_SLOT) in numbers:
                 put(undo, module, SHARED_SLOT, numbers[vars(module)[SHARED_SLOT]])
+    put(undo, cut, "by_place", slots != tuple(range(len(fresh))) and _asks_by_place(parts, fresh))
     put(undo, cut, "slots", slots)
     put(undo, cut, "n_slots", len(fresh))
     put(undo, cut, "counts", counts)
@@ -163,6 +164,14 @@ def cut_caches(undo: ExitStack, parts: Anatomy, plan: DropPlan) -> None:
     if plan != parts.plan:
         put(undo, cut, "caches", WeakSet())
         undo.callback(_close, cut.caches)
+
+
+def _asks_by_place(parts: Anatomy, fresh: list) -> bool:
+    """Whether the decoder itself asks its cache about layers, by their places: for those that it skips on text alone,
+    as Mllama's, and those that share one attention without a number of its own, as Zamba's."""
+    skips = any(layer is not None and split is None for layer, split in zip(parts.layers, parts.splits, strict=True))
+    numbers = [vars(m).get(name, 0) for m in parts.layer_list.modules() for name in SLOT_NAMES if not is_gone(m)]
+    return bool(fresh) and (skips or any(number is None or number < 0 for number in numbers))
 
 
 def _is_there(parts: Anatomy, i: int, name: str) -> bool:
@@ -186,7 +195,7 @@ def placements(model: nn.Module, parts: Anatomy) -> dict:
     return {
         "stubs": {name: [module.passes, module.width, module.n_outputs] for name, module in gone.items()},
         "decoder": names[parts.decoder],
-        "cache": {"slots": list(cut.slots), "n_slots": cut.n_slots, "counts": cut.counts},
+        "cache": {"slots": list(cut.slots), "n_slots": cut.n_slots, "counts": cut.counts, "by_place": cut.by_place},
         "numbers": numbers,
         "matrices": [f"{names[parts.layers[i]]}.{name}" for i, name in given_biases(parts)],
     }
@@ -220,6 +229,7 @@ def place(model: nn.Module, record: dict) -> None:
         cut.slots = tuple(record["cache"]["slots"])
         cut.n_slots = record["cache"]["n_slots"]
         cut.counts = record["cache"]["counts"]
+        cut.by_place = record["cache"].get("by_place", False)
         cut.plan = (tuple(record["attn"]), tuple(record["mlp"]))
         decoder._llmdrop_cache = cut
         decoder.register_forward_pre_hook(cut.before, with_kwargs=True)
@@ -318,6 +328,7 @@ class CacheCut:
     slots: tuple[int, ...] = ()  # of a cache made from the config, the slots that stay
     n_slots: int = 0  # how many such a cache has
     counts: bool = False  # whether a slot that counts tokens stands before them
+    by_place: bool = False  # whether the decoder would look for them by the places of layers
     plan: tuple | None = ()  # what is dropped, and so under what a cache must have been filled
     caches = None  # filled under a plan that may end
 
@@ -333,6 +344,11 @@ class CacheCut:
                 kwargs = kwargs | {"past_key_values": cache}
         if cache is None:
             return args, kwargs
+        if self.by_place:
+            raise ValueError(
+                "this model looks up the cache slots of its layers by their places (layers share an attention, or are "
+                "skipped without an image), and a slot of a dropped one is missing; run it with use_cache=False"
+            )
         if getattr(cache, "llmdrop_plan", None) != self.plan:
             if self._length(cache) or len(cache.layers) > self.n_slots:
                 raise ValueError(

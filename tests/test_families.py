@@ -11,7 +11,8 @@ import torch
 from decoders import tiny_decoder
 from tiny import random_ids
 
-from llmdrop import Calibration, DropPlan, apply_plan, dropped, find_anatomy, score
+from llmdrop import Calibration, DropPlan, apply_plan, dropped, find_anatomy, save_model, score
+from llmdrop.checkpoints.load import load_weights
 from llmdrop.compress.search import greedy
 from llmdrop.hooks import ResidualTap
 
@@ -75,10 +76,44 @@ def test_a_decoder_of_each_shape(kind):
     assert families.check_packed(model, ids) in (families.YES, "rows of their own")
 
 
-@pytest.mark.parametrize("kind", ["llama", "falcon", "bloom", "gpt_oss", "qwen3_5_text", "falcon_h1", "dbrx"])
+@pytest.mark.parametrize("kind", ["llama", "falcon", "bloom", "gpt_oss", "qwen3_5_text", "falcon_h1", "dbrx", "lfm3"])
 def test_what_is_saved_is_loaded(kind):
     model, ids = tiny_decoder(kind), random_ids(2, 12)
     assert families.check_save(model, ids) == families.YES
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "kind, rope",
+    [
+        ("gemma4_text", None),
+        ("gemma3_text", {"full_attention": LINEAR, "sliding_attention": DEFAULT}),
+        ("olmo3", {"full_attention": LINEAR, "sliding_attention": DEFAULT}),
+        ("llama", LLAMA3),
+    ],
+)
+def test_rotary_settings_are_read_as_they_were(kind, rope):
+    model = tiny_decoder(kind, **({} if rope is None else {"rope_parameters": rope}))
+    assert rope is None or model.config.rope_parameters == rope
+    assert families.check_save(model, random_ids(2, 12)) == families.YES
+
+
+@pytest.mark.parametrize("kind", ["zamba", "zamba2", "mllama"])
+def test_where_a_decoder_asks_its_cache_by_place_generation_with_one_is_refused(kind, tmp_path):
+    model, ids = tiny_decoder(kind), random_ids(2, 12)
+    assert families.check_drop(model, ids) == families.YES
+    assert families.check_generation(model, ids) == "first attention, refused"
+    model.generate(ids, max_new_tokens=3)
+    if kind != "mllama":  # whose text model alone is no checkpoint
+        save_model(apply_plan(model, DropPlan([0])), None, tmp_path / "m")
+        loaded = load_weights(tmp_path / "m")
+        with pytest.raises(ValueError, match="run it with use_cache=False"):
+            loaded.generate(ids, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("kind, expected", [("llama", "yes"), ("smollm3", "yes"), ("diffllama", "own format")])

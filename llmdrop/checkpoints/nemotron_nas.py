@@ -65,7 +65,7 @@ def write_nemotron_nas(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fol
         written |= {"qkv_bias": False} | {switch: True for switch, _ in biased}
     for key in ("sliding_window", "layer_types"):
         written.pop(key, None)
-    file.write_text(json.dumps(written | for_transformers_4(written) | mark(), indent=2))
+    file.write_text(json.dumps(written | for_transformers_4(written, type(model.config)) | mark(), indent=2))
     (folder / "configuration_nemotron_nas.py").write_text(inspect.getsource(configuration_nemotron_nas))
 
 

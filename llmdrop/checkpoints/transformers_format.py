@@ -6,6 +6,7 @@ is right, whoever calls it: Trainer, peft's merge-and-save, the user.
 
 import inspect
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -14,7 +15,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from .. import prune
 from ..anatomy import RECORD, Anatomy, exclusive, find_anatomy
@@ -49,7 +50,9 @@ def write_hf(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path)
     save_tokenizer(tokenizer, folder)
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | for_transformers_4(config) | mark(), indent=2))
+    if config["model_type"] != OURS:  # else `our_config` has done so
+        config |= for_transformers_4(config, type(model.config))
+    file.write_text(json.dumps(config | mark(), indent=2))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -131,7 +134,8 @@ def our_config(config: dict, model: nn.Module, parts: Anatomy) -> dict:
     classes = auto_classes(model.config.model_type)
     auto_map = {auto: f"modeling_llmdrop.{stock}" for auto, stock in classes.items()}
     auto_map["AutoConfig"] = "modeling_llmdrop.DroppedConfig"
-    return merged(config | for_transformers_4(config), record["refused"]) | {"auto_map": auto_map, "llmdrop": record}
+    config = config | for_transformers_4(config, CONFIG_MAPPING[model.config.model_type])
+    return merged(config, record["refused"]) | {"auto_map": auto_map, "llmdrop": record}
 
 
 def auto_classes(model_type: str) -> dict[str, str]:
@@ -157,8 +161,11 @@ def _modeling_file(model_type: str) -> str:
     return f"{source[:start]}RECORD = {RECORD!r}\n\n\n{own}{source[end:]}"
 
 
-def for_transformers_4(config: dict) -> dict:
-    """The rotary settings by their names before transformers 5, which would silently take its defaults."""
+def for_transformers_4(config: dict, kind: type[PretrainedConfig]) -> dict:
+    """The rotary settings by their names before transformers 5, which would silently take its defaults.
+
+    kind: the class that reads this config. Empty where it would take these names for other settings than the config's.
+    """
     rope = config.get("rope_parameters") or {}
     local = rope.get("sliding_attention") or {}
     rope = rope.get("full_attention", rope) or {}  # Beam has none in such layers
@@ -169,4 +176,17 @@ def for_transformers_4(config: dict) -> dict:
         out["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default":
         out["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {key: value for key, value in out.items() if key not in config}
+    out = {key: value for key, value in out.items() if key not in config}
+    try:
+        is_same = _rope(kind, config | out) == _rope(kind, config)
+    except (KeyError, ValueError, TypeError):
+        is_same = False
+    return out if is_same else {}
+
+
+def _rope(kind: type[PretrainedConfig], config: dict) -> dict | None:
+    """What a config class makes of the rotary settings in a config.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(config))
+        return getattr(kind.from_json_file(file), "rope_parameters", None)

@@ -37,7 +37,7 @@ def test_it_needs_no_llmdrop(tmp_path):
     path, ids = save_model(apply_plan(tiny("llama"), MIXED), TOKENIZER, tmp_path / "m"), random_ids(1, 7)
     source = (path / "modeling_llmdrop.py").read_text()
     assert "from llmdrop" not in source and "import llmdrop" not in source
-    assert len(source.splitlines()) < 240, "one small file"
+    assert len(source.splitlines()) < 250, "one small file"
     code = f"""
 import sys; sys.modules["llmdrop"] = None
 import torch, transformers

@@ -156,7 +156,7 @@ def cut_caches(undo: ExitStack, parts: Anatomy, plan: DropPlan) -> None:
                     put(undo, module, name, numbers[slot + cut.counts])
             if vars(module).get(SHARED_SLOT) in numbers:
                 put(undo, module, SHARED_SLOT, numbers[vars(module)[SHARED_SLOT]])
-    put(undo, cut, "by_place", slots != tuple(range(len(fresh))) and _asks_by_place(parts, fresh))
+    put(undo, cut, "by_place", slots != tuple(range(len(fresh))) and _asks_by_place(parts))
     put(undo, cut, "slots", slots)
     put(undo, cut, "n_slots", len(fresh))
     put(undo, cut, "counts", counts)
@@ -166,12 +166,19 @@ def cut_caches(undo: ExitStack, parts: Anatomy, plan: DropPlan) -> None:
         undo.callback(_close, cut.caches)
 
 
-def _asks_by_place(parts: Anatomy, fresh: list) -> bool:
+def _asks_by_place(parts: Anatomy) -> bool:
     """Whether the decoder itself asks its cache about layers, by their places: for those that it skips on text alone,
     as Mllama's, and those that share one attention without a number of its own, as Zamba's."""
-    skips = any(layer is not None and split is None for layer, split in zip(parts.layers, parts.splits, strict=True))
-    numbers = [vars(m).get(name, 0) for m in parts.layer_list.modules() for name in SLOT_NAMES if not is_gone(m)]
-    return bool(fresh) and (skips or any(number is None or number < 0 for number in numbers))
+    if any(layer is not None and split is None for layer, split in zip(parts.layers, parts.splits, strict=True)):
+        return True
+    for i in parts.live("attn"):
+        for stub in parts.sublayer("attn", i).stubs:
+            mixer = parts.layers[i].get_submodule(stub)
+            for module in () if is_gone(mixer) else mixer.modules():
+                numbers = [vars(module).get(name, 0) for name in SLOT_NAMES]
+                if any(number is None or number < 0 for number in numbers):
+                    return True
+    return False
 
 
 def _is_there(parts: Anatomy, i: int, name: str) -> bool:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import platform
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -22,6 +23,9 @@ from ..calibration import Calibration
 from ..files import build_dir, locked, write_atomic
 from ..scoring import ImportanceScores, score
 from .provenance import model_key, model_name, provenance, text_name
+
+TIMED = ("timing", "serving", "hardware")  # kinds that the clock decides: made alone, with nothing measured beside them
+_MEASURING: set[Path] = set()  # roots of the stores for which this process is measuring something
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class Store:
 
     A file holds the key (all that could change the value, hence its name), the value, the provenance and a checksum.
     It is complete or absent, also after SIGKILL or on a full disk, and processes that want the same measurement at
-    the same time make it once. A damaged file is set aside as `*.damaged`, with a warning, and measured again.
+    the same time make it once. What the clock decides (`TIMED`) waits until no process on this machine measures
+    anything else for the same store, and others wait for it. A damaged file is set aside as `*.damaged`, with a
+    warning, and measured again.
     """
 
     def __init__(self, root: str | os.PathLike | None = None):
@@ -93,6 +99,8 @@ class Store:
         values = {digest: self._read(kind, entries[i]) for digest, i in first.items()}
         missing = sorted(digest for digest, value in values.items() if value is None)
         with ExitStack() as locks:
+            if missing:
+                locks.enter_context(_measuring(self.root, alone=kind in TIMED))
             for digest in missing:  # sorted, so that two processes never wait for each other
                 name = entries[first[digest]].slug or digest
                 lock = self.root / kind / ".locks" / f"{digest}.lock"
@@ -194,6 +202,30 @@ class Store:
         made_with = partial(provenance, model, calibration, batch_size=batch_size)
         value = self.get("sample-scores", key, compute, slug, made_with)
         return {kind: np.array(of_samples) for kind, of_samples in value.items()}
+
+
+@contextmanager
+def _measuring(root: Path, alone: bool) -> Iterator[None]:
+    """Hold this while something is measured, alone or beside others. A measurement may need another one inside."""
+    if root in _MEASURING:
+        yield
+        return
+    folder = root / ".locks" / platform.node()
+    own = folder / f"{os.getpid()}.lock"
+    with ExitStack() as held:
+        turn = held.enter_context(ExitStack())
+        turn.enter_context(locked(folder / "turn.lock", "something is timed alone on this machine; waiting for it"))
+        if alone:
+            for other in sorted(folder.glob("[0-9]*.lock")):
+                with locked(other, "waiting until nothing else is measured, to time alone"):
+                    other.unlink(missing_ok=True)
+        else:
+            held.enter_context(locked(own))
+            held.callback(own.unlink, missing_ok=True)
+            turn.close()
+        _MEASURING.add(root)
+        held.callback(_MEASURING.remove, root)
+        yield
 
 
 def _json(value, what: str) -> str:

@@ -239,6 +239,37 @@ def test_concurrent_processes_measure_each_key_once(store, tmp_path):
     assert sorted(log.read_text().split()) == list("01234")
 
 
+def test_what_is_timed_has_the_machine_for_itself(store, tmp_path):
+    """Many processes measure; a file stands for each that is at it. One that is killed does not hold up the others."""
+    busy = tmp_path / "busy"
+    busy.mkdir()
+
+    def child(kind, i):
+        def compute():
+            inner = store.get("inner", {"i": i}, lambda: i)  # a measurement that needs another
+            mine = busy / f"{kind}-{i}"
+            mine.touch()
+            beside = set()
+            for _ in range(10):
+                time.sleep(0.01)
+                beside |= {other.name for other in busy.iterdir()} - {mine.name}
+            mine.unlink()
+            if i == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return [inner, sorted(beside)]
+
+        _, beside = store.get(kind, {"i": i}, compute)
+        os._exit(1 if beside and kind == "timing" or any(name.startswith("timing") for name in beside) else 0)
+
+    kinds = ["losses", "timing", "losses", "timing", "losses", "score", "timing", "serving"]
+    processes = [fork.Process(target=child, args=(kind, i)) for i, kind in enumerate(kinds)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, *[0] * (len(kinds) - 1)]
+
+
 # ---- measurements
 
 

@@ -19,7 +19,7 @@ class ResidualTap:
     x: residual stream entering the layer; m: between its attention and its MLP (None if they are parallel); y: leaving
     it; f_attn, f_mlp: what the two sublayers add, with the layer's scales (None where there is none). All [B, T, C], in
     the model's dtype, on the layer's device, and only alive during the call. Hooks are removed on exit, also after an
-    exception. In the first batch of each run y must be the sum of x and of what is added to it, to the rounding of its
+    exception. In the first sample of each run y must be the sum of x and of what is added to it, to the rounding of its
     type; else the forward pass raises RuntimeError. Threads tap a model one after the other; what another thread runs
     meanwhile is not seen.
 
@@ -124,6 +124,8 @@ class ResidualTap:
         return hook
 
     def _check_sum(self, i: int, x, y, carry, f_attn, f_mlp) -> None:
+        """Of one sample: all of a batch would cost a few percent of a short run."""
+        x, y, f_attn, f_mlp = (term if term is None else term[:1] for term in (x, y, f_attn, f_mlp))
         terms = [term.float() for term in (_times(carry, x), f_attn, f_mlp) if term is not None]
         size = sum(term.abs() for term in terms)
         off = (sum(terms) - y.float()).abs()

@@ -116,3 +116,5 @@ def test_common_parameters(path):
         assert {"MODEL", "ATTN", "MLP", "BLOCK", "DEST"} <= names
     else:
         assert {"PROFILE", "OUT"} <= names
+        defaults = {s.targets[0].id: s.value for s in ast.parse(parameter_cells(path)[0].source).body}
+        assert ast.literal_eval(defaults["OUT"]) == "../build/figures/mine", "by hand, nothing published is touched"

@@ -15,7 +15,7 @@ from . import style
 from .estimate import Estimate
 from .paper import claim, record_claim, verdict
 from .paper import table as printed_table
-from .statistics import above_unread, combined, difference, gamma, headline, kept, speed_ratio
+from .statistics import above_unread, combined, difference, headline, kept, speed_ratio
 
 NAMES = {
     "model": "Model",
@@ -67,40 +67,30 @@ def published_drops() -> pd.DataFrame:
     return rows.dropna(subset="n_dropped")
 
 
-def by_variant(rows: pd.DataFrame, speed: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row a variant, the first being the baseline; each column `x` with its standard error `x_stderr`.
+def by_variant(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means of what `quality` measured, one row a variant, the first being the baseline.
 
-    rows: from `quality`. Benchmarks and sets of questions give a column each, percent right by their headline metric,
-    their mean `avg`, and `percent`: avg in percent of the baseline's (its error takes the two as independent, which
-    overstates it). Texts give `perplexity` and `ppl_ratio`, relative to the baseline's, with the error of the
-    differences sample by sample. speed: from `timing.speedups`; gives `speedup`, its error half its range, and `gamma`.
-
-    Raises ValueError without rows, for a task that has no headline metric, and for variants that were not timed.
+    Benchmarks and sets of questions give a column each, percent right by their headline metric, their mean `avg`, and
+    `percent`: avg in percent of the baseline's. Texts give `perplexity` and `ppl_ratio`, relative to the baseline's.
+    Intervals are from `with_intervals` and `against_baseline`. Raises ValueError without rows, and for a task that has
+    no headline metric.
     """
     if rows.empty:
         raise ValueError("by_variant: no rows; measure at least one variant with `quality` on a text or a task")
     shown = headline(rows)
-    is_text = shown["metric"] == "nats"
+    of_text = shown[shown["metric"] == "nats"]
+    answers = shown[shown["metric"] != "nats"]
     table = pd.DataFrame(index=rows["variant"].unique())
-    error = pd.DataFrame(index=table.index)
-    for task, answers in shown[~is_text].groupby("where", sort=False):
-        right = 100 * answers.pivot(index="item", columns="variant", values="value")
-        table[task] = right.mean()
-        error[task] = right.sem()
+    for task, of_task in answers.groupby("where", sort=False):
+        table[task] = 100 * of_task.groupby("variant")["value"].mean()
     if len(table.columns):
-        _add_average(table, error)
-    if is_text.any():
-        samples = shown[is_text].pivot(index="variant", columns=["where", "item"], values=["value", "n"])
-        losses = samples["value"].reindex(table.index)
-        share = samples["n"].iloc[0] / samples["n"].iloc[0].sum()  # of all tokens, by sample
-        for column, nats in (("perplexity", losses), ("ppl_ratio", losses - losses.iloc[0])):
-            mean = (nats * share).sum(axis=1, skipna=False)
-            spread = nats.sub(mean, axis=0) * share * len(share)  # of a ratio: samples may differ in length
-            table[column] = np.exp(mean)
-            error[column] = table[column] * spread.sem(axis=1, skipna=False)
-    if speed is not None:
-        _add_speed(table, error, speed)
-    return table.join(error.add_suffix("_stderr"))
+        table["avg"] = table.mean(axis=1, skipna=False)  # never over fewer tasks than the baseline's
+        table["percent"] = 100 * table["avg"] / table["avg"].iloc[0]
+    if len(of_text):
+        nats = (of_text["value"] * of_text["n"]).groupby(of_text["variant"]).sum()
+        table["perplexity"] = np.exp(nats / of_text.groupby("variant")["n"].sum())
+        table["ppl_ratio"] = table["perplexity"] / table["perplexity"].iloc[0]
+    return table
 
 
 def against_baseline(rows: pd.DataFrame) -> pd.DataFrame:
@@ -128,32 +118,6 @@ def against_baseline(rows: pd.DataFrame) -> pd.DataFrame:
             left = kept(rows, variant, variants[0], tasks)
             found.append((variant, "percent", left.value, left.low, left.high))
     return pd.DataFrame(found, columns=["variant", "panel", "value", "low", "high"])
-
-
-def _add_average(table: pd.DataFrame, error: pd.DataFrame) -> None:
-    """Add avg and percent over the columns so far, and their errors."""
-    average = table.mean(axis=1, skipna=False)  # never over fewer tasks than the baseline's
-    average_error = np.sqrt((error**2).sum(axis=1, skipna=False)) / len(table.columns)
-    relative_error = average_error / average
-    table["avg"] = average
-    error["avg"] = average_error
-    table["percent"] = 100 * average / average.iloc[0]
-    error["percent"] = table["percent"] * np.hypot(relative_error, relative_error.iloc[0])
-    error.loc[table.index[0], "percent"] = 0.0
-
-
-def _add_speed(table: pd.DataFrame, error: pd.DataFrame, speed: pd.DataFrame) -> None:
-    """Add speedup and, where there is an average, gamma, and their errors."""
-    not_timed = [variant for variant in table.index if variant not in speed.index]
-    if not_timed:
-        raise ValueError(f"by_variant: {', '.join(not_timed)} not timed; timed: {', '.join(map(str, speed.index))}")
-    table["speedup"] = speed["speedup"]
-    error["speedup"] = (speed["speedup_high"] - speed["speedup_low"]) / 2
-    if "avg" in table:
-        baseline = table["avg"].iloc[0]
-        table["gamma"] = [gamma(baseline, row.avg, row.speedup) for row in table.itertuples()]
-        percent_faster = (100 * (table["speedup"] - 1)).where(table["gamma"].notna())
-        error["gamma"] = np.hypot(error["avg"], error["avg"].iloc[0]) / percent_faster
 
 
 def with_intervals(
@@ -185,17 +149,6 @@ def with_intervals(
             cells[f"{column}_high"] = estimate.high
         table[variant] = cells
     return pd.DataFrame.from_dict(table, orient="index")
-
-
-def compare(table: pd.DataFrame, column: str, row: str, other: str | None = None) -> tuple[float, float]:
-    """`column` of one row, less that of the other row if given, and the standard error as if they were independent.
-
-    table: as from `by_variant`. NaN where it lacks one of the rows.
-    """
-    rows = table.reindex([row] if other is None else [row, other])
-    values = rows[column].to_numpy(float)
-    errors = rows[f"{column}_stderr"].to_numpy(float)
-    return float(values[0] - values[1:].sum()), float(np.sqrt((errors**2).sum()))
 
 
 def random_guess(table: pd.DataFrame, tasks: Iterable[str], vocabulary: int) -> dict[str, float]:
@@ -249,8 +202,8 @@ def format_table(
 ) -> str:
     """`df` as text: "markdown", "latex" (booktabs; needs the packages booktabs and colortbl) or "csv" (all digits).
 
-    A column `x_stderr` is folded into its `x`: "68.2 ± 0.5"; so are `x_low` and `x_high`: "0.45 [0.41, 0.49]", which is
-    left out where they are equal. Rows with `source == "paper"` are in italics. Rows whose `avg` is below `keep` times
+    Columns `x_low` and `x_high` are folded into their `x`: "0.45 [0.41, 0.49]", which is left out where they are equal.
+    Rows with `source == "paper"` are in italics. Rows whose `avg` is below `keep` times
     that of the `method == "Baseline"` row of the same model and source are gray (Markdown: ▽ at the average).
 
     No cell is blank: a missing number reads "not in the paper" in published rows, in others `missing` or what
@@ -278,17 +231,18 @@ def format_table(
     if fmt == "csv":
         return df.astype(object).where(df.notna(), reasons).to_csv(index=False, lineterminator="\n")
 
-    folded = [f"{column}{ending}" for column in df for ending in ("_stderr", "_low", "_high")]
+    folded = [f"{column}{ending}" for column in df for ending in ("_low", "_high")]
     columns = [column for column in df if column not in folded]
     digits = DIGITS | dict(digits or {})
     names = NAMES | dict(names or {})
     cells = pd.DataFrame(index=df.index)
     for column in columns:
         unknown = pd.Series(np.nan, index=df.index)
-        spreads = [df.get(f"{column}{ending}", unknown) for ending in ("_stderr", "_low", "_high")]
+        low = df.get(f"{column}_low", unknown)
+        high = df.get(f"{column}_high", unknown)
         cells[column] = [
-            reason if pd.isna(value) else _cell(value, spread, digits.get(column, 1))
-            for value, spread, reason in zip(df[column], zip(*spreads, strict=True), reasons[column], strict=True)
+            reason if pd.isna(value) else _cell(value, *ends, digits.get(column, 1))
+            for value, *ends, reason in zip(df[column], low, high, reasons[column], strict=True)
         ]
     cells.columns = [names.get(column, column) for column in columns]
     if not cells.columns.is_unique:
@@ -340,19 +294,16 @@ def provenance_line(provenance: Mapping) -> str:
     return " · ".join(f"{fact}: {value}" for fact, value in provenance.items())
 
 
-def _cell(value, spread: tuple[float, float, float], places: int) -> str:
-    """A number with its error or interval, rounded: 4 digits say enough (115.2, 1083). Integers and text as they are.
+def _cell(value, low: float, high: float, places: int) -> str:
+    """A number with its interval, rounded: 4 digits say enough (115.2, 1083). Integers and text as they are.
 
-    spread: standard error, low and high, each NaN where there is none.
+    low, high: NaN where there is no interval.
     """
     if not pd.api.types.is_float(value):
         return str(value)
     if math.isfinite(value):
         places = min(places, max(0, 3 - int(np.log10(max(abs(value), 1)))))
     text = _number(value, places)
-    error, low, high = spread
-    if pd.notna(error):
-        return f"{text} ± {_number(error, places)}"
     return f"{text} [{_number(low, places)}, {_number(high, places)}]" if low < high else text
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import nn
@@ -66,7 +67,8 @@ class DroppedLM(SweepLM):
     """One model with layers dropped, by lm-eval model arguments (see `llmdrop.evaluation.__main__`).
 
     pretrained: any name for `load_model`. drop_*: how many of each to drop, by scores on `n_samples` x `seq_len` tokens
-    of `calibration`; or plan: a .json file with one. Raises ValueError for counts the model does not have.
+    of `calibration`; or plan: a .json file with one. device: as lm-eval's own model class takes it, whose command line
+    says cuda:0 unless told: without CUDA, what else is there. Raises ValueError for counts the model does not have.
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class DroppedLM(SweepLM):
         seed: int = 0,
         data_dir: str | None = None,
         dtype: str = "float32",
-        device: str = "auto",
+        device: str | None = None,
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
     ):
-        model, tokenizer = load_model(pretrained, dtype=dtype, device=device or "auto")
+        if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "auto"
+        model, tokenizer = load_model(pretrained, dtype=dtype, device=device)
         counts = {"attn": drop_attn, "mlp": drop_mlp, "block": drop_block, "joint": drop_joint}
         chosen = DropPlan()
         if plan:

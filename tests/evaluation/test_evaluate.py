@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval import evaluate as lm_evaluate
+from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.models.huggingface import HFLM
 from made_up import SUBJECTS, write
 from tiny import byte_tokenizer, random_ids, tiny
@@ -300,6 +301,16 @@ def test_every_device_of_lm_evals_command_line(device, tmp_path):
     llmdrop.save_model(tiny("llama", vocab_size=257), byte_tokenizer(), tmp_path / "model")
     lm = DroppedLM(str(tmp_path / "model"), device=device)
     assert lm.device.type == ("cpu" if device == "cpu" else llmdrop.checkpoints.load.check_device("auto"))
+
+
+def test_shares_and_kept_layers_on_lm_evals_command_line(tmp_path):
+    llmdrop.save_model(tiny("llama", vocab_size=257), byte_tokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The river runs past the mill. " * 40)
+    small = f"pretrained={tmp_path / 'model'},calibration={tmp_path / 'text.txt'},n_samples=2,seq_len=64,device=cpu"
+    for settings in ("drop_attn=40%,keep=[0,4]", "drop_attn=0.4,drop_mlp=1,keep=[0,4]"):
+        lm = DroppedLM(**key_val_to_dict(f"{small},{settings}"))
+        plan = find_anatomy(lm.model).plan
+        assert len(plan.attn) == 2 and not {0, 4} & {*plan.attn, *plan.mlp}
 
 
 def test_errors(smollm2):

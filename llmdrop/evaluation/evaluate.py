@@ -70,8 +70,8 @@ def evaluate_sweep(
     alone. Answers that are generated (gsm8k, ifeval, ...) share nothing: lm-eval writes them plan by plan. Raises what
     `evaluate` raises, and ValueError without plans and for a plan of another depth.
     """
-    if not tasks:
-        raise ValueError("no tasks to evaluate; give at least one")
+    if not tasks or isinstance(tasks, str):
+        raise ValueError(f'tasks={tasks!r}: no tasks to evaluate; give a list of at least one, as ["piqa"]')
     rows = []
     run = _run(model, tokenizer, plans, tasks, limit, data_dir, num_fewshot, batch_size, progress, seed, options)
     for lm, parts, results in run:
@@ -157,7 +157,8 @@ def _run(
                 tqdm.write(f"{name}: lm-eval generates the answers, plan by plan; nothing is shared", file=sys.stderr)
             samples = None
             if limit is not None:
-                samples = {part: subset(part, len(task.eval_docs), limit, seed) for part, task in parts.items()}
+                with quiet():
+                    samples = {part: subset(part, len(task.eval_docs), limit, seed) for part, task in parts.items()}
             for plan in plans:
                 lm.current = plan
                 for task in parts.values():  # every plan gets the same examples, as if it were alone

@@ -85,7 +85,11 @@ def load_tasks(names: Iterable[str], data_dir: Data = None, num_fewshot: Shots =
                 continue
             tasks[name] = Parts()
             for config, files in _definitions(name, data_dir, num_fewshot):
-                task = ConfigurableTask(config=config if None in files.values() else _with_rows(config, files))
+                if None in files.values():
+                    with _reading(config["dataset_path"], config.get("dataset_name")):
+                        task = ConfigurableTask(config=config)
+                else:
+                    task = ConfigurableTask(config=_with_rows(config, files))
                 task.set_fewshot_seed(FEWSHOT_SEED)
                 tasks[name][config["task"]] = task
     return tasks
@@ -99,7 +103,8 @@ def _of_lm_eval(name: str, data_dir: Data, num_fewshot: Shots) -> Parts:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     file = Path(name).expanduser()
-    if not file.is_file() and name not in _index().task_index:
+    is_file = file.suffix in (".yaml", ".yml") and file.is_file()
+    if not is_file and name not in _index().task_index:
         near = difflib.get_close_matches(name, _index().all_tasks) or ["none"]
         raise ValueError(
             f"unknown task {name!r}; with data_dir={data_dir!r} these run offline: "
@@ -117,37 +122,48 @@ def _of_lm_eval(name: str, data_dir: Data, num_fewshot: Shots) -> Parts:
         if rows is not None:
             task.dataset = rows
             return
-        try:
+        with _reading(task.DATASET_PATH, task.DATASET_NAME):
             download(task, dataset_kwargs, **kwargs)
-        except Exception as error:  # offline, unknown, gated, damaged: datasets raises a dozen kinds
-            source = f"{task.DATASET_PATH}/{task.DATASET_NAME or 'default'}"
-            raise FileNotFoundError(
-                f"cannot read {source}: {' '.join(str(error).split())[:300]} | Fix: a network where it is on the hub, "
-                f"or data_dir=<mirror> with <mirror>/{source}/<split>.jsonl[.gz]"
-            ) from error
 
     with ExitStack() as undo:
         put(undo, ConfigurableTask, "download", read)
         try:
-            if file.is_file():
-                is_group = "group" in load_yaml(file, resolve_func=False)  # of tasks beside it, or of lm-eval's
-                beside = str(file.parent) if is_group else None
-                found = TaskManager(include_path=beside, include_defaults=is_group).load(str(file))
-            else:
+            definition = load_yaml(file, resolve_func=False) if is_file else {}
+            if not is_file:
                 found = _index().load(name)
+            elif "group" in definition:  # of tasks beside it, or of lm-eval's; by its path lm-eval reads tasks alone
+                found = TaskManager(include_path=str(file.parent)).load(definition["group"])
+            else:
+                found = TaskManager(include_defaults=False).load(str(file))
         except (yaml.YAMLError, TypeError) as error:
             what = " ".join(str(error).split())[:200]
             raise ValueError(f"lm-eval cannot read a task out of {name}: {what}") from error
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no data for task {name!r}: {error}") from error
         except ImportError as error:
-            raise ImportError(f"the task {name} needs a package that is not here ({error}): pip install it") from error
+            raise ImportError(
+                f"the task {name} needs a package that is not here ({error}): pip install it, or lm-eval's extra for "
+                "the task, as 'lm_eval[ifeval]'"
+            ) from error
     parts = Parts(found["tasks"])
     parts.groups = found.get("groups", {})
     for task in parts.values():
         task.set_config("num_fewshot", _shots_of(task, shots))
         task.set_fewshot_seed(FEWSHOT_SEED)
     return parts
+
+
+@contextmanager
+def _reading(path: str, config: str | None) -> Iterator[None]:
+    """One kind of error, and one sentence, for all that reading a dataset may raise."""
+    try:
+        yield
+    except Exception as error:  # offline, unknown, gated, damaged: datasets raises a dozen kinds
+        source = f"{path}/{config or 'default'}"
+        raise FileNotFoundError(
+            f"cannot read {source}: {' '.join(str(error).split())[:300]} | Fix: a network where it is on the hub, or "
+            f"data_dir=<mirror> with <mirror>/{source}/<split>.jsonl[.gz]"
+        ) from error
 
 
 @cache

@@ -334,8 +334,9 @@ def test_errors(smollm2):
                 call(plans={"": DropPlan(), "other": plan})
         with pytest.raises(ValueError, match="out of range"):
             call(plans={"": DropPlan([30])})
-    with pytest.raises(ValueError, match="no tasks to evaluate"):
-        evaluate(model, tokenizer, [])
+    for tasks in ([], "piqa"):
+        with pytest.raises(ValueError, match="no tasks to evaluate; give a list"):
+            evaluate(model, tokenizer, tasks)
     with pytest.raises(ValueError, match="at least two tokens"):
         perplexity(model, Calibration(torch.ones(2, 1, dtype=torch.long)))
 

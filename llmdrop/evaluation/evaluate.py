@@ -42,9 +42,9 @@ def evaluate(
     of its own (where lm-eval averages it) and of each task in it, but for MMLU's subjects. limit: so many
     questions of each task (of each subject for MMLU), a random choice that seed fixes and a larger limit extends; None
     for all. data_dir: a mirror, None for packaged data (else the hub), "hub". num_fewshot: one number, or a number by
-    task; None is lm-eval's default. options: lm-eval's own apply_chat_template, fewshot_as_multiturn and
-    confirm_run_unsafe_code (False each), system_instruction (None). Raises ValueError for unknown tasks and without a
-    chat template to apply, FileNotFoundError for missing data, TypeError for another option.
+    task; None is lm-eval's default. options: lm-eval's own system_instruction=None, apply_chat_template=False (then
+    also fewshot_as_multiturn, as on its command line) and confirm_run_unsafe_code=False. Raises ValueError for unknown
+    tasks and without a chat template to apply, FileNotFoundError for missing data, TypeError for another option.
     """
     plans = {"": DropPlan()}
     settings = (limit, data_dir, num_fewshot, batch_size, progress, seed)
@@ -124,7 +124,7 @@ def _run(
     batch_size,
     progress,
     seed,
-    options: Mapping,
+    options: dict,
 ) -> Iterator[tuple]:
     """(`SweepLM`, parts of the task lm.label, what `lm_eval.evaluate` gives for the plan lm.current), one by one."""
     if limit is not None and (isinstance(limit, bool) or limit < 1):
@@ -132,7 +132,9 @@ def _run(
     unknown = set(options) - set(OPTIONS)
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: not an option of evaluate; lm-eval's are {', '.join(OPTIONS)}")
-    if options.get("apply_chat_template") and not tokenizer.chat_template:
+    has_template = bool(options.get("apply_chat_template"))
+    options = {"fewshot_as_multiturn": has_template} | options
+    if has_template and not tokenizer.chat_template:
         raise ValueError(
             "this tokenizer has no chat template, as base models have none; leave apply_chat_template out, or set "
             "tokenizer.chat_template"

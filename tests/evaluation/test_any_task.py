@@ -129,13 +129,20 @@ def test_rows_are_lm_evals(model, tokenizer, rows, name, shots, monkeypatch):
     [
         {"apply_chat_template": True},
         {"system_instruction": "Answer truthfully."},
-        {"apply_chat_template": True, "system_instruction": "Be short.", "fewshot_as_multiturn": True},
+        {"apply_chat_template": True, "system_instruction": "Be short.", "fewshot_as_multiturn": False},
     ],
 )
 def test_chat_template_and_system_prompt_are_lm_evals(model, tokenizer, rows, options, monkeypatch):
-    shots = 2 if "fewshot_as_multiturn" in options else None
-    found = evaluate(model, tokenizer, ["paws_zh"], 3, rows, shots, progress=False, **options)
-    check(found, stock(model, tokenizer, "paws_zh", monkeypatch, rows, 3, shots, **options))
+    prompts = set()
+    count = HFLM.tok_encode
+    monkeypatch.setattr(
+        HFLM, "tok_encode", lambda self, text, **kwargs: prompts.add(text) or count(self, text, **kwargs)
+    )
+    found = evaluate(model, tokenizer, ["paws_zh"], 3, rows, 2, progress=False, **options)
+    asked = prompts.copy()
+    on_command_line = {"fewshot_as_multiturn": "apply_chat_template" in options} | options
+    check(found, stock(model, tokenizer, "paws_zh", monkeypatch, rows, 3, 2, **on_command_line))
+    assert asked == prompts
     (part,) = load_tasks(["paws_zh"], rows)["paws_zh"].values()
     lm = DroppedLM(str(save_model(model, tokenizer, rows.parent / f"m{len(str(options))}")), device="cpu")
     results = simple_evaluate(lm, tasks=[part], limit=1, task_manager=TaskManager(include_defaults=False), **options)

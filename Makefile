@@ -4,7 +4,29 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup reproduce smoke test families drop evaluate serve lab report gpu clean
+TARGETS := help setup reproduce smoke test families drop evaluate serve lab report gpu clean
+.PHONY: $(TARGETS)
+
+# What a target takes on its command line. `make help` lists it; anything else is refused, not ignored.
+TAKES_reproduce := PROFILE ONLY FRESH MODEL DEVICE DATA_DIR LIMIT JOBS
+TAKES_smoke := $(filter-out PROFILE,$(TAKES_reproduce))
+TAKES_report := PROFILE
+TAKES_drop := MODEL ATTN MLP BLOCK KEEP COMPENSATE OUT DTYPE DEVICE DATA_DIR CALIBRATION N_SAMPLES SEQ_LEN BATCH_SIZE \
+	SEED PPL_SAMPLES PPL_LEN PPL_SKIP SOURCES REFIT_SAMPLES KV_TOKENS
+TAKES_evaluate := MODEL TASKS DTYPE LIMIT BATCH GPUS
+TAKES_serve := MODEL ATTN MLP BLOCK KEEP PORT
+TAKES_gpu := DRY DRAW FRESH MINUTES ONLY MODEL DATA_DIR DEVICE
+TAKES_clean := CLEAN_RESULTS
+TAKEN_BY_ALL := PYTHON3 VENV PY STAMP HF_% LLMDROP_% OMP_% CUDA_% TORCH_% PYTORCH_% PIP_% JUPYTER_%
+
+GOALS := $(filter $(TARGETS),$(MAKECMDGOALS))
+SET := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(TAKEN_BY_ALL) $(foreach goal,$(GOALS),$(TAKES_$(goal))),$(SET))
+ifneq ($(and $(GOALS),$(UNKNOWN)),)
+ifeq ($(filter-out $(TARGETS),$(MAKECMDGOALS)),)
+$(error make $(GOALS) does not take $(UNKNOWN); it takes: $(or $(foreach goal,$(GOALS),$(TAKES_$(goal))),no variables))
+endif
+endif
 
 PROFILE ?= embedded
 VENV := .venv
@@ -18,12 +40,19 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@$(foreach target,$(TARGETS),TAKES_$(target)='$(TAKES_$(target))') awk -F ':.*## ' '/^[a-z]+:.*## / { \
+		printf "  make %-11s%s\n", $$1, $$2; line = ""; \
+		n = split(ENVIRON["TAKES_" $$1], names, " "); \
+		for (i = 1; i <= n; i++) { \
+			line = line names[i] "= "; \
+			if (i == n || length(line) > 80) { printf "%18s%s\n", "", line; line = "" } } }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PROFILE=smoke|embedded|full|beyond|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
+	@echo "  ATTN=8 or 40%, MLP=, BLOCK=   how many to drop, or what share; KEEP=0,29: layers of which nothing is dropped"
+	@echo "  the others of make drop   parameters of notebooks/drop.ipynb, which says what they are"
 	@echo "  JOBS=1   one notebook at a time (smoke, embedded, beyond: two, where there are two cores)"
 
 # -- environment ------------------------------------------------------------------------------------------------------
@@ -49,7 +78,7 @@ LIBRARY := $(wildcard llmdrop/*.py llmdrop/*/*.py llmdrop/repro/*.mplstyle llmdr
 PROFILE_FILE := notebooks/profiles/$(PROFILE).yaml
 DONE := build/notebooks/$(PROFILE)
 RESULTS = $${LLMDROP_BUILD:-build}/results
-OVERRIDES = --set 'MODEL=$(MODEL)' --set 'DEVICE=$(DEVICE)' --set 'DATA_DIR=$(DATA_DIR)' --set 'LIMIT=$(LIMIT)'
+OVERRIDES = $(foreach name,MODEL DEVICE DATA_DIR LIMIT,--set '$(name)=$($(name))')
 PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
@@ -89,10 +118,9 @@ smoke: ## reproduce with a few samples each, in minutes
 report: $(STAMP) ## figures/PROFILE/index.html, claims.csv and figures/index.html from what has been run
 	@$(REPORT)
 
-drop: $(STAMP) ## make drop MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [COMPENSATE=1] OUT=directory: score, drop, save, check
-	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb $(OVERRIDES) \
-		--set 'ATTN=$(ATTN)' --set 'MLP=$(MLP)' --set 'BLOCK=$(BLOCK)' --set 'DEST=$(OUT)' \
-		--set 'COMPENSATE=$(COMPENSATE)'
+drop: $(STAMP) ## make drop MODEL=… ATTN=8 OUT=directory: score, drop, save, check
+	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb --set 'DEST=$(OUT)' \
+		$(foreach name,$(filter-out OUT,$(TAKES_drop)),--set '$(name)=$($(name))')
 
 # lm-eval's own data parallelism: accelerate starts GPUS processes, each with the whole model and its share of questions.
 # A checkpoint with single sublayers dropped brings modeling_llmdrop.py along, which then runs; no other remote code does.
@@ -101,17 +129,17 @@ LAUNCH = $(if $(filter-out 1,$(GPUS)),accelerate.commands.launch --multi_gpu --n
 	--mixed_precision no --dynamo_backend no -m)
 OWN_CODE = $(if $(wildcard $(MODEL)/modeling_llmdrop.py),$(comma)trust_remote_code=True)
 comma := ,
-evaluate: $(STAMP) ## make evaluate MODEL=… TASKS=piqa,… [GPUS=4] [LIMIT=] [BATCH=8]: lm-eval on a checkpoint, over GPUs
+evaluate: $(STAMP) ## make evaluate MODEL=… TASKS=piqa,… GPUS=4: lm-eval on a checkpoint, over GPUs
 	@$(PY) -m $(LAUNCH) lm_eval run --model hf --model_args pretrained=$(MODEL),dtype=$(or $(DTYPE),bfloat16)$(OWN_CODE) \
 		--tasks $(TASKS) --batch_size $(or $(BATCH),8) $(if $(LIMIT),--limit $(LIMIT)) \
 		--output_path build/evaluate
 
-serve: $(STAMP) ## make serve MODEL=… ATTN=8 [MLP=0] [BLOCK=0] [PORT=8080]: an OpenAI-compatible server on the dropped model
+serve: $(STAMP) ## make serve MODEL=… ATTN=8 PORT=8080: an OpenAI-compatible server on the dropped model
 	@$(OFFLINE) $(PY) notebooks/serve.py --model '$(MODEL)' --attn '$(ATTN)' --mlp '$(MLP)' --block '$(BLOCK)' \
-		--port '$(PORT)'
+		--keep '$(KEEP)' --port '$(PORT)'
 
 # On the Python that is there: clusters without a network have torch, transformers and no environment of ours.
-gpu: ## make gpu [DRY=1] [ONLY=check] [MINUTES=9] [MODEL=…] [DATA_DIR=…] [DRAW=1]: all of CUDA on a real GPU (docs/gpu.md)
+gpu: ## make gpu DRY=1 ONLY=check MINUTES=9: all of CUDA on a real GPU (docs/gpu.md)
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON3)) benchmarks/gpu.py $(if $(filter-out 0,$(DRY)),--dry) \
 		$(if $(filter-out 0,$(DRAW)),--draw) $(if $(filter-out 0,$(FRESH)),--fresh) $(if $(MINUTES),--minutes $(MINUTES)) \
 		--only '$(ONLY)' --model '$(MODEL)' --data-dir '$(DATA_DIR)' --device '$(or $(DEVICE),cuda)'
@@ -124,8 +152,9 @@ test: $(STAMP) ## ruff and pytest
 families: $(STAMP) ## docs/families.md: every decoder type of the installed transformers, tried on a tiny random model
 	@$(PY) benchmarks/families.py --out docs/families.md
 
+# python3 is this environment's, whatever kernels of that name a cluster puts on JUPYTER_PATH.
 lab: $(STAMP) ## Jupyter, in notebooks/
-	@$(PY) -m jupyterlab notebooks $$([ "$$(id -u)" != 0 ] || echo --allow-root)
+	@JUPYTER_PATH=$$($(PY) -c 'import sys; print(sys.prefix)')/share/jupyter:$${JUPYTER_PATH:-} $(PY) -m jupyterlab notebooks $$([ "$$(id -u)" != 0 ] || echo --allow-root)
 
 clean: ## remove build/ but the measurements; CLEAN_RESULTS=1 removes those too
 	@[ ! -d build ] || find build -mindepth 1 -maxdepth 1 $(if $(CLEAN_RESULTS),,! -name 'results*') -exec rm -rf {} +

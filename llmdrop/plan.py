@@ -228,19 +228,24 @@ def drop_order(scores, target: str, selector: Callable = cosine) -> list:
     return selector(scores, target)
 
 
-def plan_drop(scores, target: str, n: int | float | str, selector: Callable = cosine) -> DropPlan:
+def plan_drop(
+    scores, target: str, n: int | float | str, selector: Callable = cosine, keep: Iterable[int] = ()
+) -> DropPlan:
     """The plan that drops the `n` cheapest layers.
 
     scores: ImportanceScores. target: "attn" (Attention Drop), "mlp" (MLP Drop), "block" (Block Drop), "joint" (Joint
     Layer Drop, n sublayers of either kind) or "consecutive" (n neighboring blocks, the run whose input and output are
     most alike; needs `score(..., gap=True)`). n: a count, or a share of the layers of this kind that there are, between
-    0 and 1 or as "40%", rounded to the nearest count. Raises ValueError for any other n.
+    0 and 1 or as "40%", rounded to the nearest count. keep: layers to protect, of which nothing is dropped. Raises
+    ValueError for any other n, and for layers to keep that the model does not have.
     """
-    if target == "consecutive":
-        return _consecutive(scores, n)
-    order = selector(scores, target)
-    chosen = order[: _count(n, len(order), target)]
     n_layers = len(scores.attn)
+    keep = _indices(keep, "keep", n_layers)
+    if target == "consecutive":
+        return _consecutive(scores, n, keep)
+    order = selector(scores, target)
+    free = [item for item in order if (item[1] if target == "joint" else item) not in keep]
+    chosen = free[: _count(n, len(order), target, len(free))]
     if target == "joint":
         return plan_of(chosen, n_layers)
     attn = chosen if target in ("attn", "block") else ()
@@ -256,35 +261,43 @@ def plan_of(sublayers: Iterable[tuple[str, int]], n_layers: int | None = None) -
     return DropPlan(attn, mlp, n_layers)
 
 
-def _consecutive(scores, n: int | float | str) -> DropPlan:
-    """The run of n blocks, none of them dropped already, whose input and output are most alike."""
+def _consecutive(scores, n: int | float | str, keep: tuple[int, ...]) -> DropPlan:
+    """The run of n blocks, none of them dropped already or kept, whose input and output are most alike."""
     if scores.gap is None:
         raise ValueError("consecutive Block Drop needs the gap matrix: call score(..., gap=True)")
-    dropped_already = np.isnan(scores.block)
-    n = _count(n, int((~dropped_already).sum()), "consecutive")
+    there = ~np.isnan(scores.block)
+    free = there.copy()
+    free[list(keep)] = False
+    n = _count(n, int(there.sum()), "consecutive", int(free.sum()))
     n_layers = len(scores.block)
     if n == 0:
         return DropPlan((), (), n_layers)
-    starts = [i for i in range(n_layers - n + 1) if not dropped_already[i : i + n].any()]
+    starts = [i for i in range(n_layers - n + 1) if free[i : i + n].all()]
     if not starts:
-        raise ValueError(f"no {n} blocks in a row are left; blocks dropped already lie between. Use a smaller n")
+        raise ValueError(
+            f"no {n} blocks in a row are left; blocks to keep or dropped already lie between. Use a smaller n"
+        )
     # gap[i, j]: 1 - cos(input of layer i, output of layer j); a run of n blocks from i ends with j = i + n - 1
     start = min(starts, key=lambda i: scores.gap[i, i + n - 1])
     run = range(start, start + n)
     return DropPlan(run, run, n_layers)
 
 
-def _count(n: int | float | str, available: int, target: str) -> int:
-    """How many of the available layers `n` is, a count or a share. ValueError where it is neither."""
+def _count(n: int | float | str, available: int, target: str, free: int) -> int:
+    """How many of the available layers `n` is, a count or a share. ValueError where it is neither or more than free."""
     share = n
     if isinstance(n, str) and n.endswith("%"):
         with suppress(ValueError):
             share = float(n[:-1]) / 100
+    count = -1
     if isinstance(share, float) and 0 < share < 1:
-        return int(share * available + 0.5)
-    if isinstance(n, bool) or not hasattr(n, "__index__") or not 0 <= index(n) <= available:
+        count = int(share * available + 0.5)
+    elif hasattr(n, "__index__") and not isinstance(n, bool):
+        count = index(n)
+    if not 0 <= count <= free:
+        kept = f", {available - free} of them kept" if free < available else ""
         raise ValueError(
-            f"cannot drop n={n!r} of {available} {target} layers; n must be between 0 and {available}, a whole number, "
-            "or a share of them above 0 and below 1, as 0.4 or '40%'"
+            f"cannot drop n={n!r} of {available} {target} layers{kept}; n must be between 0 and {free}, a whole "
+            "number, or a share of them above 0 and below 1, as 0.4 or '40%'"
         )
-    return index(n)
+    return count

@@ -8,6 +8,7 @@ It runs the notebooks it names, in its order.
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -16,9 +17,20 @@ from pathlib import Path
 import pandas as pd
 import papermill
 import yaml
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 
 SECTIONS = ("about", "common", "needs")  # of a profile; every other name in it is a notebook
 NEEDS = ["minutes", "disk_gb", "download_gb", "gpu_gb"]
+
+
+class OwnKernel(AsyncKernelManager):
+    """The interpreter that runs this file, whatever is called python3 on JUPYTER_PATH."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict())
 
 
 def refuse_unknown(names, allowed, where: str) -> None:
@@ -36,7 +48,16 @@ def read_overrides(pairs: list[str]) -> dict:
             given[name] = str(Path(value).resolve())
         if name == "DATA_DIR" and value != "hub" and not Path(value).is_dir():
             sys.exit(f"DATA_DIR={value} is not a directory; it holds <dataset>/<config>/<split>.jsonl, or is 'hub'")
-    return {name: int(value) if value.isdigit() else value for name, value in given.items()}
+    return {name: read_value(name, value) for name, value in given.items()}
+
+
+def read_value(name: str, value: str) -> int | float | str | list:
+    """A number where it is one, a list for KEEP=0,29 and SOURCES=xsum,squad."""
+    if name in ("KEEP", "SOURCES"):
+        return [read_value("", part) for part in value.split(",")]
+    if value.isdigit():
+        return int(value)
+    return float(value) if re.fullmatch(r"0?\.\d+", value) else value
 
 
 def read_profile(path: Path) -> tuple[dict, dict, dict]:
@@ -99,7 +120,8 @@ def run(source: Path, target: Path, values: dict, label: str) -> int:
     start = time.monotonic()
     try:
         papermill.execute_notebook(
-            source, temporary, values, kernel_name="python3", cwd=source.parent, progress_bar=False,
+            source, temporary, values, kernel_name="python3", kernel_manager_class=OwnKernel, cwd=source.parent,
+            progress_bar=False,
             stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )  # fmt: skip
     except Exception as error:  # whatever went wrong: name the notebook and the cell, and let make go on with the rest

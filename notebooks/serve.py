@@ -21,11 +21,24 @@ def number(text: str) -> int:
     return int(text or 0)
 
 
+def amount(text: str) -> int | float | str:
+    """A number of layers, or a share of them, as 0.4 or 40%."""
+    if text.endswith("%"):
+        return text
+    return float(text) if "." in text else number(text)
+
+
+def layers(text: str) -> list[int]:
+    """As 0,29."""
+    return [int(part) for part in text.split(",") if part]
+
+
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
     for kind in ("attn", "mlp", "block"):
-        parser.add_argument(f"--{kind}", type=number, default=0, help="how many to drop")
+        parser.add_argument(f"--{kind}", type=amount, default=0, help="how many to drop, or a share as 40%%")
+    parser.add_argument("--keep", type=layers, default=[], help="layers that are never dropped, as 0,29")
     parser.add_argument("--port", type=number, default=0)
     given = parser.parse_args()
     given.model = given.model or "smollm2-135m"
@@ -33,13 +46,13 @@ def read_arguments() -> argparse.Namespace:
     return given
 
 
-def drop(model, tokenizer, counts: dict[str, int]) -> llmdrop.DropPlan:
+def drop(model, tokenizer, counts: dict[str, int | float | str], keep: list[int]) -> llmdrop.DropPlan:
     """Drop so many layers of each kind, those that score lowest, for good."""
     calibration = llmdrop.load_calibration("xsum", tokenizer, n_samples=16, seq_len=512)
     scores = llmdrop.Store().score(model, calibration)
     plan = llmdrop.DropPlan(n_layers=len(scores.attn))
     for kind, n in counts.items():
-        plan |= llmdrop.plan_drop(scores, kind, n)
+        plan |= llmdrop.plan_drop(scores, kind, n, keep=keep)
     llmdrop.apply_plan(model, plan)
     return plan
 
@@ -52,7 +65,7 @@ def main() -> None:
         sys.exit(NO_ENGINE)
 
     model, tokenizer = llmdrop.load_model(given.model, dtype="auto")
-    plan = drop(model, tokenizer, {"attn": given.attn, "mlp": given.mlp, "block": given.block})
+    plan = drop(model, tokenizer, {"attn": given.attn, "mlp": given.mlp, "block": given.block}, given.keep)
     name = f"{Path(given.model).name}-{plan.label}"
     path = llmdrop.build_dir() / "serve" / (f"{name}.gguf" if takes_gguf else name)
     form = {"format": "gguf", "weights": "f16"} if takes_gguf else {"format": "nemotron-nas"}

@@ -180,3 +180,41 @@ def test_what_is_no_plan_is_named(tmp_path):
         as_plan({"attention": [1]})
     with pytest.raises(ValueError, match="2 booleans for a model of 3 layers"):
         as_plan({"drop_attn_list": [True, False]}, 3)
+
+
+@given(
+    st.permutations(range(12)),
+    st.sets(st.integers(0, 11), max_size=6),
+    st.integers(0, 12),
+    st.sampled_from(["attn", "mlp", "block", "joint", "consecutive"]),
+)
+def test_kept_layers_are_never_dropped(order, keep, n, target):
+    gap = np.add.outer(order, order) / 10
+    s = scores_of(order, order[::-1], gap=gap)
+    try:
+        p = plan_drop(s, target, n, keep=keep)
+    except ValueError as error:
+        available = 24 if target == "joint" else 12
+        n_kept = 2 * len(keep) if target == "joint" else len(keep)
+        assert n > available - n_kept or (target == "consecutive" and "blocks to keep" in str(error))
+        assert n <= available - n_kept or f"{n_kept} of them kept; n must be between 0 and {available - n_kept}" in str(
+            error
+        )
+        return
+    assert not keep & (set(p.attn) | set(p.mlp))
+    assert len(p) == n * (2 if target in ("block", "consecutive") else 1)
+    if target in ("attn", "mlp", "block"):
+        (dropped,) = {p.attn, p.mlp} - {()} or {()}
+        values = getattr(s, target)
+        rest = set(range(12)) - set(dropped) - keep
+        assert all(values[i] <= values[j] for i in dropped for j in rest)
+
+
+def test_a_share_is_of_all_layers_kept_ones_included():
+    s = scores_of(np.arange(30), np.arange(30))
+    assert plan_drop(s, "attn", "40%", keep=[0, 29]) == DropPlan(range(1, 13))
+    with pytest.raises(ValueError, match=r"n='90%' of 30 attn layers, 4 of them kept; n must be between 0 and 26"):
+        plan_drop(s, "attn", "90%", keep=range(4))
+    for keep, message in (([30], "keep index 30 is out of range.*below 30"), (3, "keep=3 is no list of layers")):
+        with pytest.raises(ValueError, match=message):
+            plan_drop(s, "attn", 3, keep=keep)

@@ -1,8 +1,9 @@
 """lm-eval model classes: a sweep of drop plans, and one dropped model for lm-eval's own command line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import nn
@@ -65,17 +66,20 @@ class SweepLM(HFLM):
 class DroppedLM(SweepLM):
     """One model with layers dropped, by lm-eval model arguments (see `llmdrop.evaluation.__main__`).
 
-    pretrained: any name for `load_model`. drop_*: how many of each to drop, by scores on `n_samples` x `seq_len` tokens
-    of `calibration`; or plan: a .json file with one. Raises ValueError for counts the model does not have.
+    pretrained, kwargs: name and settings (revision, subfolder, ...) for `load_model`. drop_*: how many of each to drop
+    (or what share, as 40%), none of the layers in keep=[0,29], by scores on `n_samples` x `seq_len` tokens of
+    `calibration`; or plan: a .json file with one. device: as lm-eval's own model class takes it, whose command line
+    says cuda:0 unless told: without CUDA, what else is there. Raises ValueError for counts the model does not have.
     """
 
     def __init__(
         self,
         pretrained: str,
-        drop_attn: int = 0,
-        drop_mlp: int = 0,
-        drop_block: int = 0,
-        drop_joint: int = 0,
+        drop_attn: int | float | str = 0,
+        drop_mlp: int | float | str = 0,
+        drop_block: int | float | str = 0,
+        drop_joint: int | float | str = 0,
+        keep: Sequence[int] = (),
         plan: str | None = None,
         calibration: str = "xsum",
         n_samples: int = 16,
@@ -83,11 +87,14 @@ class DroppedLM(SweepLM):
         seed: int = 0,
         data_dir: str | None = None,
         dtype: str = "float32",
-        device: str = "auto",
+        device: str | None = None,
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
+        **kwargs,
     ):
-        model, tokenizer = load_model(pretrained, dtype=dtype, device=device or "auto")
+        if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "auto"
+        model, tokenizer = load_model(pretrained, dtype=dtype, device=device, **kwargs)
         counts = {"attn": drop_attn, "mlp": drop_mlp, "block": drop_block, "joint": drop_joint}
         chosen = DropPlan()
         if plan:
@@ -96,6 +103,6 @@ class DroppedLM(SweepLM):
             text = load_calibration(calibration, tokenizer, n_samples, seq_len, seed, data_dir)
             scores = score(model, text)
             for target, count in counts.items():
-                chosen |= plan_drop(scores, target, int(count))
+                chosen |= plan_drop(scores, target, count, keep=keep)
         apply_plan(model, chosen)
         super().__init__(model, tokenizer, {chosen.label: DropPlan()}, batch_size)

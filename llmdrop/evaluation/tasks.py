@@ -1,9 +1,11 @@
 """lm-eval's own task definitions, read offline from a mirror or the packaged data.
 
 Prompts, targets, metrics, shots and versions stay lm-eval's; only where the rows come from changes. A task is a dict
-of lm-eval tasks, of one entry but for MMLU, whose 57 subjects are averaged weighted by their size (see `pool`).
+of lm-eval tasks, of one entry but for groups. The tasks in `YAML` are read without lm-eval's index of all of them, and
+MMLU, whose 57 subjects are averaged weighted by their size (see `pool`), is one of these; all others are its own.
 """
 
+import difflib
 import hashlib
 import importlib.metadata
 import inspect
@@ -13,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +25,12 @@ import numpy as np
 from ..checkpoints.extras import import_extra
 from ..data.mirror import split_file
 from ..data.rows import jsonl_file, read_rows
+from ..prune import put
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
 
 # task name: lm-eval's definition
 YAML = {
@@ -52,28 +58,155 @@ Shots = int | Mapping[str, int] | None  # one number for all tasks, a number by 
 Definition = tuple[dict, dict[str, Path | None]]  # lm-eval's settings; each split that is read: its file, None: the hub
 
 
-def load_tasks(
-    names: Iterable[str], data_dir: Data = None, num_fewshot: Shots = None
-) -> dict[str, dict[str, "ConfigurableTask"]]:
-    """Build lm-eval tasks: {name: {lm-eval's task name: task}}; the inner dicts go into `lm_eval.evaluate`.
+class Parts(dict[str, "ConfigurableTask"]):
+    """lm-eval's tasks by its own names. groups: those of its groups that they are in, by name."""
 
-    data_dir: None (packaged data where there is some, else the hub), "hub" (lm-eval's own loading) or a mirror. mmlu
-    is the group of 57 subjects where the mirror has them (and from the hub), else one zero-shot task on the packaged
-    file, which names no subjects. Raises ValueError for an unknown task or for shots without examples,
-    FileNotFoundError for data that is not there.
+    groups: Mapping[str, "Group"] = {}
+
+
+def load_tasks(names: Iterable[str], data_dir: Data = None, num_fewshot: Shots = None) -> dict[str, Parts]:
+    """Build lm-eval tasks: {name: its parts}.
+
+    names: of tasks, groups and tags of the installed lm-eval, or paths of YAML files that define some. data_dir: None
+    (packaged data where there is some, else the hub), "hub" (lm-eval's own loading) or a mirror; rows that a definition
+    names by file are read there. mmlu is the group of 57 subjects where the mirror has them (and from the hub), else
+    one zero-shot task on the packaged file, which names no subjects. num_fewshot: as with lm-eval, a task whose
+    definition insists on none gets none. Raises ValueError for an unknown task, for a YAML that is no task and for
+    shots without examples, FileNotFoundError for data that is not there, ImportError for a package that a task needs.
     """
     import_extra("lm_eval", "eval")
     from lm_eval.api.task import ConfigurableTask
 
-    tasks: dict[str, dict[str, ConfigurableTask]] = {}
+    tasks: dict[str, Parts] = {}
     with quiet():
         for name in names:
-            tasks[name] = {}
+            if name not in YAML:
+                tasks[name] = _of_lm_eval(name, data_dir, num_fewshot)
+                continue
+            tasks[name] = Parts()
             for config, files in _definitions(name, data_dir, num_fewshot):
-                task = ConfigurableTask(config=config if None in files.values() else _with_rows(config, files))
+                if None in files.values():
+                    with _reading(config["dataset_path"], config.get("dataset_name")):
+                        task = ConfigurableTask(config=config)
+                else:
+                    task = ConfigurableTask(config=_with_rows(config, files))
                 task.set_fewshot_seed(FEWSHOT_SEED)
                 tasks[name][config["task"]] = task
     return tasks
+
+
+def _of_lm_eval(name: str, data_dir: Data, num_fewshot: Shots) -> Parts:
+    """What lm-eval's own index of tasks finds under a name, or in a YAML file, with the rows of `data_dir`."""
+    import yaml
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    file = Path(name).expanduser()
+    is_file = file.suffix in (".yaml", ".yml") and file.is_file()
+    if not is_file and name not in _index().task_index:
+        near = difflib.get_close_matches(name, _index().all_tasks) or ["none"]
+        raise ValueError(
+            f"unknown task {name!r}; with data_dir={data_dir!r} these run offline: "
+            f"{', '.join(available_tasks(data_dir))}. With data_dir='hub' or a mirror that has them: {', '.join(YAML)} "
+            f"and all that lm-eval has (names like this one: {', '.join(near)}); or the path of a YAML file"
+        )
+    shots = _shots(name, num_fewshot)
+    download = ConfigurableTask.download
+
+    def read(task: ConfigurableTask, dataset_kwargs: dict | None = None, **kwargs) -> None:
+        names_files = "data_files" in (dataset_kwargs or {}) and "/" not in task.DATASET_PATH
+        rows = None
+        if data_dir != "hub" and not names_files and not task.config.custom_dataset:
+            rows = _mirrored(task, data_dir, shots)
+        if rows is not None:
+            task.dataset = rows
+            return
+        with _reading(task.DATASET_PATH, task.DATASET_NAME):
+            download(task, dataset_kwargs, **kwargs)
+
+    with ExitStack() as undo:
+        put(undo, ConfigurableTask, "download", read)
+        try:
+            definition = load_yaml(file, resolve_func=False) if is_file else {}
+            if not is_file:
+                found = _index().load(name)
+            elif "group" in definition:  # of tasks beside it, or of lm-eval's; by its path lm-eval reads tasks alone
+                found = TaskManager(include_path=str(file.parent)).load(definition["group"])
+            else:
+                found = TaskManager(include_defaults=False).load(str(file))
+        except (yaml.YAMLError, TypeError) as error:
+            what = " ".join(str(error).split())[:200]
+            raise ValueError(f"lm-eval cannot read a task out of {name}: {what}") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no data for task {name!r}: {error}") from error
+        except ImportError as error:
+            raise ImportError(
+                f"the task {name} needs a package that is not here ({error}): pip install it, or lm-eval's extra for "
+                "the task, as 'lm_eval[ifeval]'"
+            ) from error
+    parts = Parts(found["tasks"])
+    parts.groups = found.get("groups", {})
+    for task in parts.values():
+        task.set_config("num_fewshot", _shots_of(task, shots))
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return parts
+
+
+@contextmanager
+def _reading(path: str, config: str | None) -> Iterator[None]:
+    """One kind of error, and one sentence, for all that reading a dataset may raise."""
+    try:
+        yield
+    except Exception as error:  # offline, unknown, gated, damaged: datasets raises a dozen kinds
+        source = f"{path}/{config or 'default'}"
+        raise FileNotFoundError(
+            f"cannot read {source}: {' '.join(str(error).split())[:300]} | Fix: a network where it is on the hub, or "
+            f"data_dir=<mirror> with <mirror>/{source}/<split>.jsonl[.gz]"
+        ) from error
+
+
+@cache
+def _index() -> "TaskManager":
+    """lm-eval's index of all its tasks, which takes 10 seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _shots_of(task: "ConfigurableTask", shots: int | None) -> int:
+    own = task.config.num_fewshot
+    return own or 0 if shots is None or own == 0 else shots
+
+
+def _mirrored(task: "ConfigurableTask", data_dir: Data, shots: int | None):
+    """The rows of the splits that a task reads, where the mirror or the packaged data has them; None: on the hub."""
+    from datasets import Dataset, DatasetDict
+
+    config = task.config
+    evaluated = config.test_split or config.validation_split
+    file = split_file(task.DATASET_PATH, task.DATASET_NAME, evaluated, data_dir) if evaluated else None
+    if file is None:
+        return None
+    named = [task.fewshot_cfg.split, *(getattr(config, key) for key in SPLITS)]
+    files = {split: jsonl_file(file.with_name(split)) for split in named if split}
+    if _shots_of(task, shots) and not task.fewshot_cfg.samples:
+        examples = next(split for split in named if split)
+        if files[examples] is None:
+            raise _no_examples(config.task, _shots_of(task, shots), file.with_name(examples))
+    for key in SPLITS:
+        if files.get(getattr(config, key)) is None:
+            setattr(config, key, None)
+    if files.get(task.fewshot_cfg.split) is None:
+        task.fewshot_cfg.split = None
+    return DatasetDict({split: Dataset.from_list(read_rows(file)) for split, file in files.items() if file})
+
+
+def _no_examples(name: str, shots: int, file: Path) -> ValueError:
+    return ValueError(
+        f"{name} takes its {shots} shots from {file}.jsonl[.gz], which does not exist; use num_fewshot=0 for {name}, a "
+        "mirror with that split, or data_dir='hub'"
+    )
 
 
 @contextmanager
@@ -94,17 +227,27 @@ def quiet() -> Iterator[None]:
 def task_digest(name: str, data_dir: Data = None, num_fewshot: Shots = None) -> str:
     """sha256 of all that defines a task: its definition, the bytes of its data files, shots, lm-eval's version.
 
-    Builds nothing. Rows from the hub enter by name only.
+    Of a task in `YAML`, builds nothing, and rows from the hub enter by name only; of others, the rows do.
     """
     state = hashlib.sha256(f"lm_eval {importlib.metadata.version('lm_eval')} seed {FEWSHOT_SEED}".encode())
+    if name not in YAML:
+        for task in load_tasks([name], data_dir, num_fewshot)[name].values():
+            _add_definition(state, task.config.to_dict(keep_callable=True))
+            for doc in [*task.eval_docs, *task.sampler.df]:
+                state.update(json.dumps(doc, sort_keys=True, default=str).encode())
+        return state.hexdigest()
     for config, files in _definitions(name, data_dir, num_fewshot):
-        state.update(json.dumps(config, sort_keys=True, default=_function_name).encode())
-        modules = {value.__module__: inspect.getfile(value) for value in config.values() if callable(value)}
-        for module in sorted(modules):
-            state.update(Path(modules[module]).read_bytes())
+        _add_definition(state, config)
         for split, file in files.items():
             state.update(split.encode() + (b"hub" if file is None else hashlib.sha256(file.read_bytes()).digest()))
     return state.hexdigest()
+
+
+def _add_definition(state, config: dict) -> None:
+    state.update(json.dumps(config, sort_keys=True, default=_function_name).encode())
+    modules = {value.__module__: inspect.getfile(value) for value in config.values() if callable(value)}
+    for module in sorted(modules):
+        state.update(Path(modules[module]).read_bytes())
 
 
 def _function_name(function) -> str:
@@ -175,11 +318,6 @@ def pool(values: list[float], stderrs: list[float], sizes: list[int]) -> tuple[f
 
 def _definitions(name: str, data_dir: Data, num_fewshot: Shots) -> list[Definition]:
     """`_parts`, or an error that lists the tasks there are."""
-    if name not in YAML:
-        raise ValueError(
-            f"unknown task {name!r}; with data_dir={data_dir!r} these run offline: "
-            f"{', '.join(available_tasks(data_dir))}. With data_dir='hub' or a mirror that has them: {', '.join(YAML)}"
-        )
     try:
         return _parts(name, data_dir, num_fewshot)
     except FileNotFoundError as error:
@@ -193,9 +331,7 @@ def _parts(name: str, data_dir: Data, num_fewshot: Shots) -> list[Definition]:
     """The definition of each part of a task, with its shots and splits settled."""
     from lm_eval.tasks._yaml_loader import load_yaml  # a fresh dict each time: lm-eval changes what it is given
 
-    shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
-    if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 0):
-        raise ValueError(f"num_fewshot={shots!r} for {name}; give a number of examples, 0 or more")
+    shots = _shots(name, num_fewshot)
     if name == "mmlu" and data_dir != "hub" and not (data_dir and Path(data_dir, "cais/mmlu/anatomy").is_dir()):
         template = load_yaml(tasks_dir() / "mmlu/default/_default_template_yaml")
         description = "The following are multiple choice questions (with answers).\n\n"
@@ -203,6 +339,13 @@ def _parts(name: str, data_dir: Data, num_fewshot: Shots) -> list[Definition]:
     else:
         configs = [load_yaml(file) for file in sorted(tasks_dir().glob(YAML[name]))]
     return [_definition(config, name, data_dir, shots) for config in configs]
+
+
+def _shots(name: str, num_fewshot: Shots) -> int | None:
+    shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
+    if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 0):
+        raise ValueError(f"num_fewshot={shots!r} for {name}; give a number of examples, 0 or more")
+    return shots
 
 
 def tasks_dir() -> Path:
@@ -225,10 +368,7 @@ def _definition(config: dict, name: str, data_dir: Data, shots: int | None) -> D
         examples = next(config[key] for key in SPLITS if config.get(key))
         files[examples] = jsonl_file(file.with_name(examples))
         if files[examples] is None:
-            raise ValueError(
-                f"{name} takes its {shots} shots from {file.with_name(examples)}.jsonl[.gz], which does not exist; use "
-                f"num_fewshot=0 for {name}, a mirror with that split, or data_dir='hub'"
-            )
+            raise _no_examples(name, shots, file.with_name(examples))
     else:
         config |= {"fewshot_split": None, "fewshot_config": {"samples": []}}
     for key in SPLITS:

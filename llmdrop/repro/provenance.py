@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -22,9 +23,10 @@ from ..checkpoints.digest import weights_digest
 def provenance(model: nn.Module | None = None, calibration: Calibration | None = None, **extra) -> dict:
     """What a result depends on: code, versions, machine, and the model and calibration text if given.
 
-    Keys: time, llmdrop, git_commit and git_dirty (None outside a checkout), python, torch, transformers, lm_eval,
-    platform, device, threads; of a model its name, revision, weights digest, dtype, device_type and attention
-    implementation; of a calibration its source and digest; then `extra` (seed=...).
+    Keys: time, llmdrop, git_commit and git_dirty (None outside a checkout), python, interpreter (its path; from the
+    checkout or the home directory where it is in one), torch, transformers, lm_eval, platform, device, threads; of a
+    model its name, revision, weights digest, dtype, device_type and attention implementation; of a calibration its
+    source and digest; then `extra` (seed=...).
     """
     commit, dirty = _git()
     if model is not None:
@@ -37,6 +39,7 @@ def provenance(model: nn.Module | None = None, calibration: Calibration | None =
         "git_commit": commit,
         "git_dirty": dirty,
         "python": platform.python_version(),
+        "interpreter": _interpreter(),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "lm_eval": version("lm_eval"),
@@ -134,6 +137,14 @@ def _git() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None, None
+
+
+def _interpreter() -> str:
+    path = Path(sys.executable)
+    checkout = Path(__file__).parents[2]
+    if path.is_relative_to(checkout):
+        return str(path.relative_to(checkout))
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 @cache

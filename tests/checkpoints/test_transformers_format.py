@@ -1,6 +1,8 @@
 """Dropped checkpoints in transformers: by the file they bring, without llmdrop, and refused where neither is."""
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +13,8 @@ from tiny import random_ids, tiny
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmdrop
-from llmdrop import DropPlan, apply_plan, load_model, save_model
+from llmdrop import Calibration, DropPlan, apply_plan, load_model, save_model
+from llmdrop.compress.reconstruction import fit, reconstruct
 
 
 @pytest.mark.parametrize("plan", [DropPlan([0, 3]), MIXED, DropPlan(range(5))], ids=["attn", "mixed", "no attention"])
@@ -68,3 +71,54 @@ def test_blocks_alone_are_an_ordinary_checkpoint(tmp_path):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5, "transformers 4 reads the first"
     kind = json.loads((path / "tokenizer_config.json").read_text())["tokenizer_class"]
     assert kind == "PreTrainedTokenizerFast", "transformers 4 knows no TokenizersBackend"
+
+
+@pytest.mark.parametrize(
+    "plan", [DropPlan([0, 3]), MIXED, DropPlan([1, 3], [3])], ids=["attn", "mixed", "with a block"]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_transformers_own_words_stand_beside_the_record(family, plan, tmp_path):
+    """Which of the two the installed transformers reads: the record, and `per_layer_config` where it builds from it."""
+    model, ids = apply_plan(tiny(family), plan), random_ids(2, 9)
+    path = save_model(model, TOKENIZER, tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    skip = {int(i): layer["skip"] for i, layer in config["per_layer_config"].items()}
+    for kind, name in (("attn", "attention"), ("mlp", "mlp")):
+        assert tuple(i for i in sorted(skip) if name in skip[i]) == getattr(plan, kind)
+    for loaded in (
+        load_model(path, device="cpu")[0],
+        AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, attn_implementation="eager"),
+    ):
+        torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=1e-5, rtol=0)
+        assert not getattr(loaded.config, "is_heterogeneous", False), "or layers would be taken out twice"
+        loaded.save_pretrained(tmp_path / "again")
+        again = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert again["per_layer_config"] == config["per_layer_config"]
+
+    with pytest.raises(Exception, match="num_hidden_layers"):  # whatever it reads, it does not get so far
+        type(model).from_pretrained(path)
+    # the two settings to change by hand, once stock classes build layers from per_layer_config
+    for setting in ("auto_map", "llmdrop"):
+        del config[setting]
+    config |= {"num_hidden_layers": 5, "model_type": model.config.model_type}
+    (path / "config.json").write_text(json.dumps(config))
+    stock, info = type(model).from_pretrained(path, attn_implementation="eager", output_loading_info=True)
+    if info["missing_keys"]:
+        assert (
+            not importlib.util.find_spec("transformers.integrations.heterogeneity.modeling_utils") or family != "llama"
+        )
+        left_out = {i for kind in ("attn", "mlp") for i in getattr(plan, kind)}
+        assert {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in info["missing_keys"]} == left_out
+    else:
+        torch.testing.assert_close(logits(stock, ids), logits(model, ids), atol=1e-5, rtol=0)
+
+
+def test_what_per_layer_config_cannot_say_is_not_in_it(tmp_path):
+    """Biases that make up for what is gone; and blocks alone are an ordinary checkpoint, with nothing to say."""
+    model = apply_plan(tiny("llama"), DropPlan([1], [1]))
+    path = save_model(model, TOKENIZER, tmp_path / "blocks")
+    assert "per_layer_config" not in json.loads((path / "config.json").read_text())
+    model = tiny("llama")
+    reconstruct(model, DropPlan([1]), fit(model, DropPlan([1]), Calibration(random_ids(4, 12)), "mean"))
+    path = save_model(model, TOKENIZER, tmp_path / "biases")
+    assert "per_layer_config" not in json.loads((path / "config.json").read_text())

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from lm_eval import evaluate as lm_evaluate
+from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.models.huggingface import HFLM
 from made_up import SUBJECTS, write
 from tiny import byte_tokenizer, random_ids, tiny
 
+import llmdrop.evaluation.__main__
 from llmdrop import (
     Calibration,
     DropPlan,
@@ -31,7 +34,7 @@ from llmdrop import (
 )
 from llmdrop.data.mirror import split_file
 from llmdrop.evaluation.evaluate import ask
-from llmdrop.evaluation.lm_eval_models import SweepLM
+from llmdrop.evaluation.lm_eval_models import DroppedLM, SweepLM
 from llmdrop.evaluation.tasks import load_tasks, right_choice, subset
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -272,33 +275,42 @@ def test_perplexity_equals_its_definition(smollm2):
     assert cut["log_perplexity"] == pytest.approx(expected["log_perplexity"], abs=1e-5)
 
 
-def test_from_lm_evals_own_command_line(tmp_path):
-    """lm-eval's CLI and its own PIQA definition, on the packaged rows, with eight attention layers dropped."""
-    file = split_file("baber/piqa", None, "validation")
-    (tmp_path / "piqa_local.yaml").write_text(
-        "task: piqa_local\ndataset_path: json\noutput_type: multiple_choice\nvalidation_split: validation\n"
-        f"dataset_kwargs: {{data_files: {{validation: '{file}'}}}}\n"
-        'doc_to_text: "Question: {{goal}}\\nAnswer:"\ndoc_to_target: label\ndoc_to_choice: "{{[sol1, sol2]}}"\n'
-        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+def test_lm_evals_own_command_line_as_its_docstring_has_it(tmp_path):
+    """The packaged rows lie where lm-eval's own PIQA finds them without a hub; no device is named."""
+    validation = split_file("baber/piqa", None, "validation")
+    for split in ("train", "validation", "test"):
+        (tmp_path / "baber/piqa").mkdir(parents=True, exist_ok=True)
+        shutil.copy(validation, tmp_path / "baber/piqa" / f"{split}.jsonl")
+    command = re.search("python -m (llmdrop.evaluation run .*)", llmdrop.evaluation.__main__.__doc__)[1].split()
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--limit", "4", "--output_path", tmp_path / "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "LLMDROP_BUILD": str(llmdrop.build_dir())},
     )
-    arguments = "pretrained=smollm2-135m,drop_attn=8,n_samples=2,seq_len=64"
-    command = [sys.executable, "-m", "llmdrop.evaluation", "run", "--model", "llmdrop", "--model_args", arguments]
-    command += [
-        "--tasks",
-        "piqa_local",
-        "--limit",
-        "4",
-        "--device",
-        "cpu",
-        "--include_path",
-        tmp_path,
-        "--output_path",
-        tmp_path / "out",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path / "hf")})
     assert done.returncode == 0, done.stderr[-2000:]
     (result,) = (tmp_path / "out").rglob("results_*.json")
-    assert 0 <= json.loads(result.read_text())["results"]["piqa_local"]["acc_norm,none"] <= 1
+    assert 0 <= json.loads(result.read_text())["results"]["piqa"]["acc_norm,none"] <= 1
+
+
+@pytest.mark.parametrize("device", [None, "", "cuda", "cuda:0", "cuda:3", "cpu"])
+def test_every_device_of_lm_evals_command_line(device, tmp_path):
+    if torch.cuda.is_available() and device == "cuda:3":
+        pytest.skip("a GPU that is not there is refused")
+    llmdrop.save_model(tiny("llama", vocab_size=257), byte_tokenizer(), tmp_path / "model")
+    lm = DroppedLM(str(tmp_path / "model"), device=device)
+    assert lm.device.type == ("cpu" if device == "cpu" else llmdrop.checkpoints.load.check_device("auto"))
+
+
+def test_shares_and_kept_layers_on_lm_evals_command_line(tmp_path):
+    llmdrop.save_model(tiny("llama", vocab_size=257), byte_tokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The river runs past the mill. " * 40)
+    small = f"pretrained={tmp_path / 'model'},calibration={tmp_path / 'text.txt'},n_samples=2,seq_len=64,device=cpu"
+    for settings in ("drop_attn=40%,keep=[0,4]", "drop_attn=0.4,drop_mlp=1,keep=[0,4]"):
+        lm = DroppedLM(**key_val_to_dict(f"{small},{settings}"))
+        plan = find_anatomy(lm.model).plan
+        assert len(plan.attn) == 2 and not {0, 4} & {*plan.attn, *plan.mlp}
 
 
 def test_errors(smollm2):
@@ -322,8 +334,9 @@ def test_errors(smollm2):
                 call(plans={"": DropPlan(), "other": plan})
         with pytest.raises(ValueError, match="out of range"):
             call(plans={"": DropPlan([30])})
-    with pytest.raises(ValueError, match="no tasks to evaluate"):
-        evaluate(model, tokenizer, [])
+    for tasks in ([], "piqa"):
+        with pytest.raises(ValueError, match="no tasks to evaluate; give a list"):
+            evaluate(model, tokenizer, tasks)
     with pytest.raises(ValueError, match="at least two tokens"):
         perplexity(model, Calibration(torch.ones(2, 1, dtype=torch.long)))
 

@@ -65,7 +65,10 @@ def test_a_bfloat16_checkpoint_stays_one_and_nothing_of_others_is_overwritten(tm
     done = run(tmp_path, f"MODEL={tmp_path / 'whole'}", f"DEST={notes}", "ATTN=1")
     assert done.returncode == 1 and "mine.txt, which save_model does not write" in done.stderr
     assert [file.name for file in notes.iterdir()] == ["mine.txt"]
-    done = run(tmp_path, f"MODEL={tmp_path / 'whole'}", f"DEST={tmp_path / 'rest'}", "ATTN=1")
+    done = run(tmp_path, f"MODEL={tmp_path / 'whole'}", f"DEST={tmp_path / 'rest'}", "ATTN=40%", "KEEP=0,4")
     assert done.returncode == 0, done.stderr
     assert "bfloat16" in done.stdout
-    assert llmdrop.load_model(tmp_path / "rest", "auto", "cpu")[0].dtype == torch.bfloat16
+    rest, _ = llmdrop.load_model(tmp_path / "rest", "auto", "cpu")
+    assert rest.dtype == torch.bfloat16
+    plan = llmdrop.find_anatomy(rest).plan
+    assert len(plan.attn) == 2 and not {0, 4} & set(plan.attn)

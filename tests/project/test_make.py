@@ -13,9 +13,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from tiny import random_ids, tiny
 
-pytest.importorskip("papermill")
+from llmdrop import Calibration
+
+papermill = pytest.importorskip("papermill")
 ROOT = Path(__file__).resolve().parent.parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make (Debian: apt install make)")
 spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
 spec.loader.exec_module(run := importlib.util.module_from_spec(spec))
@@ -26,7 +30,10 @@ CELLS = {  # parameters, measure
     "one": ('MODEL = "tiny"  # a model\n', "print('measuring', MODEL)\n(Path(OUT) / 'one.csv').write_text(MODEL)"),
     "two": ("DATA_DIR = None  # a mirror\n", "(Path(OUT) / 'two.csv').write_text(f'{DATA_DIR}')"),
     "three": ("N = 3  # a number\n", "if N > 10:\n    raise ValueError('N too large')\nprint(N)"),
-    "drop": ('MODEL = "tiny"\nATTN = 0\nMLP = 0\nBLOCK = 0\nDEST = ""\n', "print(MODEL, ATTN, MLP, BLOCK, DEST)"),
+    "drop": (
+        'MODEL = "tiny"\nATTN = 0\nMLP = 0\nDTYPE = ""\nN_SAMPLES = 1\nKEEP = []\nDEST = ""\n',
+        "print([MODEL, ATTN, MLP, DTYPE, N_SAMPLES, KEEP], DEST)",
+    ),
 }
 REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()"
 # not ours: FRESH=1 would put the measurements of another build folder aside
@@ -79,7 +86,8 @@ def own_environment() -> dict[str, str]:
 
 def make(project: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
     """Run make with this Python as its environment, stdout and stderr together."""
-    one = [] if any(arg.startswith(("-j", "JOBS")) for arg in args) else ["JOBS=1"]  # so that the order is known
+    runs_notebooks = not args or args[0] in ("reproduce", "smoke")
+    one = [] if not runs_notebooks or any(arg.startswith(("-j", "JOBS")) for arg in args) else ["JOBS=1"]  # in order
     command = ["make", f"PY={sys.executable}", "STAMP=stamp", *one, *args]
     streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return subprocess.run(command, cwd=project, env=own_environment() | environment, text=True, timeout=300, **streams)
@@ -116,6 +124,86 @@ def test_help(project):
     for target in ("setup", "reproduce", "smoke", "test", "drop", "lab", "report", "clean"):
         assert f"make {target} " in output
     assert make(project).stdout == output
+
+
+def variables_of(project: Path) -> dict[str, set[str]]:
+    """{target: the variables that `make help` lists under it}"""
+    listed: dict[str, set[str]] = {}
+    for line in make(project, "help").stdout.split("\n\n")[0].splitlines():
+        if found := re.match(r"  make (\w+) ", line):
+            target = found[1]
+            listed[target] = set()
+        else:
+            listed[target] |= set(re.findall(r"(\w+)=", line))
+    return listed
+
+
+def test_what_a_target_takes_is_in_help_and_anything_else_is_refused(project):
+    listed = variables_of(project)
+    assert listed["drop"] == set(papermill.inspect_notebook(ROOT / "notebooks/drop.ipynb")) - {"DEST"} | {"OUT"}
+    everything = set().union(*listed.values())
+    recipes = (ROOT / "Makefile").read_text()
+    used = set(re.findall(r"\$\((?:if |or |filter-out 0,\$\()?([A-Z][A-Z_]*[A-Z])\b", recipes))
+    of_its_own = set(re.findall(r"^([A-Z][A-Z_]*) *[:?]?=", recipes, re.MULTILINE))
+    assert used - of_its_own <= everything | {
+        "CURDIR",
+        "MAKE",
+        "MAKEFLAGS",
+        "MAKECMDGOALS",
+        "MAKEFILE_LIST",
+        "SELECTED",
+    }
+    for target, taken in listed.items():
+        for name in ({"DTYP", "BATCH", "KEEP", "TASKS", "PORT"} | everything) - taken:
+            run = make(project, "-n", target, f"{name}=a b=c")
+            allowed = sorted(taken)[0] if taken else "no variables"
+            assert run.returncode == 2, run.stdout
+            assert re.search(f"make {target} does not take {name}; it takes: .*\\b{allowed}\\b", run.stdout)
+        assert "does not take" not in make(project, "-n", target, *(f"{name}=" for name in taken), "HF_HOME=/x").stdout
+
+
+def test_make_serve_takes_shares_and_layers_to_keep(monkeypatch):
+    spec = importlib.util.spec_from_file_location("serve", NOTEBOOKS / "serve.py")
+    spec.loader.exec_module(serve := importlib.util.module_from_spec(spec))
+    cases = {("", ""): (0, []), ("8", "0"): (8, [0]), ("40%", "0,29"): ("40%", [0, 29]), (".4", ""): (0.4, [])}
+    for (attn, keep), expected in cases.items():
+        monkeypatch.setattr("sys.argv", ["serve.py", "--attn", attn, "--mlp", "", "--keep", keep, "--port", ""])
+        given = serve.read_arguments()
+        assert (given.attn, given.keep) == expected and given.mlp == given.block == 0 and given.port == 8080
+    model = tiny("llama")
+    monkeypatch.setattr(serve.llmdrop, "load_calibration", lambda *a, **k: Calibration(random_ids(2, 16)))
+    plan = serve.drop(model, None, {"attn": "40%", "mlp": 1, "block": 0}, [0, 4])
+    assert len(plan.attn) == 2 and len(plan.mlp) == 1 and not {0, 4} & {*plan.attn, *plan.mlp}
+
+
+def test_every_command_in_the_documentation_is_taken(project):
+    listed = variables_of(project)
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *NOTEBOOKS.glob("*.ipynb")]
+    commands = [
+        command for file in files for command in re.findall(r"make [a-z]+(?: +[A-Z_]+=[^ `\n]*)+", file.read_text())
+    ]
+    assert len(commands) > 10
+    for command in commands:
+        target = command.split()[1]
+        assert set(re.findall(r"([A-Z_]+)=", command)) <= listed[target], command
+
+
+def test_notebooks_run_in_this_environment_whatever_is_called_python3(project):
+    """A cluster's JUPYTER_PATH names another interpreter."""
+    foreign = project / "cluster/kernels/python3"
+    foreign.mkdir(parents=True)
+    spec = {"argv": ["false", "{connection_file}"], "display_name": "The cluster's", "language": "python"}
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    write_notebook(project / "notebooks/one.ipynb", 'MODEL = ""\n', "import sys\nprint('ran in', sys.executable)")
+    run = make(project, "reproduce", "ONLY=one", JUPYTER_PATH=str(project / "cluster"))
+    assert run.returncode == 0 and f"ran in {sys.executable}\n" in run.stdout
+    python = project / "python3"  # instead of a server, what it would take for python3
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexec {sys.executable} -m jupyter kernelspec list'
+    )
+    python.chmod(0o755)
+    run = make(project, "lab", f"PY={python}", JUPYTER_PATH=str(project / "cluster"))
+    assert f"{sys.prefix}/share/jupyter/kernels/python3" in run.stdout and "cluster" not in run.stdout
 
 
 def test_first_run(first_run):
@@ -235,8 +323,9 @@ def test_smoke_drop_and_clean(project):
     assert executed(make(project, "smoke", "ONLY=one").stdout) == ["one"]
     assert (project / "figures/smoke/one.csv").is_file()
 
-    run = make(project, "drop", "MODEL=some/model", "ATTN=8", "OUT=here/dropped")
-    assert run.returncode == 0 and f"some/model 8 0 0 {project}/here/dropped" in run.stdout
+    settings = ("MODEL=some/model", "ATTN=40%", "MLP=.25", "DTYPE=bfloat16", "N_SAMPLES=2", "KEEP=0,29")
+    run = make(project, "drop", *settings, "OUT=here/dropped")
+    assert f"['some/model', '40%', 0.25, 'bfloat16', 2, [0, 29]] {project}/here/dropped" in run.stdout
 
     assert make(project, "clean").returncode == 0
     assert [p.name for p in (project / "build").iterdir()] == ["results"]

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, random_ids, tiny
 
+import llmdrop
 from llmdrop import scoring
 from llmdrop.calibration import Calibration
 from llmdrop.repro.provenance import model_key, provenance, speed_key, tokenizer_digest
@@ -362,5 +363,29 @@ def test_provenance_names_code_versions_machine_model_and_text(model):
     assert facts["model"] == "org/tiny" and facts["revision"] == "v1" and facts["dtype"] == "float32"
     assert facts["torch"].startswith(torch.__version__.split("+")[0]) and facts["calibration"] == "toy"
     assert facts["seed"] == 3 and facts["device"] and facts["threads"] >= 1 and json.dumps(facts)
-    wanted = {"time", "llmdrop", "git_commit", "git_dirty", "python", "transformers", "lm_eval", "platform", "weights"}
+    wanted = {
+        "time",
+        "llmdrop",
+        "git_commit",
+        "git_dirty",
+        "python",
+        "interpreter",
+        "transformers",
+        "lm_eval",
+        "platform",
+        "weights",
+    }
     assert wanted | {"calibration_digest", "device_type", "attention"} <= set(facts)
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "named"),
+    [
+        (Path(llmdrop.__file__).parents[1] / ".venv/bin/python", ".venv/bin/python"),
+        (Path.home() / "envs/mine/bin/python", "~/envs/mine/bin/python"),
+        (Path("/opt/conda/bin/python"), "/opt/conda/bin/python"),
+    ],
+)
+def test_provenance_names_the_interpreter(interpreter, named, monkeypatch):
+    monkeypatch.setattr("sys.executable", str(interpreter))
+    assert provenance()["interpreter"] == named

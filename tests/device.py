@@ -250,6 +250,13 @@ class Graph:
                     old.copy_(new)
 
 
+class Stream(mock.MagicMock):
+    """torch.cuda.Stream, a type to those who annotate with it; what is asked of it happens at once."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+
 def _inner(value):
     return value.inner if isinstance(value, OnGPU) else value
 
@@ -322,15 +329,15 @@ def pretended_gpus(count: int = 2) -> Iterator[GPUs]:
         finally:
             gpus.graph = None
 
-    stream = mock.MagicMock()
+    stream = Stream()
     answers = {"is_available": True, "device_count": count, "current_device": 0, "is_bf16_supported": True}
     answers |= {"get_device_name": "a pretended GPU", "get_device_capability": (9, 0), "mem_get_info": (2**34, 2**34)}
     answers |= {"get_device_properties": mock.Mock(total_memory=2**34, major=9, minor=0), "max_memory_allocated": 1}
-    answers |= {"memory_allocated": 0, "memory_reserved": 0, "current_stream": stream, "Stream": stream}
+    answers |= {"memory_allocated": 0, "memory_reserved": 0, "current_stream": stream}
     answers |= {"stream": stream, "device": stream, "reset_peak_memory_stats": None, "empty_cache": None}
     answers |= {"_lazy_init": None}
     patches = {name: mock.Mock(return_value=value) for name, value in answers.items()}
-    patches |= {"synchronize": lambda device=None: gpus.wait(), "CUDAGraph": Graph, "graph": captured}
+    patches |= {"synchronize": lambda device=None: gpus.wait(), "CUDAGraph": Graph, "graph": captured, "Stream": Stream}
     with ExitStack() as undo:
         for name, function in patches.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, function))

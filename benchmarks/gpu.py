@@ -68,8 +68,8 @@ def notebook_parameters(notebook: str, profile: str) -> dict:
 class Step:
     """name: also of its file. minutes: predicted on an H100; it is stopped after three times as long, and a minute.
 
-    run: what it does; returns what stands in its file. modules, inputs ("MODEL", "DATA_DIR"): what it needs. gpu_gb: of
-    memory. profile: whose page shows it.
+    run: what it does; returns what stands in its file, with the names of what "failed" in it. modules, inputs ("MODEL",
+    "DATA_DIR"): what it needs. gpu_gb: of memory. profile: whose page shows it.
     """
 
     name: str
@@ -107,7 +107,8 @@ def check(args: argparse.Namespace) -> dict:
 
     rows = gpu_checks.run_all(args.device)
     failed = [row["check"] for row in rows if not row["holds"]]
-    return {"rows": rows, "summary": f"{len(rows) - len(failed)} of {len(rows)} hold" + _named(failed)}
+    summary = f"{len(rows) - len(failed)} of {len(rows)} hold" + _named(failed)
+    return {"rows": rows, "failed": failed, "summary": summary}
 
 
 def _named(names: list[str]) -> str:
@@ -210,8 +211,9 @@ def embedded(args: argparse.Namespace) -> dict:
     failed = [row["notebook"] for row in rows if row["error"]]
     return {
         "rows": rows,
+        "failed": failed,
         "facts": llmdrop.provenance(),
-        "summary": f"{len(rows) - len(failed)} notebooks" + _named(failed),
+        "summary": f"{len(rows) - len(failed)} of {len(rows)} notebooks" + _named(failed),
     }
 
 
@@ -262,7 +264,7 @@ def all_steps() -> list[Step]:
             "lm-eval's questions: ours over the limit, stock over ours",
             4,
             evaluation,
-            ("lm_eval", "datasets"),
+            ("lm_eval", "datasets", "accelerate"),  # lm-eval's model class imports it
             both,
         ),
         Step(
@@ -333,14 +335,16 @@ def _end_with_parent() -> None:
 
 
 def run_steps(steps: list[Step], args: argparse.Namespace) -> int:
-    """Every step that is not done and has what it needs; how many failed or were stopped."""
+    """Every step that is not done and has what it needs; how many failed, wholly or in part, or were stopped."""
     start = time.perf_counter()
     n_bad = 0
     for step in steps:
         left = 60 * args.minutes - (time.perf_counter() - start)
         lacks = step.lacks(args)
-        if read(step).get("status") == "done" and not args.fresh:
-            print(f"-- {step.name}: done before", flush=True)
+        record = read(step)
+        if record.get("status") == "done" and not args.fresh:
+            n_bad += bool(record.get("failed"))
+            print(f"-- {step.name}: done before{_named(record.get('failed', []))}", flush=True)
         elif lacks:
             print(f"-- {step.name}: skipped, it needs {lacks}", flush=True)
         elif 60 * step.minutes > left:
@@ -348,7 +352,7 @@ def run_steps(steps: list[Step], args: argparse.Namespace) -> int:
         else:
             print(f"-- {step.name}: about {step.minutes:.1f} minutes", flush=True)
             status = in_its_own_process(step, args, min(step.limit_seconds, left))
-            n_bad += status != "done"
+            n_bad += status != "done" or bool(read(step).get("failed"))
             print(f"-- {step.name}: {status}", flush=True)
     return n_bad
 

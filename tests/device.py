@@ -130,15 +130,15 @@ class GPUs:
         """An operation that has tensors on a GPU, or makes one."""
         name = _name(func)
         if name == "_to_copy":
-            options = {key: kwargs[key] for key in ("dtype", "non_blocking") if key in kwargs}
-            return self.moved(args[0], kwargs.get("device"), copy=True, **options)
+            non_blocking = kwargs.get("non_blocking", False)
+            return self.moved(args[0], kwargs.get("device"), kwargs.get("dtype"), non_blocking, copy=True)
         if name == "copy_":
             return self.copied(*args, **kwargs)
         home = _home(_tensors((args, kwargs)), func, may_be_on_cpu=name in INDEXING)
         if name in WAITS or (name in INDEXING and any(map(_makes_wait, _tensors(args[1])))):
             self.wait()
         if kwargs.get("device") is not None:
-            home = kwargs["device"]
+            home = self.device(kwargs["device"]) or kwargs["device"]
             kwargs = kwargs | {"device": CPU if home.type == "cuda" else home}
         out = self.run(func, *args, **kwargs)
         returns = func._schema.returns

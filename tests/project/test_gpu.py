@@ -136,6 +136,44 @@ def test_speed_is_measured_recorded_and_drawn(build, small, tmp_path):
     assert "On a GPU" in page and record["summary"].split(";")[0] in page and "a pretended GPU" in page
 
 
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu
+
+def fine(args):
+    return {{"summary": "fine"}}
+
+def broken(args):
+    raise ValueError("broken")
+
+runs = {{"first": fine, "broken": broken, "last": fine}}
+gpu.all_steps = lambda: [gpu.Step(name, "a step", 0.1, run, profile="") for name, run in runs.items()]
+gpu.__file__ = __file__
+sys.exit(gpu.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_stops_no_other_and_is_in_the_exit_code(build, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, program, "--device", "cpu", "--figures", tmp_path / "figures"]
+    for outcome in ("done", "done before"):  # the second call tries again only what failed
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 1 and "ValueError: broken" in run.stderr
+        for name, said in (("first", outcome), ("broken", "failed"), ("last", outcome)):
+            assert f"-- {name}: {said}" in run.stdout.splitlines()
+
+
+def test_the_page_says_what_steps_take():
+    table = (ROOT / "docs" / "gpu.md").read_text().split("| steps, in order of worth | minutes |")[1]
+    printed = [int(minutes) for minutes in re.findall(r"\| (\d+) \|$", table, flags=re.MULTILINE)]
+    kinds = ("check", "geometry.*graph", "batches", "geometry.*compiled", "scoring|evaluation", "pretrain", "embedded")
+    sums = [sum(step.minutes for step in gpu.all_steps() if re.match(kind, step.name)) for kind in kinds]
+    assert printed == [round(minutes) for minutes in sums]
+
+
 @pytest.fixture(scope="module")
 def data_dir():
     return str(packaged_data_dir())

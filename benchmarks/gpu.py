@@ -235,6 +235,7 @@ def predicted_minutes(name: str, decoding: str) -> float:
 def all_steps() -> list[Step]:
     """In order of worth."""
     drawing = ("matplotlib", "seaborn", "scipy", "IPython")
+    questions = ("lm_eval", "datasets", "accelerate")  # the last for lm-eval's model class
     sizes = notebook_parameters("speedups", "geometry")["BATCH_SIZES"]
     found = [Step("check", "the library against the CPU; graphs, int4, cuDNN's attention", 3, check)]
     for decoding, names in (("graph", MODELS), ("compiled", MODELS[:2])):
@@ -264,7 +265,7 @@ def all_steps() -> list[Step]:
             "lm-eval's questions: ours over the limit, stock over ours",
             4,
             evaluation,
-            ("lm_eval", "datasets", "accelerate"),  # lm-eval's model class imports it
+            questions,
             both,
         ),
         Step(
@@ -277,7 +278,7 @@ def all_steps() -> list[Step]:
             40,
             "pretrain",
         ),
-        Step("embedded", "the notebooks of the embedded profile", 15, embedded, (*drawing, "lm_eval"), both, 4),
+        Step("embedded", "the notebooks of the embedded profile", 15, embedded, (*drawing, *questions), both, 4),
     ]
     return found
 

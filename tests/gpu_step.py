@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -86,9 +87,10 @@ def made_up_gradients() -> Iterator[None]:
 
 
 def run_one_import_all(execute: Callable, notebook: str, parameters: dict) -> None:
-    """The quickstart whole; of the other notebooks the first cell, which imports all that they need."""
+    """The quickstart whole; of the other notebooks the first cell, with its imports, and those of questions."""
     import gpu
 
+    import_module("llmdrop.evaluation.lm_eval_models")
     if notebook == "quickstart":
         execute(notebook, parameters)
         return

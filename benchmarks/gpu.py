@@ -32,6 +32,8 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+# of the benchmarks that it starts
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,8 +68,8 @@ def notebook_parameters(notebook: str, profile: str) -> dict:
 class Step:
     """name: also of its file. minutes: predicted on an H100; it is stopped after three times as long, and a minute.
 
-    run: what it does; returns what stands in its file. modules, inputs ("MODEL", "DATA_DIR"): what it needs. gpu_gb: of
-    memory. profile: whose page shows it.
+    run: what it does; returns what stands in its file, with the names of what "failed" in it. modules, inputs ("MODEL",
+    "DATA_DIR"): what it needs. gpu_gb: of memory. profile: whose page shows it.
     """
 
     name: str
@@ -105,7 +107,8 @@ def check(args: argparse.Namespace) -> dict:
 
     rows = gpu_checks.run_all(args.device)
     failed = [row["check"] for row in rows if not row["holds"]]
-    return {"rows": rows, "summary": f"{len(rows) - len(failed)} of {len(rows)} hold" + _named(failed)}
+    summary = f"{len(rows) - len(failed)} of {len(rows)} hold" + _named(failed)
+    return {"rows": rows, "failed": failed, "summary": summary}
 
 
 def _named(names: list[str]) -> str:
@@ -208,8 +211,9 @@ def embedded(args: argparse.Namespace) -> dict:
     failed = [row["notebook"] for row in rows if row["error"]]
     return {
         "rows": rows,
+        "failed": failed,
         "facts": llmdrop.provenance(),
-        "summary": f"{len(rows) - len(failed)} notebooks" + _named(failed),
+        "summary": f"{len(rows) - len(failed)} of {len(rows)} notebooks" + _named(failed),
     }
 
 
@@ -231,6 +235,7 @@ def predicted_minutes(name: str, decoding: str) -> float:
 def all_steps() -> list[Step]:
     """In order of worth."""
     drawing = ("matplotlib", "seaborn", "scipy", "IPython")
+    questions = ("lm_eval", "datasets", "accelerate")  # the last for lm-eval's model class
     sizes = notebook_parameters("speedups", "geometry")["BATCH_SIZES"]
     found = [Step("check", "the library against the CPU; graphs, int4, cuDNN's attention", 3, check)]
     for decoding, names in (("graph", MODELS), ("compiled", MODELS[:2])):
@@ -260,7 +265,7 @@ def all_steps() -> list[Step]:
             "lm-eval's questions: ours over the limit, stock over ours",
             4,
             evaluation,
-            ("lm_eval", "datasets"),
+            questions,
             both,
         ),
         Step(
@@ -273,7 +278,7 @@ def all_steps() -> list[Step]:
             40,
             "pretrain",
         ),
-        Step("embedded", "the notebooks of the embedded profile", 15, embedded, (*drawing, "lm_eval"), both, 4),
+        Step("embedded", "the notebooks of the embedded profile", 15, embedded, (*drawing, *questions), both, 4),
     ]
     return found
 
@@ -331,14 +336,16 @@ def _end_with_parent() -> None:
 
 
 def run_steps(steps: list[Step], args: argparse.Namespace) -> int:
-    """Every step that is not done and has what it needs; how many failed or were stopped."""
+    """Every step that is not done and has what it needs; how many failed, wholly or in part, or were stopped."""
     start = time.perf_counter()
     n_bad = 0
     for step in steps:
         left = 60 * args.minutes - (time.perf_counter() - start)
         lacks = step.lacks(args)
-        if read(step).get("status") == "done" and not args.fresh:
-            print(f"-- {step.name}: done before", flush=True)
+        record = read(step)
+        if record.get("status") == "done" and not args.fresh:
+            n_bad += bool(record.get("failed"))
+            print(f"-- {step.name}: done before{_named(record.get('failed', []))}", flush=True)
         elif lacks:
             print(f"-- {step.name}: skipped, it needs {lacks}", flush=True)
         elif 60 * step.minutes > left:
@@ -346,7 +353,7 @@ def run_steps(steps: list[Step], args: argparse.Namespace) -> int:
         else:
             print(f"-- {step.name}: about {step.minutes:.1f} minutes", flush=True)
             status = in_its_own_process(step, args, min(step.limit_seconds, left))
-            n_bad += status != "done"
+            n_bad += status != "done" or bool(read(step).get("failed"))
             print(f"-- {step.name}: {status}", flush=True)
     return n_bad
 

@@ -68,6 +68,8 @@ def forward(args) -> dict:
     batches = ids(timed).to(device).split(BATCH)
     with torch.inference_mode():
         model(batches[0], use_cache=False)  # warm up
+        if device != "cpu":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         for batch in batches:
             model(batch, use_cache=False)

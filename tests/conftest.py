@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 # the suite is about the CPU, also of machines with a GPU, and in its subprocesses; `make gpu` has the checks of those
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a scheduler may have set it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

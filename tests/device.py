@@ -18,39 +18,36 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+aten = torch.ops.aten
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal"}
 # these take index tensors from the CPU, as on a real GPU; masks among them wait
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-SHAPES_ONLY = {"view_as", "expand_as", "reshape_as"}  # of their second tensor, which may be anywhere
-# these want a device guard, or a table of devices, in C++ before they dispatch what stands here
+COMPOSED = {"to", "view_as", "expand_as", "reshape_as"}  # of other operations, but in inference mode not taken apart
+# functions that in a CPU build fail in C++ before they dispatch what stands here
 GUARDED = {
-    torch.Tensor.contiguous: torch.ops.aten.contiguous.default,
-    torch.Tensor.nonzero: torch.ops.aten.nonzero.default,
-    torch.Tensor.__invert__: torch.ops.aten.bitwise_not.default,
-    torch.nn.functional.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
+    Tensor.contiguous: aten.contiguous.default,
+    Tensor.nonzero: aten.nonzero.default,
+    Tensor.__invert__: aten.bitwise_not.default,
+    torch.nn.functional.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
 }
-READ_BY_HOST = {torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__}
-READ_BY_HOST |= {torch.Tensor.__index__, torch.Tensor.item}
+READ_BY_HOST = {Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item}
+READ_BY_HOST.add(Tensor.cpu)
+CPU = torch.device("cpu")
 CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 
 
-class OnGPU(torch.Tensor):
+class OnGPU(Tensor):
     """A tensor of a pretended GPU; `inner` is a CPU tensor with its numbers, strides and aliases."""
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, device: torch.device):
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=device,
-        )
+    def __new__(cls, inner: Tensor, device: torch.device):
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, device=device, **layout)
         made.inner = inner
         return made
 
@@ -72,10 +69,8 @@ class GPUs:
 
     def device(self, given) -> torch.device | None:
         """A CUDA device with its number; None for what is no CUDA device."""
-        if given is None or (isinstance(given, torch.device) and given.type != "cuda"):
-            return None
-        given = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
-        if given.type != "cuda":
+        given = torch.device("cuda", given) if isinstance(given, int) else given and torch.device(given)
+        if given is None or given.type != "cuda":
             return None
         index = given.index or 0  # the current one is the first
         if index >= self.count:
@@ -87,84 +82,70 @@ class GPUs:
             raise RuntimeError(CAPTURING)
         self.waits += 1
 
-    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pin(self, tensor: Tensor) -> Tensor:
         self.pinned_at.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    def is_pinned(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.pinned_at
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return not isinstance(tensor, OnGPU) and tensor.untyped_storage().data_ptr() in self.pinned_at
 
-    def moved(self, tensor: torch.Tensor, device, dtype=None, non_blocking=False, copy=False) -> torch.Tensor:
-        """`tensor.to(...)`, between CPU and GPUs in all directions."""
-        source = tensor.device
-        target = source if device is None else (self.device(device) or torch.device(device))
-        if target == source and dtype in (None, tensor.dtype) and not copy:
-            return tensor
-        if target.type == "meta":
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device="meta")
-        inner = tensor.inner if isinstance(tensor, OnGPU) else tensor
-        if target.type != source.type and not (non_blocking and self.is_pinned(inner)):
+    def wait_for_copy(self, source: Tensor, target: torch.device, non_blocking: bool) -> None:
+        is_between = {source.device.type, target.type} == {"cpu", "cuda"}
+        if is_between and not (non_blocking and self.is_pinned(source)):
             self.wait()
-        result = self.run(torch.ops.aten._to_copy.default, (inner,), {"dtype": dtype} if dtype else {})
-        return result if target.type == "cpu" else OnGPU(result, target)
 
-    def run(self, func, args, kwargs):
-        """An operation on CPU tensors, recorded where a graph is captured."""
+    def run(self, func, *args, **kwargs):
+        """An operation on the CPU tensors inside, recorded where a graph is captured."""
+        args, kwargs = tree_map(_inner, (args, kwargs))
         out = func(*args, **kwargs)
         if self.graph is not None:
             self.graph.steps.append((func, args, kwargs, out))
         return out
 
+    def moved(self, tensor: Tensor, device, dtype=None, non_blocking=False, copy=False) -> Tensor:
+        """`tensor.to(...)`, between CPU and GPUs in all directions."""
+        target = tensor.device if device is None else (self.device(device) or torch.device(device))
+        if target == tensor.device and dtype in (None, tensor.dtype) and not copy:
+            return tensor
+        self.wait_for_copy(tensor, target, non_blocking)
+        on_gpu = target.type == "cuda"
+        result = self.run(aten._to_copy.default, tensor, dtype=dtype, device=CPU if on_gpu else target)
+        return OnGPU(result, target) if on_gpu else result
+
+    def copied(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        self.wait_for_copy(source, target.device, non_blocking)
+        self.run(aten.copy_.default, target, source)
+        return target
+
+    def indexed(self, func, tensor: Tensor, *index_and_value):
+        """`tensor[index]`, or `tensor[index] = value`."""
+        used = _tensors(index_and_value)
+        home = _home([tensor, *used], func, may_be_on_cpu=True)
+        if any(map(_makes_wait, used)):
+            self.wait()
+        out = self.run(func, tensor, *index_and_value)
+        return None if out is None else OnGPU(out, home)
+
     def dispatched(self, func, args, kwargs):
         """An operation that has tensors on a GPU, or makes one."""
-        name = func._schema.name.removeprefix("aten::")
-        kwargs = dict(kwargs)
-        if name in ("to", "_to_copy"):
-            return self.moved(*_as_to(func, args, kwargs))
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+        name = _name(func)
+        if name == "_to_copy":
+            non_blocking = kwargs.get("non_blocking", False)
+            return self.moved(args[0], kwargs.get("device"), kwargs.get("dtype"), non_blocking, copy=True)
         if name == "copy_":
             return self.copied(*args, **kwargs)
-        device = self.device(kwargs.get("device"))
-        homes = {tensor.device for tensor in tensors if isinstance(tensor, OnGPU)}
-        strays = [t for t in tensors if t.device.type == "cpu" and t.dim() and name not in INDEXING]
-        if name not in SHAPES_ONLY and (len(homes) > 1 or (homes and strays)):
-            found = [str(home) for home in homes] + ["cpu"] * bool(strays)
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found {sorted(found)} in {func}")
-        if name in WAITS or (name in INDEXING and _index_waits(args[1])):
+        home = _home(_tensors((args, kwargs)), func, may_be_on_cpu=name in INDEXING)
+        if name in WAITS or (name in INDEXING and any(map(_makes_wait, _tensors(args[1])))):
             self.wait()
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("cpu") if device or homes else kwargs["device"]
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
-        out = self.run(func, inner_args, inner_kwargs)
-        home = device or next((t.device for t in tensors if isinstance(t, OnGPU)), None)
-        if name == "_local_scalar_dense" or home is None:
-            return out
+        if kwargs.get("device") is not None:
+            home = self.device(kwargs["device"]) or kwargs["device"]
+            kwargs = kwargs | {"device": CPU if home.type == "cuda" else home}
+        out = self.run(func, *args, **kwargs)
         returns = func._schema.returns
         if len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write:
-            return kwargs["out"] if "out" in kwargs else args[0]  # in place
-        return tree_map(lambda value: OnGPU(value, home) if isinstance(value, torch.Tensor) else value, out)
-
-    def indexed(self, func, tensor: torch.Tensor, index, *values):
-        """`tensor[index]`, or `tensor[index] = value`, whose C++ wants a device guard."""
-        used = [value for value in tree_flatten((index, values))[0] if isinstance(value, torch.Tensor)]
-        strays = {t.device for t in used if isinstance(t, OnGPU)} - {tensor.device}
-        if strays:
-            raise RuntimeError(f"Expected all tensors to be on {tensor.device}, but an index or value is on {strays}")
-        if _index_waits(index) or any(
-            isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values
-        ):
-            self.wait()
-        out = self.run(func, tree_map(_inner, (tensor, index, *values)), {})
-        return None if out is None else OnGPU(out, tensor.device)
-
-    def copied(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        from_cpu = source.device.type == "cpu"
-        if target.device.type != source.device.type and not (non_blocking and from_cpu and self.is_pinned(source)):
-            self.wait()
-        self.run(torch.ops.aten.copy_.default, (_inner(target), _inner(source)), {})
-        return target
+            return kwargs.get("out", args[0])  # in place
+        on_gpu = home.type == "cuda"
+        return tree_map(lambda value: OnGPU(value, home) if on_gpu and isinstance(value, Tensor) else value, out)
 
 
 class Dispatch(TorchDispatchMode):
@@ -177,9 +158,12 @@ class Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         values = tree_flatten((args, kwargs))[0]
-        if any(isinstance(value, OnGPU) for value in values) or any(map(_is_cuda, values)):
-            return self.gpus.dispatched(func, args, kwargs)
-        return func(*args, **kwargs)
+        if not any(isinstance(value, OnGPU) or getattr(value, "type", None) == "cuda" for value in values):
+            return func(*args, **kwargs)
+        if _name(func) in COMPOSED:
+            with self:
+                return func.decompose(*args, **kwargs)
+        return self.gpus.dispatched(func, args, kwargs)
 
 
 class Functions(TorchFunctionMode):
@@ -192,38 +176,36 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         gpus = self.gpus
-        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        is_on_gpu = isinstance(tensor, OnGPU)
-        if func is torch.Tensor.to:
-            to = _parsed_to(*args[1:], **kwargs)
-            if is_on_gpu or gpus.device(to["device"]):
-                return gpus.moved(tensor, **to)
-        if func is torch.Tensor.cuda:
+        tensor = args[0] if args and isinstance(args[0], Tensor) else None
+        if isinstance(tensor, OnGPU):
+            if func in READ_BY_HOST:
+                return func(gpus.moved(tensor, CPU))
+            if func is Tensor.numpy:
+                raise TypeError(f"can't convert {tensor.device} device type tensor to numpy. Use Tensor.cpu() first")
+            if func in (Tensor.__getitem__, Tensor.__setitem__):
+                return gpus.indexed(func, *args)
+            if func in (Tensor.untyped_storage, Tensor.data_ptr):
+                return func(tensor.inner)
+            if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):
+                return tensor  # nothing here does
+            if func in GUARDED:
+                return GUARDED[func](*args, **kwargs)
+        if func is Tensor.to:
+            copy = kwargs.pop("copy", False)
+            to, how = tree_map(lambda value: gpus.device(value) if type(value) is int else value, (args[1:], kwargs))
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*to, **how)
+            if isinstance(tensor, OnGPU) or gpus.device(device):
+                return gpus.moved(tensor, device, dtype, non_blocking, copy)
+        if func is Tensor.cuda:
             return gpus.moved(tensor, *(args[1:] or ("cuda",)), **kwargs)
-        if func is torch.Tensor.cpu and is_on_gpu:
-            return gpus.moved(tensor, "cpu")
-        if func is torch.Tensor.copy_ and (is_on_gpu or isinstance(args[1], OnGPU)):
+        if func is Tensor.copy_:
             return gpus.copied(*args, **kwargs)
-        if func is torch.Tensor.pin_memory:
+        if func is Tensor.pin_memory:
             return gpus.pin(tensor.clone())
-        if func is torch.Tensor.is_pinned:
-            return not is_on_gpu and gpus.is_pinned(tensor)
-        if func in (torch.Tensor.numpy, torch.Tensor.__array__) and is_on_gpu:
-            raise TypeError(f"can't convert {tensor.device} device type tensor to numpy. Use Tensor.cpu() first")
-        if func in READ_BY_HOST and is_on_gpu:
-            return func(gpus.moved(tensor, "cpu"))
-        if func in (torch.Tensor.untyped_storage, torch.Tensor.data_ptr) and is_on_gpu:
-            return func(tensor.inner)
-        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and is_on_gpu:
-            return gpus.indexed(func, *args)
-        if func in (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__) and is_on_gpu:
-            return tensor  # nothing here does
-        if func == torch.Tensor.data.__set__ and (is_on_gpu or isinstance(args[1], OnGPU)):
-            return _exchange(tensor, args[1])
-        if func is torch.Tensor.__deepcopy__ and is_on_gpu:
-            return args[1].setdefault(id(tensor), _like(tensor, OnGPU(tensor.inner.clone(), tensor.device)))
-        if func in GUARDED and is_on_gpu:
-            return GUARDED[func](*args, **kwargs)
+        if func is Tensor.is_pinned:
+            return gpus.is_pinned(tensor)
+        if func == Tensor.data.__set__ and any(isinstance(value, OnGPU) for value in args):
+            return _exchange(*args)
         if func is torch.device and isinstance(args[0], int):
             return gpus.device(args[0])
         device = gpus.device(kwargs.get("device"))
@@ -246,59 +228,52 @@ class Graph:
         for func, args, kwargs, out in self.steps:
             again = func(*args, **kwargs)
             for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+class Stream(mock.MagicMock):
+    """torch.cuda.Stream, a type to those who annotate with it; what is asked of it happens at once."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def is_capturing(self) -> bool:
+        return False
 
 
 def _inner(value):
     return value.inner if isinstance(value, OnGPU) else value
 
 
-def _is_cuda(value) -> bool:
-    return isinstance(value, torch.device) and value.type == "cuda"
+def _name(func) -> str:
+    return func._schema.name.removeprefix("aten::")
 
 
-def _index_waits(index) -> bool:
-    """Masks wait, to know how many there are; indices from the CPU are copied."""
-    tensors = [value for value in tree_flatten(index)[0] if isinstance(value, torch.Tensor)]
-    return any(t.dtype in (torch.bool, torch.uint8) or t.device.type == "cpu" for t in tensors)
+def _tensors(values) -> list[Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
 
 
-def _as_to(func, args, kwargs) -> tuple:
-    """Arguments of `GPUs.moved` from those of aten::to and aten::_to_copy, by their schema's names."""
-    names = [argument.name for argument in func._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    device, dtype = given.get("device"), given.get("dtype")
-    if "other" in given:
-        device, dtype = given["other"].device, given["other"].dtype
-    copy = given.get("copy", False) or func._schema.name == "aten::_to_copy"
-    return given["self"], device, dtype, given.get("non_blocking", False), copy
+def _home(tensors: list[Tensor], func, may_be_on_cpu: bool) -> torch.device:
+    """The one device of an operation's tensors; numbers may be anywhere."""
+    homes = {t.device for t in tensors if isinstance(t, OnGPU) or (t.dim() and not may_be_on_cpu)}
+    if len(homes) > 1:
+        found = sorted(map(str, homes))
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {found} in {func}")
+    return next(iter(homes), CPU)
 
 
-def _parsed_to(*args, device=None, dtype=None, non_blocking=False, copy=False, **kwargs) -> dict:
-    """The arguments of Tensor.to in whatever order."""
-    for value in args:
-        if isinstance(value, torch.Tensor):
-            device, dtype = value.device, value.dtype
-        elif isinstance(value, torch.dtype):
-            dtype = value
-        elif isinstance(value, bool):
-            non_blocking = value
-        elif value is not None:
-            device = value
-    return {"device": device, "dtype": dtype, "non_blocking": non_blocking, "copy": copy}
+def _makes_wait(index: Tensor) -> bool:
+    """A mask does, to know how many there are; what is on the CPU is copied."""
+    return index.dtype in (torch.bool, torch.uint8) or index.device.type == "cpu"
 
 
-def _like(tensor: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-    """`made` as a parameter, if `tensor` is one."""
-    is_parameter = isinstance(tensor, torch.nn.Parameter)
-    return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
-
-
-def _exchange(tensor: torch.Tensor, value: torch.Tensor) -> None:
+def _exchange(tensor: Tensor, value: Tensor) -> None:
     """`tensor.data = value`: the object stays, as parameters that are tied must."""
     made = OnGPU(value.inner, value.device) if isinstance(value, OnGPU) else value.detach()
-    torch.utils.swap_tensors(tensor, _like(tensor, made))
+    if isinstance(tensor, torch.nn.Parameter):
+        made = torch.nn.Parameter(made, requires_grad=False)
+    torch.utils.swap_tensors(tensor, made)
 
 
 @contextmanager
@@ -322,22 +297,21 @@ def pretended_gpus(count: int = 2) -> Iterator[GPUs]:
         finally:
             gpus.graph = None
 
-    stream = mock.MagicMock()
-    answers = {"is_available": True, "device_count": count, "current_device": 0, "is_bf16_supported": True}
-    answers |= {"get_device_name": "a pretended GPU", "get_device_capability": (9, 0), "mem_get_info": (2**34, 2**34)}
-    answers |= {"get_device_properties": mock.Mock(total_memory=2**34, major=9, minor=0), "max_memory_allocated": 1}
-    answers |= {"memory_allocated": 0, "memory_reserved": 0, "current_stream": stream, "Stream": stream}
-    answers |= {"stream": stream, "device": stream, "reset_peak_memory_stats": None, "empty_cache": None}
-    answers |= {"_lazy_init": None}
-    patches = {name: mock.Mock(return_value=value) for name, value in answers.items()}
-    patches |= {"synchronize": lambda device=None: gpus.wait(), "CUDAGraph": Graph, "graph": captured}
+    stream = Stream()
+    properties = mock.Mock(total_memory=2**34, major=9, minor=0)
+    of_both = {"is_available": True, "device_count": count, "current_stream": stream}
+    of_cuda = {"current_device": 0, "is_bf16_supported": True, "get_device_name": "a pretended GPU"}
+    of_cuda |= {"get_device_capability": (9, 0), "get_device_properties": properties, "mem_get_info": (2**34, 2**34)}
+    of_cuda |= {"max_memory_allocated": 1, "memory_allocated": 0, "memory_reserved": 0}
+    of_cuda |= {"stream": stream, "device": stream, "reset_peak_memory_stats": None, "empty_cache": None}
+    of_cuda |= {"_lazy_init": None}
+    of_accelerator = {"current_accelerator": torch.device("cuda")}
     with ExitStack() as undo:
-        for name, function in patches.items():
-            undo.enter_context(mock.patch.object(torch.cuda, name, function))
-        for name in ("is_available", "device_count", "synchronize"):  # of whatever accelerator there is
-            undo.enter_context(mock.patch.object(torch.accelerator, name, patches[name]))
-        current = mock.patch.object(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-        undo.enter_context(current)
+        for module, answers in ((torch.cuda, of_both | of_cuda), (torch.accelerator, of_both | of_accelerator)):
+            functions = {name: mock.Mock(return_value=value) for name, value in answers.items()}
+            functions["synchronize"] = lambda device=None: gpus.wait()
+            undo.enter_context(mock.patch.multiple(module, **functions))
+        undo.enter_context(mock.patch.multiple(torch.cuda, CUDAGraph=Graph, graph=captured, Stream=Stream))
         undo.enter_context(mock.patch.object(torch, "_has_compatible_shallow_copy_type", lambda *args: True))
         undo.enter_context(mock.patch.object(concurrent.futures.ThreadPoolExecutor, "submit", submit_inside))
         undo.enter_context(Functions(gpus))

@@ -3,6 +3,8 @@
 What the pretence can show, and what only a real GPU can (`make gpu`), is said in `device.py`.
 """
 
+import json
+import os
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,10 +14,24 @@ from device import CAPTURING, pretended_gpus, reason_not_to
 from device_cases import ONE_GPU, PLAN, TEXT, TWO_GPUS, cases, device_of, forward, name_of
 from exports import TOKENIZER, wide
 from tiny import byte_tokenizer, random_ids, tiny
-from transformers import DynamicCache
+from torch import distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import DynamicCache, LlamaForCausalLM
 
-from llmdrop import Calibration, DropPlan, Store, apply_plan, load_model, save_model, score, score_checkpoint
-from llmdrop.checkpoints.load import check_device
+from llmdrop import (
+    Calibration,
+    DropPlan,
+    Store,
+    apply_plan,
+    load_model,
+    save_model,
+    score,
+    score_checkpoint,
+    score_distributed,
+)
+from llmdrop.checkpoints import digest
+from llmdrop.checkpoints.load import check_device, load_weights
 from llmdrop.compress.variant import Variant
 from llmdrop.compress.windows import windowed
 from llmdrop.evaluation.generation import generate, greedy_matches
@@ -44,11 +60,14 @@ def test_what_a_gpu_refuses_is_refused(gpus):
     here = torch.ones(2, 3)
     first, second = here.to("cuda"), here.cuda(1)
     assert (str(first.device), str(second.device)) == ("cuda:0", "cuda:1") and first.is_cuda
-    for mixed in (lambda: first + here, lambda: first @ second.T, lambda: torch.cat([first, second])):
+    for mixed in (
+        lambda: first + here,
+        lambda: first @ second.T,
+        lambda: torch.cat([first, second]),
+        lambda: first[torch.tensor([1]).to("cuda:1")],
+    ):
         with pytest.raises(RuntimeError, match="to be on the same device"):
             mixed()
-    with pytest.raises(RuntimeError, match="an index or value is on"):
-        first[torch.tensor([1]).to("cuda:1")]
     with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
         first.numpy()
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
@@ -181,6 +200,39 @@ def test_scoring_waits_by_the_batch_and_not_by_the_token(gpus):
     assert waits[0] == waits[1]
 
 
+class Made(TorchDispatchMode):
+    """Every tensor that an operation gives: its type, shape and bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[tuple[torch.dtype, torch.Size, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [value for value in tree_flatten(out)[0] if isinstance(value, torch.Tensor)]
+        self.tensors += [(value.dtype, value.shape, value.nbytes) for value in made]
+        return out
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_sweep_holds_no_distances_of_64_bits(family, gpus):
+    model = tiny(family, "sdpa").to("cuda")
+    with Made() as made:
+        loglikelihoods(model, [DropPlan()], [Item(tuple(random_ids(1, 24)[0].tolist()), 20)], progress=False)
+    of_pairs = {dtype for dtype, shape, _ in made.tensors if len(shape) == 3 and shape[1] == shape[2] > 1}
+    assert torch.bool in of_pairs and torch.int64 not in of_pairs
+    assert (torch.int32 in of_pairs) == (family == "gemma2"), "distances are for windows"
+
+
+def test_the_digest_takes_a_piece_of_the_largest_parameter(gpus, monkeypatch):
+    monkeypatch.setattr(digest, "ROW", 2**6)
+    model = tiny("llama", vocab_size=5000).to("cuda")
+    with Made() as made:
+        digest.weights_digest(model)
+    of_64_bits = [n_bytes for dtype, _, n_bytes in made.tensors if dtype == torch.int64]
+    assert max(of_64_bits) == 8 * 256 * 2**6 < model.get_input_embeddings().weight.nbytes
+
+
 # -- files
 
 
@@ -276,6 +328,45 @@ def test_cudnn_attention_is_off_and_in_the_key(gpus):
         assert (key["cudnn_attention"], model_key(model)["cudnn_attention"]) == (False, True)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(was)
+
+
+def test_4_bit_weights_go_to_the_gpu_that_was_asked_for(gpus, tmp_path, monkeypatch):
+    """And not to the current one: transformers puts them where device_map says while it reads them."""
+    tiny("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    asked = []
+
+    def from_pretrained(*args, **kwargs):
+        asked.append(kwargs["device_map"])
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+    for device in ("cuda:1", "cuda", "cpu"):
+        with pytest.raises(OSError, match="seen enough"):
+            load_weights(tmp_path, device=device)
+    assert asked == [{"": "cuda:1"}, {"": "cuda"}, {"": "cpu"}]
+
+
+def test_processes_add_their_sums_on_the_host_by_gloo(gpus, monkeypatch):
+    """NCCL would refuse models on the CPU, and processes that share a GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    backends = []
+    added = []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "init_process_group", backends.append)
+    monkeypatch.setattr(distributed, "new_group", lambda backend: backends.append(backend) or "of two")
+    monkeypatch.setattr(distributed, "all_reduce", lambda values, group: added.append(values.device.type))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda group: None)
+    monkeypatch.setattr("llmdrop.streaming.processes.scores_from_sums", lambda *sums: None)  # these are of half
+    score_distributed(tiny("llama", "sdpa").to("cuda"), TEXT, progress=False)
+    assert (backends, added) == (["gloo", "gloo"], ["cpu"])
+
+
+def test_the_suite_hides_real_gpus():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("rank, gets", [(0, "cuda:0"), (1, "cuda:1"), (2, None)])

@@ -1,9 +1,7 @@
 """The rooms of the house: who may import whom, what the core needs, and that it runs without anything else."""
 
 import ast
-import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from bare import CORE_REQUIREMENTS, distributions, normalized
 from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
@@ -21,7 +20,6 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmdrop"
 CORE = {"plan", "proof", "anatomy", "calibration", "hooks", "scoring", "sublayers", "prune", "files"}
-CORE_REQUIREMENTS = {"torch", "transformers", "safetensors", "numpy", "pandas", "tqdm", "filelock"}
 MAY_IMPORT = {
     "core": {"core"},
     "data": {"core", "data"},
@@ -185,23 +183,12 @@ def test_has_a_docstring(module):
 # -- what is required -----------------------------------------------------------------------------------------------
 
 
-def normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def declared() -> tuple[set[str], set[str]]:
     """Names of the distributions that pyproject.toml requires: always, and by any extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     always = {normalized(Requirement(line).name) for line in project["dependencies"]}
     return always, {normalized(Requirement(line).name) for line in extras} - {"llmdrop"}
-
-
-@cache
-def distributions() -> dict[str, set[str]]:
-    """{name in an import: distributions that bring it}, of what is installed."""
-    by_import = importlib.metadata.packages_distributions()
-    return {name: set(map(normalized, names)) for name, names in by_import.items()}
 
 
 @every_module
@@ -217,57 +204,14 @@ def test_everything_imported_is_declared(module):
 # -- the core alone -------------------------------------------------------------------------------------------------
 
 
-def requirements_of(names: set[str]) -> set[str]:
-    """These distributions and all that they require on this machine, extras left out."""
-    found: set[str] = set()
-    left = list(names)
-    while left:
-        name = normalized(left.pop())
-        if name in found:
-            continue
-        found.add(name)
-        try:
-            lines = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:  # for another platform
-            continue
-        for line in lines:
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                left.append(requirement.name)
-    return found
-
-
-BLOCKED_RUN = '''
+BLOCKED_RUN = """
 import sys
 
-blocked = set(sys.argv[1].split(","))
-blocked_distributions = set(sys.argv[2].split(","))
+import bare
 
-
-class OnlyTheCore:
-    """Every finder of modules, blind for the blocked packages: as if they were not installed."""
-
-    def __init__(self, finders):
-        self.finders = finders
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in blocked:
-            return None
-        for finder in self.finders:
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                return spec
-        return None
-
-    def find_distributions(self, *args, **kwargs):
-        for finder in self.finders:
-            if hasattr(finder, "find_distributions"):
-                for distribution in finder.find_distributions(*args, **kwargs):
-                    if (distribution.metadata["Name"] or "").lower() not in blocked_distributions:
-                        yield distribution
-
-
-sys.meta_path[:] = [OnlyTheCore(list(sys.meta_path))]
+hidden = bare.hide_all_but(bare.CORE_REQUIREMENTS)
+assert {"lm_eval", "datasets", "scipy", "matplotlib", "papermill"} <= hidden, "else nothing is shown"
+assert not {"torch", "transformers", "tokenizers"} & hidden
 
 import llmdrop
 import torch
@@ -285,31 +229,22 @@ with llmdrop.dropped(model, plan):
 llmdrop.apply_plan(model, plan)
 words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-llmdrop.save_model(model, tokenizer, sys.argv[3])
-again, _ = llmdrop.load_model(sys.argv[3], device="cpu", attn_implementation="eager")
+llmdrop.save_model(model, tokenizer, sys.argv[1])
+again, _ = llmdrop.load_model(sys.argv[1], device="cpu", attn_implementation="eager")
 assert torch.equal(again(calibration.input_ids).logits, expected)
 print("losses", llmdrop.perplexity(model, calibration, progress=False)["n_tokens"])
-loaded = sorted(set(name.partition(".")[0] for name in sys.modules) & blocked)
+loaded = sorted(set(name.partition(".")[0] for name in sys.modules) & hidden)
 assert not loaded, loaded
-'''
+"""
 
 
 @pytest.mark.slow
 def test_the_core_runs_without_the_extras(tmp_path):
     """Import, score, drop, save and load where only the core's requirements are installed."""
-    needed = requirements_of(CORE_REQUIREMENTS)
-    by_import = distributions()
-    kept = {name for name, names in by_import.items() if names & needed} | {"llmdrop", "tiny"}
-    blocked = set(by_import) - kept - set(sys.stdlib_module_names)
-    names = {normalized(distribution.metadata["Name"]) for distribution in importlib.metadata.distributions()}
-    assert {"lm_eval", "datasets", "scipy", "matplotlib", "papermill"} <= blocked, "else nothing is shown"
-    assert not {"torch", "transformers", "tokenizers"} & blocked
-    arguments = [",".join(sorted(blocked)), ",".join(sorted(names - needed - {"llmdrop"})), str(tmp_path / "saved")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     environment["LLMDROP_BUILD"] = str(tmp_path / "build")
-    run = subprocess.run(
-        [sys.executable, "-c", BLOCKED_RUN, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    command = [sys.executable, "-c", BLOCKED_RUN, str(tmp_path / "saved")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == ["losses", "60"]
 

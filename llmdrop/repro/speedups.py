@@ -30,7 +30,6 @@ from ..speed.roofline import (
 from .estimate import Estimate
 from .paper import table
 from .provenance import provenance, speed_key
-from .statistics import of_means, speed_ratio
 from .store import Store
 from .timing import speedups, timing
 
@@ -146,19 +145,17 @@ def measure_beside_limit(
     """Measured speed of the rows named by `labels` beside what this machine's own bytes/s and FLOP/s allow.
 
     settings: of `measure_speed`. Both measurements go through `store`. Returns two frames. One row per label: method,
-    n_dropped, the columns of `timing.speedups`, but for speedup, the geometric mean over rounds, and its 95 % interval
-    speedup_low, speedup_high (see `statistics.speed_ratio`); limit, limit_prefill, limit_decode (speedups predicted for
-    this cache, batch and context) and limit_seconds; ratio, measured over predicted speedup; bandwidth and rate, the
-    machine's bytes/s and FLOP/s as found by `measure_hardware`. And a row per label and round, as from `timing`, with
-    its limit.
+    n_dropped, the columns of `timing.speedups`, but for speedup, the geometric mean over rounds (its 95 % interval:
+    `with_intervals`); limit, limit_prefill, limit_decode (speedups predicted for this cache, batch and context) and
+    limit_seconds; ratio, measured over predicted speedup; bandwidth and rate, the machine's bytes/s and FLOP/s as found
+    by `measure_hardware`. And a row per label and round, as from `timing`, with its limit.
     """
     plans = sized_plans(model, labels)
     variants = {label: Variant(plan=plan) for label, plan in plans.items()}
     timed = timing(model, variants, rounds=rounds, store=store, **settings)
-    measured = speedups(timed)
-    for label in measured.index[measured["speedup"].notna()]:
-        ratio = speed_ratio(timed, label, measured.index[0])
-        measured.loc[label, ["speedup", "speedup_low", "speedup_high"]] = ratio.value, ratio.low, ratio.high
+    measured = speedups(timed).drop(columns=["speedup_low", "speedup_high"])
+    log_seconds = np.log(timed.pivot(index="variant", columns="round", values="seconds"))
+    measured["speedup"] = np.exp(-log_seconds.sub(log_seconds.loc[measured.index[0]]).mean(axis=1, skipna=False))
     device = str(model.get_input_embeddings().weight.device)
     dtype = str(model.dtype).removeprefix("torch.")
     bandwidth, rate = store.get(
@@ -185,12 +182,32 @@ def measure_beside_limit(
     return out, timed.join(limit["limit"], on="variant")
 
 
+def with_intervals(rows: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `measure_models` with speedup_low and speedup_high: 95 % intervals over the rounds beside them.
+
+    Apart from measuring, because it needs scipy (`statistics.speed_ratio`). NaN for what did not fit.
+    """
+    from .statistics import speed_ratio
+
+    rows = rows.copy()
+    rows[["speedup_low", "speedup_high"]] = np.nan
+    for (model, decoding), rounds in timed.groupby(["model", "decoding"], sort=False):
+        baseline = rounds["variant"].iloc[0]
+        is_here = (rows["model"] == model) & (rows["decoding"] == decoding) & rows["speedup"].notna()
+        for index, label in rows.loc[is_here, "method"].items():
+            ratio = speed_ratio(rounds, label, baseline)
+            rows.loc[index, ["speedup_low", "speedup_high"]] = ratio.low, ratio.high
+    return rows
+
+
 def least_of_limit(timed: pd.DataFrame) -> Estimate:
     """The smallest measured speedup over the predicted one, with its interval over rounds.
 
     timed: from `measure_models`; of each model and way of decoding the first variant is the baseline. What did not fit
     is left out.
     """
+    from .statistics import of_means  # needs scipy
+
     strata = []
     for _, rows in timed.groupby(["model", "decoding"], sort=False):
         seconds = np.log(rows.pivot(index="round", columns="variant", values="seconds")).dropna(axis=1)
@@ -321,7 +338,7 @@ def _peak_bytes(model: nn.Module, batch_size: int, tokens: int) -> int | None:
 
 
 def panels(published: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
-    """What `plot_speedups` draws, in one frame: the rows of `explain_published` and of `measure_models`.
+    """What `plot_speedups` draws, in one frame: the rows of `explain_published` and of `with_intervals`.
 
     Columns panel (model, batch, "here" where it was measured), method, n_dropped, source, value, low, high, decoding.
     """

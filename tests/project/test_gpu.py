@@ -1,6 +1,7 @@
 """The program of `make gpu` with a pretended GPU and small models: what it would do, writes, and draws."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,16 +10,21 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import gpu_step
 import pandas as pd
 import pytest
 from device import pretended_gpus, reason_not_to
+from exports import TOKENIZER
+from tiny import tiny
+from transformers import AutoConfig
+
+from llmdrop.data.packaged import packaged_data_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 gpu = pytest.importorskip("gpu", reason="the program's imports")
 
 from llmdrop.repro import paper, speedups  # noqa: E402
-from llmdrop.speed.geometry import GEOMETRIES, Shape  # noqa: E402
 
 ARGS = Namespace(device="cuda", model="", data_dir="", minutes=1.0, fresh=False)
 pretended = pytest.mark.skipif(reason_not_to() is not None, reason=str(reason_not_to()))
@@ -31,21 +37,19 @@ def build(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """The models and settings of the geometry profile, made small."""
-    read = gpu.notebook_parameters
+def small():
+    with gpu_step.small():
+        yield
 
-    def parameters(notebook, profile):
-        values = read(notebook, profile)
-        if notebook == "speedups":
-            values |= {"PROMPT_LEN": 8, "NEW_TOKENS": 2, "TIMED_STEPS": 2, "ROUNDS": 2, "DTYPE": "float32"}
-            values |= {"BATCH_SIZES": dict.fromkeys(values["BATCH_SIZES"], 2)}
-        return values
 
-    monkeypatch.setattr(gpu, "notebook_parameters", parameters)
-    monkeypatch.setattr(speedups, "measure_hardware", lambda device, dtype: (2e10, 3e11))
-    for name in GEOMETRIES:
-        monkeypatch.setitem(GEOMETRIES, name, Shape(GEOMETRIES[name].layers, 32, 4, 2, 8, 48, 97))
+def in_a_bare_process(build, name, model="", data_dir=""):
+    """Run a step on the pretended GPU with no other packages than it says it wants; what it wrote."""
+    (step,) = (step for step in gpu.all_steps() if step.name == name)
+    command = [sys.executable, ROOT / "tests" / "gpu_step.py", name, ",".join(step.modules), model, data_dir]
+    environment = os.environ | {"PYTHONPATH": "", "LLMDROP_BUILD": str(build), "HF_DEACTIVATE_ASYNC_LOAD": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return gpu.read(step)
 
 
 def test_dry_names_every_step_its_inputs_and_its_time(build):
@@ -119,10 +123,8 @@ def test_a_step_beyond_its_limit_is_stopped_with_all_it_started(build, tmp_path,
 @pytest.mark.slow
 def test_speed_is_measured_recorded_and_drawn(build, small, tmp_path):
     """Measured on the pretended GPU, drawn later where there is none."""
+    record = in_a_bare_process(build, "geometry: Llama-3-8B, graph")
     steps = [one for one in gpu.all_steps() if one.name in ("geometry: Llama-3-8B, graph", "batches: Llama-3-8B")]
-    with pretended_gpus():
-        gpu.in_this_process(steps[0], ARGS)
-    record = gpu.read(steps[0])
     rows = pd.DataFrame(record["rows"])
     assert set(rows["decoding"]) == {"graph", "eager"} and (rows["status"] == "ok").all()
     assert "measured ÷ predicted at least" in record["summary"] and "published 1.52x" in record["summary"]
@@ -132,6 +134,87 @@ def test_speed_is_measured_recorded_and_drawn(build, small, tmp_path):
     assert {"speedups.pdf", "speedups_measured.md", "claims.csv", "index.html", "gpu.json"} <= made
     page = (tmp_path / "figures" / "geometry" / "index.html").read_text()
     assert "On a GPU" in page and record["summary"].split(";")[0] in page and "a pretended GPU" in page
+
+
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu
+
+def fine(args):
+    return {{"summary": "fine"}}
+
+def broken(args):
+    raise ValueError("broken")
+
+runs = {{"first": fine, "broken": broken, "last": fine}}
+gpu.all_steps = lambda: [gpu.Step(name, "a step", 0.1, run, profile="") for name, run in runs.items()]
+gpu.__file__ = __file__
+sys.exit(gpu.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_stops_no_other_and_is_in_the_exit_code(build, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, program, "--device", "cpu", "--figures", tmp_path / "figures"]
+    for outcome in ("done", "done before"):  # the second call tries again only what failed
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 1 and "ValueError: broken" in run.stderr
+        for name, said in (("first", outcome), ("broken", "failed"), ("last", outcome)):
+            assert f"-- {name}: {said}" in run.stdout.splitlines()
+
+
+def test_the_page_says_what_steps_take():
+    table = (ROOT / "docs" / "gpu.md").read_text().split("| steps, in order of worth | minutes |")[1]
+    printed = [int(minutes) for minutes in re.findall(r"\| (\d+) \|$", table, flags=re.MULTILINE)]
+    kinds = ("check", "geometry.*graph", "batches", "geometry.*compiled", "scoring|evaluation", "pretrain", "embedded")
+    sums = [sum(step.minutes for step in gpu.all_steps() if re.match(kind, step.name)) for kind in kinds]
+    assert printed == [round(minutes) for minutes in sums]
+
+
+@pytest.fixture(scope="module")
+def data_dir():
+    return str(packaged_data_dir())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model as deep as SmolLM2, whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"num_hidden_layers": 30, "vocab_size": len(TOKENIZER), "max_position_embeddings": 2048}
+    tiny("llama", **shape).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pretended
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, summary",
+    [
+        ("scoring", r"ratio median \d.*; memory .* ratio 1.000"),
+        ("evaluation", r"ours / limit \d.*stock / ours \d"),
+        ("pretrain", r"0M tokens, held-out loss \d"),
+        ("embedded", r"(\d+) of \1 notebooks"),
+    ],
+)
+def test_steps_run_with_what_they_say_they_want(name, summary, build, model, data_dir):
+    record = in_a_bare_process(build, name, model, data_dir)
+    assert record["status"] == "done" and re.match(summary, record["summary"]), record
+
+
+def test_what_failed_in_a_step_is_in_the_exit_code(build, monkeypatch):
+    """Also where it is found again: the step itself came to its end, and is not run again."""
+    half = step("half", lambda args: {"summary": "1 of 2 hold", "failed": ["graph"]})
+
+    def in_its_own_process(one, args, limit_seconds):
+        gpu.in_this_process(one, args)
+        return "done"
+
+    monkeypatch.setattr(gpu, "in_its_own_process", in_its_own_process)
+    assert [gpu.run_steps([half], ARGS) for _ in range(2)] == [1, 1]
 
 
 @pretended
@@ -157,6 +240,26 @@ def test_the_page_says_how_to_run_it_until_it_was(tmp_path):
         report.build(ROOT / "notebooks" / "profiles" / f"{profile}.yaml", tmp_path / "done", tmp_path / profile)
     assert "<code>make gpu</code>" in (tmp_path / "geometry" / "index.html").read_text()
     assert "make gpu" not in (tmp_path / "smoke" / "index.html").read_text()
+
+
+def test_another_transformers_is_named_beside_the_speed(monkeypatch):
+    """That of 5.17 decodes on a static cache by copying it once per query head."""
+    assert gpu._pinned() == ""
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "5.17.0")
+    assert "with transformers 5.17.0, not the pinned" in gpu._pinned()
+
+
+@pretended
+def test_the_streaming_benchmark_times_the_plain_forward_on_the_gpu(monkeypatch):
+    import streaming
+    import synthetic
+
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("llama", **shape, vocab_size=128256)
+    monkeypatch.setattr(synthetic, "config", lambda layers: config)
+    with pretended_gpus() as gpus:
+        assert streaming.forward(Namespace(layers=4, samples=2, dtype="float32"))["seconds"] > 0
+    assert gpus.waits > 2, "it waited for the GPU before and after"
 
 
 def test_rows_of_table_4_one_by_one_are_the_whole(small):

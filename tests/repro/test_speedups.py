@@ -9,6 +9,7 @@ from tiny import tiny
 
 from llmdrop import DropPlan, Store
 from llmdrop.repro import paper, speedup_figures, speedups
+from llmdrop.repro.statistics import speed_ratio
 from llmdrop.speed.geometry import GEOMETRIES, Shape
 from llmdrop.speed.roofline import predict_speed
 
@@ -59,7 +60,11 @@ def test_measured_beside_the_limit_of_this_machine(tmp_path, capsys):
     rows, timed = speedups.measure_beside_limit(store, model, ["Baseline", "Attn-2"], **SIZES)
     assert rows["method"].tolist() == ["Baseline", "Attn-2"] and rows["n_dropped"].tolist() == [0, 2]
     assert (rows.loc[0, ["speedup", "limit", "ratio"]] == 1).all()
-    assert rows["speedup_low"][1] <= rows["speedup"][1] <= rows["speedup_high"][1]
+    named = {"model": "tiny", "decoding": "eager"}
+    intervals = speedups.with_intervals(rows.assign(**named), timed.assign(**named))
+    ratio = speed_ratio(timed, "Attn-2", "Baseline")
+    assert rows["speedup"][1] == pytest.approx(ratio.value)
+    assert intervals["speedup_low"].tolist() == [1, ratio.low] and intervals["speedup_high"].tolist() == [1, ratio.high]
     assert len(timed) == 2 * SIZES["rounds"] and set(timed["limit"]) == set(rows["limit"])
     assert (rows["bandwidth"] == 2e10).all() and (rows["rate"] == 3e11).all()
     limit = predict_speed(model, DropPlan([2, 3]), 2, 8, 4, (2e10, 3e11), weight_bits=32, cache_bits=32)
@@ -144,10 +149,12 @@ def test_compiled_runs_have_an_eager_one_beside(tmp_path, two_shapes, monkeypatc
 
 
 def test_plots(tmp_path, two_shapes, explained):
-    rows, _, _ = speedups.measure_models(
+    rows, rounds, _ = speedups.measure_models(
         Store(tmp_path), ["Llama-3-8B"], "bfloat16", "cpu", prompt_len=4, new_tokens=2, rounds=2
     )
-    rows.loc[1, ["speedup", "speedup_low", "speedup_high"]] = np.nan  # did not fit
+    rows.loc[1, "speedup"] = np.nan  # did not fit
+    rows = speedups.with_intervals(rows, rounds)
+    assert rows["speedup_low"].isna().tolist() == [k == 1 for k in range(len(rows))]
     drawn = speedups.panels(explained[0], rows)
     assert drawn["panel"].nunique() == 6 and "Llama-3-8B here, batch 1" in set(drawn["panel"])
     fig, axes = plt.subplots(1, 3)

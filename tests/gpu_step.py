@@ -1,0 +1,121 @@
+"""A step of `make gpu` on a pretended GPU, small, in a process that has only what docs/gpu.md says the step wants.
+
+python tests/gpu_step.py STEP MODULES MODEL DATA_DIR
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+BARE = {"torch", "transformers", "pandas", "yaml"}  # yaml comes with transformers
+SIZES = {
+    "speedups": {"PROMPT_LEN": 8, "NEW_TOKENS": 2, "TIMED_STEPS": 2, "ROUNDS": 2, "DTYPE": "float32"},
+    "fig07_checkpoints": {"STEPS": 3, "N_LAYERS": 2, "WIDTH": 32, "SEQ_LEN": 32, "BATCH_SIZE": 4, "VOCABULARY": 300},
+    "quickstart": {"N_SAMPLES": 2, "SEQ_LEN": 32, "HELD_OUT_SAMPLES": 2, "HELD_OUT_LEN": 16, "ANSWER_LEN": 2},
+}
+SIZES["fig07_checkpoints"] |= {"SOURCES": ["xsum"], "N_CHECKPOINTS": 2, "N_SAMPLES": 4}
+SIZES["quickstart"] |= {"SPEED": {"batch_size": 1, "prompt_len": 8, "new_tokens": 2, "rounds": 2}}
+OPTIONS = {"evaluation.py": ["--limit", "3", "--plans", "2", "--rounds", "1", "--batch-sizes", "2", "4"]}
+
+
+@contextmanager
+def small() -> Iterator[None]:
+    """The models by shape and the settings of notebooks, made small."""
+    import gpu
+
+    from llmdrop.repro import speedups
+    from llmdrop.speed.geometry import GEOMETRIES, Shape
+
+    read = gpu.notebook_parameters
+
+    def parameters(notebook: str, profile: str) -> dict:
+        values = read(notebook, profile) | SIZES.get(notebook, {})
+        if notebook == "speedups":
+            values["BATCH_SIZES"] = dict.fromkeys(values["BATCH_SIZES"], 2)
+        return values
+
+    shapes = {name: Shape(shape.layers, 32, 4, 2, 8, 48, 97) for name, shape in GEOMETRIES.items()}
+    with ExitStack() as undo:
+        undo.enter_context(mock.patch.object(gpu, "notebook_parameters", parameters))
+        undo.enter_context(mock.patch.object(speedups, "measure_hardware", lambda device, dtype: (2e10, 3e11)))
+        undo.enter_context(mock.patch.dict(GEOMETRIES, shapes))
+        yield
+
+
+def run_here(command: list, **options) -> subprocess.CompletedProcess:
+    """subprocess.run of a Python program, in this process: another would have other packages and no pretended GPU."""
+    assert str(ROOT) in os.environ["PYTHONPATH"].split(os.pathsep), "the program could not import llmdrop"
+    out = io.StringIO()
+    arguments = [*command[1:], *OPTIONS.get(Path(command[1]).name, [])]
+    with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(out):
+        runpy.run_path(command[1], run_name="__main__")
+    return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+
+@contextmanager
+def made_up_gradients() -> Iterator[None]:
+    """The pretended GPU has none: every parameter of the newest model gets the same small one."""
+    import torch
+
+    from llmdrop.repro import training
+
+    made = []
+    new_model = training.new_model
+
+    def remembered(*arguments):
+        made.append(new_model(*arguments))
+        return made[-1]
+
+    def backward(loss) -> None:
+        for parameter in made[-1].parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+
+    with mock.patch.object(training, "new_model", remembered), mock.patch.object(torch.Tensor, "backward", backward):
+        yield
+
+
+def run_one_import_all(execute: Callable, notebook: str, parameters: dict) -> None:
+    """The quickstart whole; of the other notebooks the first cell, with its imports, and those of questions."""
+    import gpu
+
+    import_module("llmdrop.evaluation.lm_eval_models")
+    if notebook == "quickstart":
+        execute(notebook, parameters)
+        return
+    cells = json.loads((gpu.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    source = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    exec(compile(source, notebook, "exec"), {})
+
+
+def main(name: str, modules: str, model: str, data_dir: str) -> None:
+    import bare
+
+    bare.hide_all_but(BARE | set(filter(None, modules.split(","))))
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu
+    from device import pretended_gpus
+
+    step = next(step for step in gpu.all_steps() if step.name == name)
+    args = Namespace(device="cuda", model=model, data_dir=data_dir)
+    with ExitStack() as undo:
+        for change in (pretended_gpus(), small(), made_up_gradients()):
+            undo.enter_context(change)
+        undo.enter_context(mock.patch.object(subprocess, "run", run_here))
+        undo.enter_context(mock.patch.object(gpu, "execute", partial(run_one_import_all, gpu.execute)))
+        gpu.in_this_process(step, args)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,16 +1,18 @@
 """Packed, shared evaluation equals one plain forward pass per sequence and plan."""
 
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from decoders import tiny_decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from test_generation import Numbers
 from tiny import FAMILIES, random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, apply_plan, dropped, perplexity, perplexity_sweep
+from llmdrop import Calibration, DropPlan, apply_plan, dropped, load_model, perplexity, perplexity_sweep
 from llmdrop.evaluation import sweep
 from llmdrop.evaluation.generation import generate, greedy_matches
 from llmdrop.evaluation.sweep import Item, loglikelihoods, pack
@@ -60,6 +62,25 @@ def test_equals_plain_forward_passes(family, attention):
         np.testing.assert_allclose(sums[k], expected, atol=1e-4)
         assert (greedy[k] == best).all()
     assert np.ptp(sums, axis=0).min() > 1e-3, "plans must differ, or this test shows nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "shares"), [("llama", True), ("gpt_oss", True), ("bloom", False), ("mamba2", False)])
+def test_whether_texts_share_rows_does_not_depend_on_rounding(kind, shares, dtype):
+    model = tiny_decoder(kind).to(dtype)
+    with nullcontext() if shares else pytest.warns(UserWarning, match="cannot share rows"):
+        sums, _ = loglikelihoods(model, [DropPlan()], [Item((5, 6, 7), 1), Item((5, 6, 8), 1)], progress=False)
+    logp = model(torch.tensor([[5, 6]]), use_cache=False).logits[0, -1].float().log_softmax(-1)
+    np.testing.assert_allclose(sums[0], [logp[7].item(), logp[8].item()], atol=0.1 if dtype.itemsize == 2 else 1e-4)
+
+
+def test_real_weights_in_16_bits_share_rows():
+    """Whose predictions on made-up text rounding alone moves by more than their own size."""
+    model, tokenizer = load_model("smollm2-135m", torch.bfloat16, "cpu")
+    items = [Item(tuple(tokenizer(text)["input_ids"]), 1) for text in ("The sky is blue", "The sky is clear")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loglikelihoods(model, [DropPlan()], items, progress=False)
 
 
 def test_on_a_model_that_is_already_dropped():

@@ -155,6 +155,13 @@ def _anatomy(model: nn.Module, decoder: nn.Module, layer_list: nn.ModuleList) ->
     places = tuple(None if i in removed else next(remaining) for i in range(record["n_layers"]))
     present = [None if place is None else layer_list[place] for place in places]
     layers = tuple(None if is_gone(layer) else layer for layer in present)
+    first = {layer: i for i, layer in reversed([*enumerate(layers)])}
+    again = [i for i, layer in enumerate(layers) if layer is not None and first[layer] != i]
+    if again:
+        raise ValueError(
+            f"layers {first[layers[again[0]]]} and {again[0]} are one module, so that what is dropped from one is gone "
+            "from both; give each a copy of its own (copy.deepcopy)"
+        )
     proven = _PROVEN.setdefault(model, {})
     signatures = [layer if layer is None else _signature(layer) for layer in layers]
     if not proven.keys() >= {signature for signature in signatures if signature is not None}:

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .anatomy import RECORD, Anatomy, exclusive, find_anatomy, find_layers, unwrapped
@@ -15,6 +16,8 @@ from .proof import Gone, Sublayer, has_gone, is_gone
 
 SLOT_NAMES = ("layer_idx", "layer_id")  # attributes by which modules know their slot of a KV cache
 DROPPED = " (dropped)"  # after the name of a model
+# methods of a KV cache, or of its layers, by which a model uses them
+CACHE_USES = ("update", "get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state")
 _INSIDE: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # by decoder, the `dropped` blocks that are running
 SHARED_SLOT = "kv_shared_layer_index"  # and that of another layer, whose keys and values they read
 
@@ -344,11 +347,13 @@ class CacheCut:
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = self._cache(args, kwargs)
-        if cache is None and "past_key_values" in inspect.signature(decoder.forward).parameters:
+        parameters = inspect.signature(decoder.forward).parameters
+        name = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
+        if cache is None and name is not None:
             use_cache = kwargs.get("use_cache")
             if getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache:
                 cache = DynamicCache(config=decoder.config)
-                kwargs = kwargs | {"past_key_values": cache}
+                kwargs = kwargs | {name: cache}
         if cache is None:
             return args, kwargs
         if self.by_place:
@@ -357,7 +362,7 @@ class CacheCut:
                 "skipped without an image), and a slot of a dropped one is missing; run it with use_cache=False"
             )
         if getattr(cache, "llmdrop_plan", None) != self.plan:
-            if self._length(cache) or len(cache.layers) > self.n_slots:
+            if self._is_filled(cache) or len(cache.layers) > self.n_slots:
                 raise ValueError(
                     "this KV cache was made or filled while other layers were dropped than now, and its keys and "
                     "values are of another model; begin with a fresh one"
@@ -377,11 +382,14 @@ class CacheCut:
             cache.layers[0].count(output[0])
 
     @staticmethod
-    def _length(cache: Cache) -> int:
+    def _is_filled(cache: Cache) -> bool:
+        states = [getattr(layer, name, None) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
+        if any(isinstance(state, torch.Tensor) and state.any() for state in tree_leaves(states)):
+            return True
         try:
-            return cache.get_seq_length()
+            return cache.get_seq_length() > 0
         except ValueError:  # it has states alone, as of a Mamba
-            return 0
+            return False
 
     @staticmethod
     def _cache(args: tuple, kwargs: dict) -> Cache | None:
@@ -391,8 +399,10 @@ class CacheCut:
 def _close(caches: Iterable[Cache]) -> None:
     """Let nothing more be put into these caches: the model they were filled by is about to be another one."""
     for cache in caches:
-        for layer in cache.layers:
-            layer.update = _refuse
+        for part in (cache, *cache.layers):
+            for name in CACHE_USES:
+                if hasattr(part, name):
+                    setattr(part, name, _refuse)
 
 
 def _refuse(*args, **kwargs):

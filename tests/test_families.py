@@ -3,6 +3,7 @@
 All types of the installed transformers are tried by `make families`; these are one of each shape.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -125,6 +126,52 @@ def test_without_a_block_it_is_an_ordinary_checkpoint_where_it_can_be(kind, expe
 def test_other_architectures_are_refused_by_name_and_reason(kind, reason):
     with pytest.raises(ValueError, match=f"residual split of this .* model can be proven: .*{reason}"):
         find_anatomy(tiny_decoder(kind))
+
+
+def test_a_layer_that_stands_in_two_places_is_refused():
+    model = tiny_decoder("llama")
+    model.model.layers[3] = model.model.layers[2]
+    with pytest.raises(ValueError, match="layers 2 and 3 are one module"):
+        find_anatomy(model)
+    copied = copy.deepcopy(model.model.layers[2])
+    model.model.layers[3] = copied
+    assert find_anatomy(model).live("attn") == [*range(6)]
+
+
+@pytest.mark.parametrize(
+    "kind, blocks",
+    [
+        ("gemma4_text", [4, 5]),  # settings by the number of the layer
+        ("dots3_note", [0]),
+        ("olmo_hybrid", [0, 2, 4]),  # its config refuses to have no linear attention
+        ("dbrx", [0, 3]),  # depths by other names
+        ("gpt_neo", [1]),
+        ("nemotron_h", [0]),
+    ],
+)
+def test_without_blocks_what_is_saved_is_what_is_loaded(kind, blocks, tmp_path):
+    model, ids = tiny_decoder(kind), random_ids(2, 12)
+    apply_plan(model, DropPlan(blocks, blocks))
+    save_model(model, None, tmp_path / "m")
+    loaded = load_weights(tmp_path / "m", dtype=torch.float32)
+    torch.testing.assert_close(families.logits(loaded, ids), families.logits(model, ids), atol=1e-4, rtol=0)
+    assert find_anatomy(loaded).plan == find_anatomy(model).plan
+    more = DropPlan([2]) if find_anatomy(model).live("attn") != [2] else DropPlan([], [2])
+    apply_plan(loaded, more)
+    torch.testing.assert_close(
+        families.logits(loaded, ids), families.logits(apply_plan(model, more), ids), atol=1e-4, rtol=0
+    )
+
+
+def test_lists_that_are_as_long_as_the_model_by_chance_are_not_cut(tmp_path):
+    model, ids = tiny_decoder("mamba2", num_hidden_layers=2), random_ids(2, 12)
+    model.config.eos_token_id = [5, 6]
+    apply_plan(model, DropPlan([1], [1]))
+    save_model(model, None, tmp_path / "m")
+    loaded = load_weights(tmp_path / "m", dtype=torch.float32)
+    assert list(loaded.config.time_step_limit) == list(model.config.time_step_limit)
+    assert loaded.config.eos_token_id == [5, 6]
+    torch.testing.assert_close(families.logits(loaded, ids), families.logits(model, ids), atol=1e-5, rtol=0)
 
 
 def test_the_sum_is_checked_on_the_first_batch_of_every_run():

@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import inspect
 import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from decoders import tiny_decoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, random_ids, tiny
@@ -334,7 +336,8 @@ def test_a_plan_in_any_form_is_applied(tmp_path):
 
 def filled(model, ids, cache=None):
     with torch.inference_mode():
-        return model(ids, use_cache=True, past_key_values=cache).past_key_values
+        name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+        return model(ids, use_cache=True, **{name: cache})[name]
 
 
 KINDS_OF_CACHE = {
@@ -372,6 +375,24 @@ def test_a_cache_of_another_model_is_refused(family, plan, kind):
     filled(model, ids[:, :2], whole)  # as before
     with pytest.raises(ValueError, match=OF_ANOTHER):
         filled(apply_plan(model, plan), ids, whole)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "falcon_mamba", "jamba", "qwen3_next"])
+def test_states_of_another_model_are_refused(kind):
+    """A cache of a Mamba alone has no length by which it would be known as filled."""
+    model, ids = tiny_decoder(kind), random_ids(1, 6)
+    whole = filled(model, ids)
+    with dropped(model, DropPlan([0])):
+        with pytest.raises(ValueError, match=OF_ANOTHER):
+            filled(model, ids[:, :1], whole)
+        inside = filled(model, ids)
+        filled(model, ids[:, :1], inside)
+        with dropped(model, DropPlan([5])), pytest.raises(ValueError, match=OF_ANOTHER):
+            filled(model, ids[:, :1], inside)
+    for cache in (inside, copy.deepcopy(inside)):
+        with pytest.raises(ValueError, match=OF_ANOTHER):
+            filled(model, ids[:, :1], cache)
+    filled(model, ids[:, :1], whole)
 
 
 def test_a_cache_made_before_the_drop_is_cut():

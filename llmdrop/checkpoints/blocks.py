@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -11,6 +12,7 @@ from ..prune import given_biases, put
 
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_hash_layers")  # so many layers differ from the rest
 LAST_LAYERS = ("num_kv_shared_layers",)
+NOT_BY_LAYER = ("_token_id", "_limit", "_multipliers")  # ends of names of lists that may be as long by chance
 
 
 def is_ordinary(model: nn.Module) -> bool:
@@ -35,8 +37,10 @@ def is_ordinary(model: nn.Module) -> bool:
     with ExitStack() as undo:
         renumber(undo, model)
         try:
+            type(model.config).from_dict(model.config.to_dict())  # as it would be read
             shorter = find_layers(undropped_decoder(parts.decoder))[1]
-        except (ValueError, TypeError, IndexError, KeyError):  # a config that refuses to be this short
+        # a config that refuses to be this short
+        except (ValueError, TypeError, IndexError, KeyError, StrictDataclassError):
             return False
     live = [parts.layer_list[place] for place in kept]
     return len(shorter) == len(live) and all(
@@ -74,6 +78,8 @@ def _text_configs(model: nn.Module, parts: Anatomy) -> list[PretrainedConfig]:
 
 def _cut(key: str, value, kept: list[int], n_layers: int):
     """What a setting of the config is with these layers alone."""
+    if key.endswith(NOT_BY_LAYER):
+        return value
     if isinstance(value, list | tuple) and len(value) == n_layers:
         return type(value)(value[place] for place in kept)
     is_numbers = isinstance(value, list | tuple) and value and all(type(number) is int for number in value)

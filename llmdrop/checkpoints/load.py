@@ -189,9 +189,8 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
         )
     blocks = sorted(set(record.get("attn", ())) & set(record.get("mlp", ())))
     if record and "undropped" not in record and len(blocks) == len(record["attn"]) == len(record["mlp"]):
-        text = raw.get("text_config", raw)
-        depth = text.get("n_layer", text.get("num_hidden_layers"))
-        if depth != record["n_layers"] - len(blocks):  # a model of another depth, made from the config of this one
+        config = AutoConfig.for_model(**{"model_type": None} | raw).get_text_config(decoder=True)
+        if config.num_hidden_layers != record["n_layers"] - len(blocks):  # made from the config of this model
             record = {}
         elif not record.get("biases"):
             record["removed"] = blocks  # an ordinary, shorter model

@@ -5,6 +5,7 @@ continuations, few-shot examples once for all the questions of their row. Plans 
 that agree on layers 0..i share the residual stream up to there. The head runs only on the positions that are scored.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,8 @@ VERSION = 1  # raised when the numbers change
 CALL_TOKENS = {"cpu": 1024, "cuda": 4096}
 ROW_TOKENS = {"cpu": 256, "cuda": 1024}
 LONGEST_ROW = 4096
-_PACKS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # by model and attention implementation
+# by model and attention implementation: whether texts of so many tokens can share rows of so many
+_PACKS: WeakKeyDictionary[nn.Module, dict[str, dict[tuple[int, int], bool]]] = WeakKeyDictionary()
 HEAD_POSITIONS = 128  # logits of so many positions at a time: small enough for the allocator to reuse their memory
 
 
@@ -145,7 +147,7 @@ def loglikelihoods(
     with ExitStack() as undo:
         undo.enter_context(exclusive(parts.decoder))  # layers run one by one, and others would run among them
         undo.enter_context(eval_mode(model))
-        if not _can_pack(model, parts):
+        if not _can_pack(model, parts, max(len(item.tokens) for item in items), max(len(row.ids) for row in rows)):
             return _plain(model, plans, items, progress, label)
         bar = undo.enter_context(tqdm(total=n_tokens, desc=label, unit="tok", disable=not progress))
         for call in _calls(rows, CALL_TOKENS.get(device, CALL_TOKENS["cpu"])):
@@ -172,38 +174,62 @@ def loglikelihoods(
 
 
 @torch.inference_mode()
-def _can_pack(model: nn.Module, parts: Anatomy) -> bool:
-    """Whether two texts in one row of 20 tokens get the predictions that each gets by itself. Tried once per model.
+def _can_pack(model: nn.Module, parts: Anatomy, longest: int, n_nodes: int) -> bool:
+    """Whether texts of up to `longest` tokens in rows of up to `n_nodes` get the predictions that each gets by itself.
 
-    Where rounding to 16 bits moves predictions as much as a neighbor in the row would, a copy in float32 is tried.
+    Tried with such texts in such a row, since windows and chunks show where they end, be it in a text or in a row, and
+    with a copy in float32 where rounding to 16 bits moves predictions as much as a neighbor in the row would. What was
+    tried with a model is known from then on.
     """
     implementation = model.config._attn_implementation
-    known = _PACKS.setdefault(model, {})
-    if implementation not in known and model.dtype.itemsize < 4 and implementation in ("eager", "sdpa"):
-        copy = random_copy(model, {model.get_input_embeddings(): _FewTokens(model.get_input_embeddings())})
-        copy.config._attn_implementation = implementation
-        known[implementation] = _can_pack(copy, find_anatomy(copy))
-    if implementation not in known:
-        texts = [tuple(range(3, 15)), (*range(3, 7), *range(20, 28))]
-        row = next(pack([Item(text, 1) for text in texts]))
-        device = model.get_input_embeddings().weight.device
-        nodes = [[*range(11)], [*range(4), *range(11, 18)]]
-        try:
-            _, hidden = next(_walk(model, parts, [parts.plan], [row]))
-            logits = head_logits(model, parts, hidden[0])
-            alone = [model(torch.tensor([text[:-1]], device=device), use_cache=False).logits[0] for text in texts]
-            known[implementation] = all(
-                not plain.isfinite().all() or is_close(logits[own], plain, model.dtype)  # refused where it is measured
-                for own, plain in zip(nodes, alone, strict=True)
-            )
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
-            known[implementation] = False
-        if not known[implementation]:
-            warnings.warn(
-                f"texts of this {model.config.model_type!r} model cannot share rows, so each runs by itself: slower",
-                stacklevel=3,
-            )
-    return known[implementation]
+    known = _PACKS.setdefault(model, {}).setdefault(implementation, {})
+    size = (longest, n_nodes)
+    if size not in known:
+        if any(fits and longest <= texts and n_nodes <= nodes for (texts, nodes), fits in known.items()):
+            known[size] = True
+        elif model.dtype.itemsize < 4 and implementation in ("eager", "sdpa"):
+            copy = random_copy(model, {model.get_input_embeddings(): _FewTokens(model.get_input_embeddings())})
+            copy.config._attn_implementation = implementation
+            known[size] = _are_alike(copy, find_anatomy(copy), *_trial(longest, n_nodes))
+        else:
+            known[size] = _are_alike(model, parts, *_trial(longest, n_nodes))
+    if not known[size]:
+        warnings.warn(
+            f"texts of this {model.config.model_type!r} model cannot share rows, so each runs by itself: slower",
+            stacklevel=3,
+        )
+    return known[size]
+
+
+def _trial(longest: int, n_nodes: int) -> tuple[list[Item], Row]:
+    """Texts that begin alike, in one row: a short one, long ones until the row is full, and another short one."""
+    start = (3, 4, 5, 6)
+    n_long = -(-n_nodes // longest)
+    middle = tuple(3 + k % 23 for k in range(longest))
+    long = [(start + (10, 3 + j // 20 % 20, 3 + j % 20) + middle)[: max(longest, 8)] for j in range(n_long)]
+    texts = [(*start, *range(7, 15)), *long, (*start, *range(20, 28))]
+    items = [Item(text, len(text) - 1) for text in texts]
+    return items, next(pack(items, row_tokens=n_nodes * 2 + 64))
+
+
+def _are_alike(model: nn.Module, parts: Anatomy, items: list[Item], row: Row) -> bool:
+    """Whether the first two items and the last two are predicted in the row as each is by itself."""
+    device = model.get_input_embeddings().weight.device
+    how = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        how["logits_to_keep"] = HEAD_POSITIONS
+    try:
+        _, hidden = next(_walk(model, parts, [parts.plan], [row]))
+        for index, nodes, _ in row.targets[:2] + row.targets[-2:]:
+            nodes = nodes[-HEAD_POSITIONS:]
+            logits = head_logits(model, parts, hidden[0, nodes])
+            ids = torch.tensor([items[index].tokens[:-1]], device=device)
+            alone = model(ids, **how).logits[0, -len(nodes) :]
+            if alone.isfinite().all() and not is_close(logits, alone, model.dtype):  # else refused where it is measured
+                return False
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return False
+    return True
 
 
 class _FewTokens(nn.Module):
@@ -327,13 +353,14 @@ def _layer_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, 
         return mask.masked_fill(~allowed, torch.finfo(model.dtype).min)[:, None]
 
     mask = additive(visible)
-    window = getattr(model.config, "sliding_window", None)  # how many tokens back, itself included
+    config = parts.decoder.config
+    window = getattr(config, "sliding_window", None)  # how many tokens back, itself included
     if window is not None:
         near = mask
         if window < ids.shape[1]:
             distance = position.int()[:, :, None] - position.int()[:, None, :]
             near = additive(visible & (distance < window))
-        by_type = getattr(model.config, "layer_types", None) is not None
+        by_type = getattr(config, "layer_types", None) is not None
         mask = {"full_attention": mask, "sliding_attention": near} if by_type else near
     return layer_calls(parts, input_ids=ids, attention_mask=mask, position_ids=position)
 

@@ -12,10 +12,20 @@ from hypothesis import strategies as st
 from test_generation import Numbers
 from tiny import FAMILIES, random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, apply_plan, dropped, load_model, perplexity, perplexity_sweep
+from llmdrop import (
+    Calibration,
+    DropPlan,
+    apply_plan,
+    dropped,
+    find_anatomy,
+    load_model,
+    perplexity,
+    perplexity_sweep,
+)
 from llmdrop.evaluation import sweep
 from llmdrop.evaluation.generation import generate, greedy_matches
 from llmdrop.evaluation.sweep import Item, loglikelihoods, pack
+from llmdrop.sublayers import head_logits
 
 PLANS = [
     DropPlan(),
@@ -89,6 +99,38 @@ def test_on_a_model_that_is_already_dropped():
     sums, _ = loglikelihoods(model, [DropPlan(), DropPlan([3], [0])], items, progress=False)
     np.testing.assert_allclose(sums[0], reference(model, items)[0], atol=1e-4)
     np.testing.assert_allclose(sums[1], reference(apply_plan(model, DropPlan([3], [0])), items)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("gemma3", {"text_config": {"sliding_window": 24}}),
+        ("gemma3_text", {"sliding_window": 24}),
+        ("gpt_neo", {"window_size": 24}),
+        ("llama4_text", {"attention_chunk_size": 24}),
+    ],
+)
+def test_windows_and_chunks_longer_than_short_texts(kind, settings):
+    model = tiny_decoder(kind, **settings)
+    few_shot = [Item((*range(3, 13), *row), 4) for row in random_ids(6, 10).tolist()]
+    for items in (few_shot, *[[Item(tuple(row), 4) for row in random_ids(3, n).tolist()] for n in (20, 60, 40)]):
+        sums, _ = loglikelihoods(model, [DropPlan()], items, progress=False)
+        np.testing.assert_allclose(sums[0], reference(model, items)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_on_logits_is_the_models_own_in_every_type(dtype):
+    model = tiny_decoder("gemma2", final_logit_softcapping=30.0).to(dtype)
+    rows = model.get_output_embeddings().weight
+    with torch.no_grad():
+        rows *= 4 / 32**0.5 / rows.std()
+        model.model.norm.weight.zero_()
+        hidden = rows[:5].clone()  # of the largest logits there are
+        hidden_of_unit = hidden.float() / hidden.float().square().mean(-1, keepdim=True).sqrt()
+        plain = hidden_of_unit @ rows.float().T
+        logits = head_logits(model, find_anatomy(model), hidden)
+    assert plain.max() > 20
+    torch.testing.assert_close(logits, 30 * (plain / 30).tanh(), atol=0.3, rtol=0)
 
 
 sequences = st.tuples(st.lists(st.integers(0, 2), min_size=2, max_size=8), st.integers(1, 7))

@@ -35,6 +35,7 @@ ROW_TOKENS = {"cpu": 256, "cuda": 1024}
 LONGEST_ROW = 4096
 # by model and attention implementation: whether texts of so many tokens can share rows of so many
 _PACKS: WeakKeyDictionary[nn.Module, dict[str, dict[tuple[int, int], bool]]] = WeakKeyDictionary()
+LAST = 16  # tokens of a text by which it is seen whether it can share a row: the farthest from its beginning
 HEAD_POSITIONS = 128  # logits of so many positions at a time: small enough for the allocator to reuse their memory
 
 
@@ -217,11 +218,11 @@ def _are_alike(model: nn.Module, parts: Anatomy, items: list[Item], row: Row) ->
     device = model.get_input_embeddings().weight.device
     how = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        how["logits_to_keep"] = HEAD_POSITIONS
+        how["logits_to_keep"] = LAST
     try:
         _, hidden = next(_walk(model, parts, [parts.plan], [row]))
         for index, nodes, _ in row.targets[:2] + row.targets[-2:]:
-            nodes = nodes[-HEAD_POSITIONS:]
+            nodes = nodes[-LAST:]
             logits = head_logits(model, parts, hidden[0, nodes])
             ids = torch.tensor([items[index].tokens[:-1]], device=device)
             alone = model(ids, **how).logits[0, -len(nodes) :]

@@ -6,6 +6,15 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 
 import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -66,15 +75,44 @@ def load_model(
         tokenizer = _load_tokenizer(path, revision, model.config, places)
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
         kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
+        reason = hub_reason(error) or f"{' '.join(str(error).split())[:300]} (copy a damaged file again)"
         raise kind(
-            f"cannot load {str(name)!r}: {' '.join(str(error).split())[:300]} | Allowed: {', '.join(EMBEDDED)}, a "
-            "directory with config.json, safetensors and tokenizer, or a hub id (optionally @revision) in reach. Copy "
-            "a damaged file again; for a gated model accept its license on the hub and run `hf auth login`."
+            f"cannot load {str(name)!r}: {reason} | Allowed: {', '.join(EMBEDDED)}, a directory with config.json, "
+            "safetensors and tokenizer, or a hub id (optionally @revision) in reach"
         ) from error
     model.name_or_path = str(name)
     name_as_dropped(model)
     is_placed = device == "balanced" or "device_map" in kwargs
     return (model if is_placed else model.to(device)), tokenizer
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why the hub did not give a model, and what to do about it, by the error and those behind it; "" for others."""
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(behind, kinds) for behind in chain)
+
+    statuses = [behind.response.status_code for behind in chain if isinstance(behind, HfHubHTTPError)]
+    if has(GatedRepoError):
+        return "it is gated; accept its license on its page of the hub, then run `hf auth login` or give token="
+    if has(RepositoryNotFoundError):
+        return (
+            "the hub shows no such repository, so the name is misspelt, or it is private; check the name, and for a "
+            "private one run `hf auth login` or give token= of somebody who may read it"
+        )
+    if 401 in statuses or 403 in statuses:
+        return "it is private or gated, and the token given may not read it; `hf auth login` with one that may"
+    if has(RevisionNotFoundError):
+        return "the hub has it, but not this revision; give a branch, tag or commit of it"
+    if is_offline_mode() and has(LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return "no network is used (HF_HUB_OFFLINE=1) and it is not in the hub's cache; unset that, or copy it here"
+    if has(LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return "there is no network to the hub, and it is not in the hub's cache; connect, or give a directory"
+    return ""
 
 
 def _load_tokenizer(path: str, revision: str, config, places: dict) -> PreTrainedTokenizerBase:

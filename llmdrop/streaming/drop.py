@@ -79,7 +79,8 @@ def _write_beside_weights(checkpoint: Checkpoint, folder: Path) -> None:
     source = checkpoint.folder
     tokenizer = None
     if any(any(source.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # with a config in hand it reads none: that of a dropped checkpoint asks for remote code
+        tokenizer = AutoTokenizer.from_pretrained(source, config=model.config, trust_remote_code=False)
 
     def save_config(path) -> None:
         model.config.architectures = [type(model).__name__]

@@ -3,8 +3,8 @@
 Called by `make report` and at the end of `make reproduce`: report.py <profile.yaml> <executed notebooks> <figures>.
 Reads what `save_figure`, `save_table` and `record_claim` left in <figures>, renders the executed notebooks beside it,
 and depends on nothing else: the same inputs give the same bytes. Then puts all profiles together, in index.html and
-README.md one folder up: ten claims with the best evidence there is, the figures, all claims. The ten claims also go into
-the project's README.md, between two marks.
+README.md one folder up: ten claims with the best evidence there is, the figures, all claims. The ten claims also go
+into the project's README.md, between two marks.
 """
 
 import json
@@ -56,7 +56,8 @@ HEADLINES = [  # the ten claims that the page of all profiles begins with
     "tab03-speedup-half", "fig03-attn-below-mlp", "fig06-deep-first-attn", "tab06-residual-attn",
     "tab03-speed-one-gpu", "beyond-third-as-timed",
 ]  # fmt: skip
-MARKS = ("<!-- ten claims, written by make report -->\n", "<!-- end of the ten claims -->")  # in the project's README.md
+# in the project's README.md
+MARKS = ("<!-- ten claims, written by make report -->\n", "<!-- end of the ten claims -->")
 # whose evidence counts first: the paper's own models, then all questions, then what anyone can run
 PROFILES = ("paper", "geometry", "pretrain", "full", "beyond", "embedded")
 

@@ -6,15 +6,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 
 import torch
-from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -34,6 +26,23 @@ from .modeling_llmdrop import merged
 DTYPES = ("float32", "bfloat16", "float16")
 # where files come from: config, weights and tokenizer alike
 PLACES = ("subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+HUB_REASONS = (  # the first that applies: a gated repository is a kind of one not found
+    (
+        hub.GatedRepoError,
+        "it is gated; accept its license on its page of the hub, then run `hf auth login` or give token=",
+    ),
+    (
+        hub.RepositoryNotFoundError,
+        "the hub shows no such repository, so its name is misspelt, or it is private; check the name, or for a private "
+        "one run `hf auth login` or give token=",
+    ),
+    (hub.RevisionNotFoundError, "the hub has it, but not this revision; give a branch, tag or commit of it"),
+    (
+        (hub.LocalEntryNotFoundError, ConnectionError, TimeoutError),
+        "there is no network to the hub (or HF_HUB_OFFLINE or local_files_only forbids it), and it is not in the hub's "
+        "cache; connect, or give a directory",
+    ),
+)
 
 
 def load_model(
@@ -87,32 +96,11 @@ def load_model(
 
 
 def hub_reason(error: BaseException) -> str:
-    """Why the hub did not give a model, and what to do about it, by the error and those behind it; "" for others."""
-    chain = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-
-    def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(behind, kinds) for behind in chain)
-
-    statuses = [behind.response.status_code for behind in chain if isinstance(behind, HfHubHTTPError)]
-    if has(GatedRepoError):
-        return "it is gated; accept its license on its page of the hub, then run `hf auth login` or give token="
-    if has(RepositoryNotFoundError):
-        return (
-            "the hub shows no such repository, so the name is misspelt, or it is private; check the name, and for a "
-            "private one run `hf auth login` or give token= of somebody who may read it"
-        )
-    if 401 in statuses or 403 in statuses:
-        return "it is private or gated, and the token given may not read it; `hf auth login` with one that may"
-    if has(RevisionNotFoundError):
-        return "the hub has it, but not this revision; give a branch, tag or commit of it"
-    if is_offline_mode() and has(LocalEntryNotFoundError, OfflineModeIsEnabled):
-        return "no network is used (HF_HUB_OFFLINE=1) and it is not in the hub's cache; unset that, or copy it here"
-    if has(LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        return "there is no network to the hub, and it is not in the hub's cache; connect, or give a directory"
-    return ""
+    """Why the hub did not give a model, and what to do, by the errors behind this one; "" where it is not the hub."""
+    chain = [error]
+    while behind := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(behind)
+    return next((why for kinds, why in HUB_REASONS if any(isinstance(link, kinds) for link in chain)), "")
 
 
 def _load_tokenizer(path: str, revision: str, config, places: dict) -> PreTrainedTokenizerBase:

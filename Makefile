@@ -115,7 +115,7 @@ $(NAMES:%=$(DONE)/%.params.json):
 smoke: ## reproduce with a few samples each, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
-report: $(STAMP) ## figures/PROFILE/index.html, claims.csv and figures/index.html from what has been run
+report: $(STAMP) ## figures/PROFILE/index.html, claims.csv and figures/index.html from what has been run; the README's ten claims
 	@$(REPORT)
 
 drop: $(STAMP) ## make drop MODEL=… ATTN=8 OUT=directory: score, drop, save, check

@@ -3,7 +3,8 @@
 Called by `make report` and at the end of `make reproduce`: report.py <profile.yaml> <executed notebooks> <figures>.
 Reads what `save_figure`, `save_table` and `record_claim` left in <figures>, renders the executed notebooks beside it,
 and depends on nothing else: the same inputs give the same bytes. Then puts all profiles together, in index.html and
-README.md one folder up: ten claims with the best evidence there is, the figures, all claims.
+README.md one folder up: ten claims with the best evidence there is, the figures, all claims. The ten claims also go
+into the project's README.md, between two marks.
 """
 
 import json
@@ -55,6 +56,8 @@ HEADLINES = [  # the ten claims that the page of all profiles begins with
     "tab03-speedup-half", "fig03-attn-below-mlp", "fig06-deep-first-attn", "tab06-residual-attn",
     "tab03-speed-one-gpu", "beyond-third-as-timed",
 ]  # fmt: skip
+# in the project's README.md
+MARKS = ("<!-- ten claims, written by make report -->\n", "<!-- end of the ten claims -->")
 # whose evidence counts first: the paper's own models, then all questions, then what anyone can run
 PROFILES = ("paper", "geometry", "pretrain", "full", "beyond", "embedded")
 
@@ -257,8 +260,30 @@ def best_evidence(figures: Path) -> pd.DataFrame:
     return best.loc[[id for id in paper.claims()["id"] if id in best.index]]
 
 
+def templates() -> jinja2.Environment:
+    """The pages of all profiles, HTML or Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        autoescape=lambda name: name.endswith("html.j2"),
+    )  # fmt: skip
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    return environment
+
+
+def with_headlines(readme: str, figures: Path) -> str:
+    """The text of the project's README.md with the ten claims of HEADLINES, as they stand now, between its marks."""
+    rows = as_shown(best_evidence(figures).loc[HEADLINES])
+    table = templates().get_template("headlines.md.j2").render(headlines=rows)
+    before, _, rest = readme.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
+
+
 def overview(profiles: Path, figures: Path) -> Path:
-    """Write <figures>/index.html and README.md, all profiles put together; returns the path of the index."""
+    """Write <figures>/index.html and README.md, all profiles put together; returns the path of the index.
+
+    Where the README.md beside <figures> has room for them, the ten claims go there, too.
+    """
     notebooks = profiles.parent
     best = best_evidence(figures)
     made = [name for name in reversed(PROFILES) if (figures / name / "index.html").is_file()]
@@ -275,11 +300,10 @@ def overview(profiles: Path, figures: Path) -> Path:
         title="llmdrop: all profiles", headlines=as_shown(best.loc[HEADLINES]), kinds=by_kind(best, notebooks),
         made=about, drawn=drawn, paper=paper.PAPER, counts=best["verdict"].value_counts().to_dict(),
     )  # fmt: skip
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-        autoescape=lambda name: name.endswith("html.j2"),
-    )  # fmt: skip
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    readme = figures.parent / "README.md"
+    if readme.is_file() and all(mark in readme.read_text() for mark in MARKS):
+        readme.write_text(with_headlines(readme.read_text(), figures))
+    environment = templates()
     (figures / "README.md").write_text(environment.get_template("overview.md.j2").render(shown))
     (figures / "index.html").write_text(environment.get_template("overview.html.j2").render(shown))
     return figures / "index.html"

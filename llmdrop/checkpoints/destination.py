@@ -7,10 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 MARK = "llmdrop_written"  # in config.json: the version of llmdrop that wrote the checkpoint; loading leaves it out
+CARD_MARK = "<!-- llmdrop wrote this card and replaces it with the checkpoint. Delete this line to keep your text. -->"
 
 # all that `save_model` and `drop_checkpoint` write into a directory
 OUR_FILES = re.compile(
-    r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"README\.md|(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|modeling_llmdrop\.py|configuration_nemotron_nas\.py"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|((video_)?pre)?processor_config\.json"
@@ -38,6 +39,8 @@ def check_destination(path: Path, overwrite: bool) -> None:
     if files and not overwrite:
         raise FileExistsError(f"{path} is not empty; choose another path, or overwrite=True to replace a checkpoint")
     obstacles = [f"{name}, which save_model does not write" for name in files if not OUR_FILES.fullmatch(name)]
+    if "README.md" in files and not is_our_card(path / "README.md"):
+        obstacles.append("a README.md that is not (or no longer) that of llmdrop")
     if files and "config.json" not in files:
         obstacles.append("no config.json, so no checkpoint")
     elif files and not _is_ours(path / "config.json"):
@@ -57,6 +60,14 @@ def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> 
         raise FileExistsError(f"{path} exists; choose another path, or overwrite=True to replace a file of llmdrop's")
     if path.exists() and not is_ours(path):
         raise FileExistsError(f"{path} was not written by llmdrop, so overwrite=True spares it; choose another path")
+
+
+def is_our_card(card: Path) -> bool:
+    """Whether llmdrop wrote this README.md, and the line that says so is still there."""
+    try:
+        return CARD_MARK in card.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def _is_ours(config: Path) -> bool:

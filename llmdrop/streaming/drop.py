@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ..checkpoints.blocks import is_ordinary, renumber
+from ..checkpoints.card import write_card
 from ..checkpoints.destination import check_destination
 from ..checkpoints.transformers_format import described, write_hf
 from ..files import new_directory, real_path
@@ -60,6 +61,7 @@ def drop_checkpoint(
     with new_directory(destination) as folder:
         try:
             _write_beside_weights(checkpoint, folder)
+            write_card(folder, destination.name, checkpoint.model.name_or_path)
             _write_shards(checkpoint, kept, folder, link, progress)
         except OSError as error:
             raise OSError(
@@ -77,7 +79,8 @@ def _write_beside_weights(checkpoint: Checkpoint, folder: Path) -> None:
     source = checkpoint.folder
     tokenizer = None
     if any(any(source.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # with a config in hand it reads none: that of a dropped checkpoint asks for remote code
+        tokenizer = AutoTokenizer.from_pretrained(source, config=model.config, trust_remote_code=False)
 
     def save_config(path) -> None:
         model.config.architectures = [type(model).__name__]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..checkpoints.blocks import renumber
 from ..checkpoints.extras import import_extra
-from ..checkpoints.load import is_renumbered, locate, stock_class, undropped_config
+from ..checkpoints.load import hub_reason, is_renumbered, locate, stock_class, undropped_config
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
 
@@ -161,9 +161,10 @@ def _local(name: str) -> Path:
         # of the same commit; not every *.safetensors: some repositories hold the weights twice (consolidated ones)
         return _download(path, folder.name, _shard_names(folder))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = hub_reason(error) or " ".join(str(error).split())[:300]
         raise FileNotFoundError(
-            f"cannot get {name!r}: {' '.join(str(error).split())[:300]} | Allowed: a directory with config.json and "
-            "safetensors, or a hub id (optionally @revision) that this machine can reach"
+            f"cannot get {name!r}: {reason} | Allowed: a directory with config.json and safetensors, or a hub id "
+            "(optionally @revision) that this machine can reach"
         ) from error
 
 

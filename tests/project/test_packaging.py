@@ -1,4 +1,4 @@
-"""What a stranger relies on before anything runs: requirements agree, the README's tree is true, ruff is content."""
+"""What a stranger relies on before anything runs: requirements agree, the pages' trees are true, ruff is content."""
 
 import re
 import shutil
@@ -115,9 +115,9 @@ def test_ruff():
     assert done.returncode == 0, done.stdout
 
 
-def tree() -> list[str]:
-    """Paths in the README's annotated tree: a fenced block, a name or names first on each line, indented by folder."""
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def tree(page: str) -> list[str]:
+    """Paths in a page's annotated tree: a fenced block, a name or names first on each line, indented by folder."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     block = next((b for b in blocks if re.search(r"^\W*llmdrop/(\s|$)", b, re.MULTILINE)), "")
     paths, folders = [], []
     for line in block.splitlines():
@@ -132,24 +132,35 @@ def tree() -> list[str]:
     return paths
 
 
-def test_the_tree_in_the_readme_is_true():
-    paths = tree()
-    if not paths:
-        pytest.skip("the README has no tree yet")
-    missing = [path for path in paths if not path.startswith(MADE) and not list(ROOT.glob(path.rstrip("/")))]
-    assert not missing
-    shown = " ".join(paths)
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_trees_are_true(page):
+    paths = tree(page)
+    assert paths and not [p for p in paths if not p.startswith(MADE) and not list(ROOT.glob(p.rstrip("/")))]
+
+
+def committed() -> list[str]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in done.stdout.split("\n") if (ROOT / name).is_file()]
+
+
+def test_the_readme_shows_every_folder():
+    folders = {f"{name.split('/')[0]}/" for name in committed() if "/" in name and not name.startswith(".")}
+    folders |= {f"{Path(name).parent}/" for name in committed() if name.startswith("llmdrop/")}
+    assert len(folders) > 10 and not folders - set(tree("README.md"))
+
+
+def test_the_architecture_shows_every_module():
+    shown = " ".join(tree("docs/architecture.md"))
     modules = {p.relative_to(ROOT / "llmdrop") for p in (ROOT / "llmdrop").rglob("*.py")}
     names = {p.name for p in modules if not p.name.startswith("__")} | {f"{p.parent}/" for p in modules} - {"./"}
     assert not [name for name in sorted(names) if name not in shown], "a module or folder the tree does not show"
 
 
 def test_nothing_of_one_machine_is_committed():
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     kinds = {".py", ".md", ".yml", ".yaml", ".toml", ".txt", ".cff", ".ipynb", ".html", ".json", ".csv", ".j2", ""}
     folders = re.compile("|".join(rf"(?<![\w./-]){re.escape(str(folder))}/" for folder in (ROOT, Path.home())))
-    for file in filter(None, files):
-        if Path(file).suffix in kinds and (ROOT / file).is_file():
+    for file in committed():
+        if Path(file).suffix in kinds:
             assert not folders.search((ROOT / file).read_text(errors="replace")), file

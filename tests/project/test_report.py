@@ -205,6 +205,29 @@ def test_the_page_of_all_profiles_has_the_best_evidence(project, tmp_path):
         assert not re.search(r"\d\.\d{7,}|\['", text), "raw numbers or Python"
 
 
+def test_the_readme_has_the_ten_claims_as_they_stand():
+    text = (ROOT / "README.md").read_text()
+    assert text == report.with_headlines(text, ROOT / "figures"), "stale; run make report"
+    assert sum(text.count(mark) for mark in report.MARKS) == 2
+
+
+def test_the_ten_claims_go_between_the_marks_of_a_readme_alone(project, tmp_path):
+    root = shutil.copytree(project, tmp_path / "project")
+    before, after = "# A project\n", "\nand what follows\n"
+    (root / "README.md").write_text(before + "stale".join(report.MARKS) + after)
+    rebuild(root)
+    first = (root / "README.md").read_text()
+    assert first.startswith(before) and first.endswith(after) and "stale" not in first
+    assert "| 2.30 [2.10, 2.50] nats | **holds**; > 0 nats |" in first
+    assert first.count("\n| ") == 11 and first.count("**not run**") + first.count("**holds**") == 10
+    rebuild(root)
+    assert (root / "README.md").read_text() == first
+    for other in ("no marks\n", report.MARKS[0] + "no end\n"):
+        (root / "README.md").write_text(other)
+        rebuild(root)
+        assert (root / "README.md").read_text() == other
+
+
 def test_the_headlines_are_claims():
     assert len(report.HEADLINES) == len(set(report.HEADLINES)) == 10
     assert set(report.HEADLINES) <= set(paper.claims()["id"])

@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .anatomy import RECORD, Anatomy, exclusive, find_anatomy, find_layers, unwrapped
@@ -347,13 +346,12 @@ class CacheCut:
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = self._cache(args, kwargs)
-        parameters = inspect.signature(decoder.forward).parameters
-        name = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
-        if cache is None and name is not None:
+        names = {"past_key_values", "cache_params"} & inspect.signature(decoder.forward).parameters.keys()
+        if cache is None and names:
             use_cache = kwargs.get("use_cache")
             if getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache:
                 cache = DynamicCache(config=decoder.config)
-                kwargs = kwargs | {name: cache}
+                kwargs = kwargs | {names.pop(): cache}
         if cache is None:
             return args, kwargs
         if self.by_place:
@@ -384,10 +382,9 @@ class CacheCut:
     @staticmethod
     def _is_filled(cache: Cache) -> bool:
         states = [getattr(layer, name, None) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
-        if any(isinstance(state, torch.Tensor) and state.any() for state in tree_leaves(states)):
-            return True
+        leaves = torch.utils._pytree.tree_leaves(states)
         try:
-            return cache.get_seq_length() > 0
+            return any(leaf is not None and bool(leaf.any()) for leaf in leaves) or cache.get_seq_length() > 0
         except ValueError:  # it has states alone, as of a Mamba
             return False
 

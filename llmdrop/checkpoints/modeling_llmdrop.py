@@ -14,7 +14,6 @@ import json
 import torch  # noqa: F401
 import transformers
 from torch import nn  # noqa: F401
-from torch.utils._pytree import tree_leaves  # noqa: F401
 from transformers.cache_utils import Cache, DynamicCache  # noqa: F401
 
 try:

@@ -119,13 +119,6 @@ def our_config(config: dict, model: nn.Module, parts: Anatomy) -> dict:
     refused: dict = {
         depth: f"{parts.n_layers} minus dropped ones: load with llmdrop.load_model or trust_remote_code=True"
     }
-    if not prune.given_biases(parts) and not getattr(text, "is_heterogeneous", False):
-        # The same in transformers' own words, for the release whose stock classes build layers from them; until then
-        # they would make up the weights, so the depth above stays what they refuse, and ours are what is read.
-        skip = {"attention": parts.plan.attn, "mlp": parts.plan.mlp}
-        skipped_in = {i: [part for part, layers in skip.items() if i in layers] for i in range(parts.n_layers)}
-        refused["per_layer_config"] = {str(i): {"skip": names} for i, names in skipped_in.items() if names}
-        undropped["per_layer_config"] = None
     for key in model.config.sub_configs:
         if getattr(model.config, key, None) is text:  # the text model's part of a multimodal config
             undropped = {key: undropped}
@@ -138,6 +131,12 @@ def our_config(config: dict, model: nn.Module, parts: Anatomy) -> dict:
         "in_old_releases": model.config.model_type in IN_OLD_RELEASES and attend_alike and has_attention,
     }
     record |= prune.placements(model, parts)
+    if not record["matrices"] and not getattr(text, "is_heterogeneous", False):
+        # The same in transformers' own words, for the release whose stock classes build layers from them. At the top of
+        # the config they would mislead today's: those that read the depth there check them against it.
+        skip = {"attention": parts.plan.attn, "mlp": parts.plan.mlp}
+        skipped_in = {i: [part for part, layers in skip.items() if i in layers] for i in range(parts.n_layers)}
+        record["per_layer_config"] = {str(i): {"skip": names} for i, names in skipped_in.items() if names}
     classes = auto_classes(model.config.model_type)
     auto_map = {auto: f"modeling_llmdrop.{stock}" for auto, stock in classes.items()}
     auto_map["AutoConfig"] = "modeling_llmdrop.DroppedConfig"

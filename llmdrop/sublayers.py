@@ -112,7 +112,8 @@ def head_logits(model: nn.Module, parts: Anatomy, hidden: torch.Tensor) -> torch
                 logits = model.get_output_embeddings()(parts.decoder.get_submodule(name)(rows[:, None]))[:, 0].float()
             except (RuntimeError, TypeError, ValueError, IndexError):
                 continue
-            if torch.equal(logits, expected):  # to the bit: a soft cap is less than the rounding of bfloat16
+            # to the bit: a soft cap is less than the rounding of bfloat16
+            if torch.equal(logits, expected.to(logits.device)):
                 _FINAL[model] = name
     if _FINAL[model] is None:
         return _logits_by_forward(model, parts, hidden)

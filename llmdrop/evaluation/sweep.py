@@ -140,6 +140,12 @@ def loglikelihoods(
     plans = whole_plans(model, plans)
     sums = np.zeros((len(plans), len(items)))
     greedy = np.ones((len(plans), len(items)), dtype=bool)
+    groups = _groups(parts, items)
+    if len(groups) > 1:
+        for group in groups:
+            some = [items[k] for k in group]
+            sums[:, group], greedy[:, group] = loglikelihoods(model, plans, some, row_tokens, progress, label)
+        return sums, greedy
     device = model.device.type
     row_tokens = row_tokens or ROW_TOKENS.get(device, ROW_TOKENS["cpu"])
     width = model.get_input_embeddings().weight.shape[-1]
@@ -172,6 +178,29 @@ def loglikelihoods(
                     greedy[group, index] = item_is_likeliest.all()
             bar.update(sum(len(row.ids) for row in call))
     return sums, greedy
+
+
+def _groups(parts: Anatomy, items: Sequence[Item]) -> list[list[int]]:
+    """Which items can run in one batch: rotary settings that change with the longest text in it keep others apart."""
+    config = parts.decoder.config
+    settings = getattr(config, "rope_parameters", None) or {}
+    of_kinds = [kind for kind in (settings, *settings.values()) if isinstance(kind, dict)]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for kind in of_kinds
+        if kind.get("rope_type") in ("longrope", "dynamic")
+    ]
+    is_dynamic = any(kind.get("rope_type") == "dynamic" for kind in of_kinds)
+    groups: dict[int, list[int]] = {}
+    for k, item in enumerate(items):
+        length = len(item.tokens) - 1  # the last token is never read
+        group = 0
+        if limits and length > min(limits):
+            group = length if is_dynamic else 1
+        groups.setdefault(group, []).append(k)
+    return list(groups.values())
 
 
 @torch.inference_mode()

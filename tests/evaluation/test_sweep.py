@@ -93,6 +93,25 @@ def test_real_weights_in_16_bits_share_rows():
         loglikelihoods(model, [DropPlan()], items, progress=False)
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_settings_that_change_with_length_are_those_of_each_text(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
+    settings = {"rope_parameters": rope, "max_position_embeddings": 64 if kind == "longrope" else 16}
+    if kind == "longrope":
+        settings["original_max_position_embeddings"] = 16
+    model = tiny_decoder("phi3" if kind == "longrope" else "llama", **settings)
+    items = [Item(tuple(random_ids(1, n, n)[0].tolist()), 4) for n in (12, 40, 14, 30)]
+    sums, _ = loglikelihoods(model, [DropPlan()], items, progress=False)
+    for k, item in enumerate(items):
+        ids = torch.tensor([item.tokens])
+        with torch.no_grad():
+            logp = model(ids[:, :-1], use_cache=False).logits[0, -4:].log_softmax(-1)
+        expected = logp.gather(-1, ids[0, -4:, None]).sum().item()
+        assert sums[0, k] == pytest.approx(expected, abs=1e-4)
+
+
 def test_on_a_model_that_is_already_dropped():
     model, items = tiny("qwen2"), items_of()
     apply_plan(model, DropPlan([0, 1], [1, 2]))

@@ -22,6 +22,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from pygments.formatters import HtmlFormatter
 
+from llmdrop import build_dir
 from llmdrop.repro import paper
 
 HERE = Path(__file__).parent
@@ -113,7 +114,9 @@ def by_kind(claims: pd.DataFrame, notebooks: Path) -> list[dict]:
 
 def impersonal(text: str) -> str:
     """Without this machine's folders and memory addresses, so that a committed page is the same everywhere."""
-    for folder, name in ((HERE.parent.resolve(), "."), (Path(sys.prefix), ".venv"), (Path.home(), "~")):
+    here = (HERE.parent.resolve(), ".")
+    build = (build_dir().resolve(), "./build")  # wherever LLMDROP_BUILD puts it
+    for folder, name in (here, build, (Path(sys.prefix), ".venv"), (Path.home(), "~")):
         text = re.sub(rf"{re.escape(str(folder))}(?=[/\s:'\"<,)]|$)", name, text)
     return re.sub(r" at 0x[0-9a-f]{6,}", "", text)
 
@@ -270,9 +273,12 @@ def templates() -> jinja2.Environment:
     return environment
 
 
-def with_headlines(readme: str, figures: Path) -> str:
-    """The text of the project's README.md with the ten claims of HEADLINES, as they stand now, between its marks."""
-    rows = as_shown(best_evidence(figures).loc[HEADLINES])
+def with_headlines(readme: str, best: pd.DataFrame) -> str:
+    """The text of the project's README.md with the ten claims of HEADLINES between its marks.
+
+    best: from `best_evidence`.
+    """
+    rows = as_shown(best.loc[HEADLINES])
     table = templates().get_template("headlines.md.j2").render(headlines=rows)
     before, _, rest = readme.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
@@ -302,7 +308,7 @@ def overview(profiles: Path, figures: Path) -> Path:
     )  # fmt: skip
     readme = figures.parent / "README.md"
     if readme.is_file() and all(mark in readme.read_text() for mark in MARKS):
-        readme.write_text(with_headlines(readme.read_text(), figures))
+        readme.write_text(with_headlines(readme.read_text(), best))
     environment = templates()
     (figures / "README.md").write_text(environment.get_template("overview.md.j2").render(shown))
     (figures / "index.html").write_text(environment.get_template("overview.html.j2").render(shown))

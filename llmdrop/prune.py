@@ -346,12 +346,12 @@ class CacheCut:
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = self._cache(args, kwargs)
-        names = {"past_key_values", "cache_params"} & inspect.signature(decoder.forward).parameters.keys()
+        names = [n for n in ("past_key_values", "cache_params") if n in inspect.signature(decoder.forward).parameters]
         if cache is None and names:
             use_cache = kwargs.get("use_cache")
             if getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache:
                 cache = DynamicCache(config=decoder.config)
-                kwargs = kwargs | {names.pop(): cache}
+                kwargs = kwargs | {names[0]: cache}
         if cache is None:
             return args, kwargs
         if self.by_place:

@@ -183,6 +183,8 @@ def for_transformers_4(config: dict, kind: type[PretrainedConfig]) -> dict:
     if rope.get("rope_type", "default") != "default":
         out["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     out = {key: value for key, value in out.items() if key not in config}
+    if not out:
+        return out
     try:
         is_same = _rope(kind, config | out) == _rope(kind, config)
     except (KeyError, ValueError, TypeError):

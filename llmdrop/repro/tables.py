@@ -203,8 +203,8 @@ def format_table(
     """`df` as text: "markdown", "latex" (booktabs; needs the packages booktabs and colortbl) or "csv" (all digits).
 
     Columns `x_low` and `x_high` are folded into their `x`: "0.45 [0.41, 0.49]", which is left out where they are equal.
-    Rows with `source == "paper"` are in italics. Rows whose `avg` is below `keep` times
-    that of the `method == "Baseline"` row of the same model and source are gray (Markdown: ▽ at the average).
+    Rows with `source == "paper"` are in italics. Rows whose `avg` is below `keep` times that of the
+    `method == "Baseline"` row of the same model and source are gray (Markdown: ▽ at the average).
 
     No cell is blank: a missing number reads "not in the paper" in published rows, in others `missing` or what
     `missing_in` has for its column, and γ "–" for a Baseline and where there is no speedup.

@@ -47,7 +47,7 @@ help: ## this list
 			line = line names[i] "= "; \
 			if (i == n || length(line) > 80) { printf "%18s%s\n", "", line; line = "" } } }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  PROFILE=smoke|embedded|full|beyond|paper|geometry|pretrain   which models, data and sizes (default: embedded)"
+	@echo "  PROFILE=smoke|embedded|full|beyond|pretrain|pretrain_gpu|paper|geometry   which models, data and sizes (default: embedded)"
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
@@ -82,13 +82,13 @@ OVERRIDES = $(foreach name,MODEL DEVICE DATA_DIR LIMIT,--set '$(name)=$($(name))
 PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
-PACKAGED := $(filter smoke embedded full beyond,$(PROFILE))
+PACKAGED := $(filter smoke embedded full beyond pretrain,$(PROFILE))
 OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(PACKAGED),HF_HUB_OFFLINE=1))
 # Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use);
 # one where speed is timed by the paper's protocol, alone on the machine.
 GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(and $(filter-out full,$(PACKAGED)),$(filter-out 1,$(CORES))),2,1))
+JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(and $(filter-out full pretrain,$(PACKAGED)),$(filter-out 1,$(CORES))),2,1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
 # The notebooks are made by a second make, so that one failing neither stops the others nor the report.

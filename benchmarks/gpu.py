@@ -7,7 +7,7 @@ It needs this checkout and a Python with torch (CUDA) and transformers: what a s
 --dry prints, and a step that lacks it is skipped. Every step is a process of its own with a time limit, which writes
 build/gpu/<step>.json when it is done; measurements inside go through the results store. So a call that is killed, or
 stopped by --minutes, is continued by the next. --draw, on any machine with matplotlib, makes figures/geometry and
-figures/pretrain out of these files: it executes the notebooks cell by cell with what was measured put in.
+figures/pretrain_gpu out of these files: it executes the notebooks cell by cell with what was measured put in.
 """
 
 import argparse
@@ -177,15 +177,13 @@ def pretrained(args: argparse.Namespace) -> dict:
     from llmdrop.repro.training import Recipe, pretrain
     from llmdrop.repro.training_text import load_training_text
 
-    p = notebook_parameters("fig07_checkpoints", "pretrain")
-    n_windows = p["STEPS"] * p["BATCH_SIZE"]
-    text = load_training_text(p["SOURCES"], p["VOCABULARY"], p["SEQ_LEN"], n_windows, p["N_SAMPLES"], args.data_dir)
-    recipe = Recipe(p["N_LAYERS"], p["WIDTH"], p["STEPS"], p["BATCH_SIZE"], p["LR"], p["N_CHECKPOINTS"])
-    scores, curve = pretrain(text, recipe, p["SEEDS"], args.device, llmdrop.Store())
-    last = curve.iloc[-1]
+    p = notebook_parameters("fig07_checkpoints", "pretrain_gpu")
+    recipe = Recipe(**p["RECIPE"])
+    text = load_training_text(n_train=recipe.steps * recipe.batch_size, data_dir=args.data_dir, **p["TEXT"])
+    trained = pretrain(text, recipe, p["SEEDS"], args.device, llmdrop.Store())
+    last = trained.curve.iloc[-1]
     return {
-        "scores": scores.to_dict("records"),
-        "curve": curve.to_dict("records"),
+        **{name: frame.to_dict("records") for name, frame in trained._asdict().items()},
         "facts": llmdrop.provenance(),
         "summary": f"{last['tokens'] / 1e6:.0f}M tokens, held-out loss {last['valid_loss']:.3f}",
     }
@@ -276,7 +274,7 @@ def all_steps() -> list[Step]:
             (),
             ("DATA_DIR",),
             40,
-            "pretrain",
+            "pretrain_gpu",
         ),
         Step("embedded", "the notebooks of the embedded profile", 15, embedded, (*drawing, *questions), both, 4),
     ]
@@ -402,7 +400,7 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 def draw(steps: list[Step], figures: Path) -> None:
-    """figures/geometry and figures/pretrain out of the steps' files, as far as they are there."""
+    """figures/geometry and figures/pretrain_gpu out of the steps' files, as far as they are there."""
     records = {step.name: read(step) for step in steps}
     done = {name: record for name, record in records.items() if record.get("status") == "done"}
     speed = [record for name, record in done.items() if name.startswith("geometry:")]
@@ -428,11 +426,11 @@ def draw(steps: list[Step], figures: Path) -> None:
     if "pretrain" in done:
         from llmdrop.repro import training
 
-        made = tuple(pd.DataFrame(done["pretrain"][name]) for name in ("scores", "curve"))
-        given = {"OUT": str(figures / "pretrain"), "DEVICE": device}
+        made = training.TrainingRuns(*(pd.DataFrame(done["pretrain"][name]) for name in training.TrainingRuns._fields))
+        given = {"OUT": str(figures / "pretrain_gpu"), "DEVICE": device}
         with mock.patch.object(training, "pretrain", lambda *args: made):
-            execute("fig07_checkpoints", notebook_parameters("fig07_checkpoints", "pretrain") | given)
-    for profile in ("geometry", "pretrain"):
+            execute("fig07_checkpoints", notebook_parameters("fig07_checkpoints", "pretrain_gpu") | given)
+    for profile in ("geometry", "pretrain_gpu"):
         mine = [step for step in steps if step.profile == profile]
         shown = [
             {key: records[step.name].get(key) for key in ("status", "seconds", "summary", "machine")} for step in mine

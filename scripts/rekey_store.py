@@ -20,15 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
-from llmdrop import Calibration, load_model, weights_digest
+from llmdrop import load_model, weights_digest
 from llmdrop.repro.selectors import SELECTORS
 from llmdrop.repro.store import Entry, Store
-from llmdrop.repro.training import Recipe, new_model
-from llmdrop.repro.training_text import END, TrainingText
 
 VERSION = 1  # of every measuring module: the numbers of 0.1.0 are those of VERSION 1
 WIDTH = 4  # sublayers that a step of its greedy searches tried at a time
@@ -70,6 +66,7 @@ SELECTOR_NAMES = {
 MEASURED_AGAIN = {
     "perplexity": "a mean over samples; the loss of every sample is kept now",
     "evaluate": "means over questions; the log-likelihoods of every question are kept now",
+    "pretrain": "trained in other ways, with more measured at every checkpoint",
     "wanda": "means; the log-likelihoods of every question and the loss of every sample are kept now",
     "greedy": "its key names the questions by their tokens; now by their text",
     "mixed": "means over samples; the loss of every sample is kept now",
@@ -80,7 +77,6 @@ MEASURED_AGAIN = {
     "serving": "timed by another protocol now",
     "serving-exact": "its key has the plan in another spelling, and it takes seconds",
 }
-VOCABULARIES = (512, 1024, 2048, 4096, 8192)  # of texts to train on, in 0.1.0's profiles and around them
 MODEL = ("attention", "device_type", "dtype", "model_type", "torch", "transformers", "weights")  # entries of every key
 
 
@@ -197,7 +193,6 @@ def choices(kind: str, key: dict, value, slug: str) -> Iterator[NewEntry]:
 CONVERTERS = {
     "score": same_key(VERSION),
     "checkpoint": same_key(VERSION),
-    "pretrain": same_key([VERSION, VERSION]),
     "window-scores": same_key(VERSION),
     "hardware": same_key(VERSION),
     "plain": losses_of_plain,
@@ -264,21 +259,6 @@ def digests_of(names: Iterable[str], dtypes: Iterable[str]) -> dict[str, str]:
     return digests
 
 
-def digest_of_untrained(key: dict, rows: list[dict]) -> str:
-    """Today's digest of the model that a training run began with. Raises NotCarriedOver where it is not found."""
-    names = ("n_layers", "width", "steps", "batch_size", "lr", "n_checkpoints")
-    recipe = Recipe(**{name: key[name] for name in names})
-    seq_len = rows[-1]["tokens"] // (key["steps"] * key["batch_size"])
-    for vocabulary in VOCABULARIES:
-        tokens = {END: 0} | {f"token {i}": i for i in range(1, vocabulary)}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(tokens)), eos_token=END)
-        ids = torch.zeros((1, seq_len), dtype=torch.long)
-        model = new_model(TrainingText(tokenizer, ids.numpy(), Calibration(ids), {}), recipe, key["seed"])
-        if former_digest(model) == key["weights"]:
-            return weights_digest(model)
-    raise NotCarriedOver("its vocabulary is not known, so neither are its weights")
-
-
 # -- a store --------------------------------------------------------------------------------------------------------
 
 
@@ -308,9 +288,7 @@ def carry_over(store: Store, file: Path, record: dict, digests: dict[str, str]) 
     changed = sorted(module for module, digest in key["code"].items() if CODE.get(module) != digest)
     if changed:
         raise NotCarriedOver(f"measured by other code than 0.1.0's ({', '.join(changed)})")
-    if kind == "pretrain":
-        key = key | {"weights": digest_of_untrained(key, record["value"])}
-    elif "weights" in key:
+    if "weights" in key:
         if key["weights"] not in digests:
             raise NotCarriedOver("of other weights than those of --model, such as a dropped model's")
         key = key | {"weights": digests[key["weights"]]}

@@ -121,7 +121,7 @@ def test_repeated_documents_count_once(mirror, tmp_path):
 
 
 PACKAGED = ["xsum", "multilexsum", "boolq", "quac", "questions", "dialogue", "narrativeqa", "wiki", "squad", "tales"]
-PACKAGED += ["abstracts", "reviews", "stdlib", "asdiv"]
+PACKAGED += ["abstracts", "reviews", "stdlib", "libraries", "asdiv"]
 
 
 @pytest.mark.parametrize("name", PACKAGED)

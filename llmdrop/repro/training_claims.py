@@ -1,7 +1,7 @@
 """What Figure 7 says of a training run, as estimates: how soon its final order of layers is there, and how it comes.
 
 Layer 0 stands apart in that figure, and is left out of all but the claim about it. Intervals are over layers: the drawn
-ones of every run, so that one run has them, too.
+ones of every run, so that one run has them, too. What is said of losses has intervals over windows of held-out text.
 """
 
 from itertools import combinations
@@ -188,3 +188,44 @@ def _orders(runs: list[np.ndarray], tokens: np.ndarray, late: np.ndarray, n: int
     findings["fig07-seeds-agree"] = Finding(resampled(across, [together], "layers"), detail)
     findings["fig07-seeds-as-training"] = Finding(resampled(within_less_across, [together], "layers"), detail)
     return findings
+
+
+def learning(losses: pd.DataFrame, count_losses: np.ndarray) -> dict[str, Finding]:
+    """How far the loss of each run's last checkpoint is below that of what only counts, paired by window.
+
+    losses: of `training.TrainingRuns`. count_losses: of the training text, [n_windows].
+    """
+    last = losses[losses["tokens"] == losses["tokens"].max()]
+    by_run = last.pivot(index="window", columns="run", values="nats").to_numpy()
+    below = count_losses[:, None] - by_run  # [n_windows, n_runs]
+    estimate = resampled(lambda drawn: float(drawn[0].mean(axis=0).min()), [below], "samples")
+    detail = "by run: " + ", ".join(f"{nats:.2f}" for nats in below.mean(axis=0))
+    return {"fig07-below-5-gram": Finding(estimate, detail)}
+
+
+def dropping(costs: pd.DataFrame, n: int, since: float) -> dict[str, Finding]:
+    """What dropping n layers of a kind costs at late checkpoints, paired by window.
+
+    costs: of `training.TrainingRuns`. since: training tokens from which on a checkpoint is late.
+    """
+    late = costs[(costs["n"] == n) & (costs["tokens"] >= since)]
+
+    def nats(kind: str, chosen: str) -> np.ndarray:
+        """[n_windows, n_late, n_runs]"""
+        part = late[(late["kind"] == kind) & (late["chosen"] == chosen)]
+        by_window = part.set_index(["window", "tokens", "run"])["nats"].sort_index()
+        return by_window.to_numpy().reshape([level.nunique() for level in by_window.index.levels])
+
+    def largest(drawn: list[np.ndarray]) -> float:
+        return float(drawn[0].mean(axis=0).max())
+
+    def largest_of_mean(drawn: list[np.ndarray]) -> float:
+        return float(drawn[0].mean(axis=(0, 2)).max())
+
+    more_than_mlp = nats("attn", "now") - nats("mlp", "now")
+    more_than_own = nats("attn", "at the end") - nats("attn", "now")
+    detail = f"{n} layers, {late['tokens'].nunique()} checkpoints, {late['run'].nunique()} runs"
+    return {
+        "fig07-cost-attn-below-mlp": Finding(resampled(largest, [more_than_mlp], "samples"), detail),
+        "fig07-cost-final-plan": Finding(resampled(largest_of_mean, [more_than_own], "samples"), detail),
+    }

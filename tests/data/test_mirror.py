@@ -95,6 +95,14 @@ def test_standard_library_is_code_without_tests():
 
 
 @needs_wheel
+def test_libraries_are_code_without_tests():
+    rows = rows_of("python/libraries/default/train")
+    paths = {row["path"] for row in rows}
+    assert {"lib/_polynomial_impl.py", "algorithms/clique.py"} <= paths  # of NumPy, of NetworkX
+    assert not any("tests/" in path for path in paths) and len({row["text"] for row in rows}) == len(rows)
+
+
+@needs_wheel
 @needs_mirror
 def test_packaged_rows_are_the_hubs():
     def key(row):  # of MMLU; white space apart

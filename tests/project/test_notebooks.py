@@ -101,7 +101,9 @@ def test_profile(path):
 
 
 def test_profiles_agree_with_the_notebooks():
-    assert {"smoke", "embedded", "full", "paper", "geometry", "pretrain", "beyond"} <= {p.stem for p in PROFILES}
+    assert {"smoke", "embedded", "full", "paper", "geometry", "pretrain", "pretrain_gpu", "beyond"} <= {
+        p.stem for p in PROFILES
+    }
     listed = {p.stem: set(yaml.safe_load(p.read_text())) - SECTIONS for p in PROFILES}
     everything = listed["embedded"] | listed["beyond"]
     assert not listed["embedded"] & listed["beyond"]

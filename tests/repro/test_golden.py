@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as tests/conftest.py does, when run as a program
 
+import numpy as np
 import pytest
 import torch
 from tiny import random_ids, tiny
@@ -184,11 +185,16 @@ def of_four_bits() -> dict:
 
 def of_training() -> dict:
     train = random_ids(12, 16, seed=1).int().numpy()
-    fixed = TrainingText(words(), train, text(4, 16), baselines={})
+    fixed = TrainingText(words(), train, text(4, 16), text(4, 16), baselines={}, count_losses=np.zeros(4))
     recipe = training.Recipe(n_layers=2, width=32, steps=6, batch_size=2, n_checkpoints=3)
     with tempfile.TemporaryDirectory() as root:
-        scores, curve = training.pretrain(fixed, recipe, [0], "cpu", Store(root))
-    return {"scores": scores["score"].tolist(), "losses": curve["valid_loss"].tolist()}
+        trained = training.pretrain(fixed, recipe, [0], "cpu", Store(root))
+    return {
+        "scores": trained.scores["score"].tolist(),
+        "losses": trained.losses["nats"].tolist(),
+        "costs": trained.costs["nats"].tolist(),
+        "abilities": trained.curve[["in_context", "repeated_loss", "induction"]].to_numpy().tolist(),
+    }
 
 
 MEASURED: dict[str, Callable] = {

@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import random_ids, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,7 +30,7 @@ from llmdrop.repro.training_text import TrainingText
 
 MODEL = {"model_type", "dtype", "device_type", "attention", "torch", "transformers", "weights", "batch_size"}
 MACHINE = {"model_type", "dtype", "device_type", "attention", "torch", "transformers", "shapes", "device", "threads"}
-RECIPE = {"n_layers", "width", "steps", "batch_size", "lr", "n_checkpoints"}
+RECIPE = {"n_layers", "width", "steps", "batch_size", "lr", "n_checkpoints", "n_late_checkpoints", "bfloat16"}
 # the entries of a key, by kind of measurement
 DOCUMENTED = {
     "score": MODEL | {"version", "calibration", "with_residual", "gap"},
@@ -109,7 +110,9 @@ def keys(tmp_path_factory) -> list[tuple[str, dict]]:
             chooser.choose(name, 2)
         chooser.window_order(8)
         block_importance.by_taylor(model, text, store)
-        training_text = TrainingText(tokenizer, random_ids(8, 16).int().numpy(), Calibration(random_ids(4, 16)), {})
+        training_text = TrainingText(
+            tokenizer, random_ids(8, 16).int().numpy(), *[Calibration(random_ids(4, 16))] * 2, {}, np.zeros(4)
+        )
         pretrain(training_text, Recipe(2, 32, 2, 2, 1e-3, 2), [0], "cpu", store)
         for name in ("first", "last"):
             save_model(tiny("llama", "sdpa"), tokenizer, root / "run" / name)

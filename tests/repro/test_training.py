@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from llmdrop import save_model, score
+from llmdrop import dropped, plan_drop, save_model, score
 from llmdrop.calibration import SOURCES
-from llmdrop.repro import paper, training, training_checkpoints, training_claims, training_text
+from llmdrop.repro import paper, training, training_checkpoints, training_claims, training_measures, training_text
 from llmdrop.repro.store import Store
 from llmdrop.repro.training import Recipe, new_model, pretrain
 from llmdrop.repro.training_text import END, load_training_text
@@ -74,26 +75,68 @@ def test_text_is_packed_held_out_and_always_the_same(small, mirror):
     again = load_training_text(["xsum"], 320, 16, 500, 8, mirror)
     assert small.digest == again.digest and small.train.shape == (500, 16) and small.valid.input_ids.shape == (8, 16)
     rows = SOURCES["xsum"].documents(mirror)
-    held = small.tokenizer.decode(small.valid.input_ids.flatten()).split(END)
+    windows = torch.cat([small.scored.input_ids, small.valid.input_ids])
+    assert len(windows.unique(dim=0)) == 16  # scored on some, measured on others
+    held = small.tokenizer.decode(windows.flatten()).split(END)
     used = small.tokenizer.decode(load_training_text(["xsum"], 320, 16, None, 8, mirror).train.ravel()).split(END)
     assert held[0] in SOURCES["xsum"].held_out(mirror) and held[0] not in used  # whole documents, on one side only
     assert len(set(used) & set(rows)) > 0.9 * len(rows)
 
 
-def test_baselines_by_hand():
-    """Two tokens that alternate, and in the validation text too: the bigram knows it, the unigram cannot."""
-    train = np.array([[0, 1, 0, 1, 0]] * 50)
-    losses = training_text.count_baselines(train, np.array([[0, 1, 0, 1]]), 2)
-    counts = np.array([151, 101]) / 252
-    assert losses["uniform"] == math.log(2)
-    assert losses["unigram"] == pytest.approx(-(2 * math.log(counts[1]) + math.log(counts[0])) / 3)
-    k, unigram = 0.25, counts
-    bigram = [-math.log((100 + k * unigram[b]) / (100 + k)) for b in (1, 0, 1)]
-    assert losses["bigram"] == pytest.approx(np.mean(bigram))
+@given(st.integers(2, 6), st.integers(0, 10**6))
+def test_baselines_are_interpolated_kneser_ney(vocabulary, seed):
+    """Against a count of every n-gram, one after the other, and the recursive formula."""
+    random = np.random.default_rng(seed)
+    train = random.integers(0, vocabulary, (20, 8))
+    valid = random.integers(0, vocabulary, (3, 8))
+    orders = range(1, training_text.LONGEST_GRAM + 1)
+    occurrences = {
+        n: Counter(tuple(row[j : j + n]) for row in train.tolist() for j in range(9 - n)) for n in orders
+    }  # of every n-gram in `train`
+    counts = {n: Counter(gram[1:] for gram in occurrences[n + 1]) for n in orders[:-1]}
+    counts[orders[-1]] = occurrences[orders[-1]]
+
+    def probability(token: int, context: tuple) -> float:
+        of_order = counts[len(context) + 1]
+        lower = probability(token, context[1:]) if context else 1 / vocabulary
+        following = [n for gram, n in of_order.items() if gram[:-1] == context]
+        if not following:
+            return lower
+        once, twice = (sum(n == k for n in of_order.values()) for k in (1, 2))
+        discount = once / (once + 2 * twice) if once else 0.5
+        rest = discount * len(following) * lower
+        return (max(of_order[(*context, token)] - discount, 0) + rest) / sum(following)
+
+    losses = training_text.count_baselines(train, valid, vocabulary)
+    assert (losses["uniform"] == math.log(vocabulary)).all()
+    for name, order in (("bigram", 2), ("5-gram", 5)):
+        expected = [
+            -math.log(probability(row[t], tuple(row[max(0, t - order + 1) : t])))
+            for row in valid.tolist()
+            for t in range(1, 8)
+        ]
+        assert losses[name] == pytest.approx(np.reshape(expected, (3, 7)).mean(axis=1))
+    unigram = (np.bincount(train.ravel(), minlength=vocabulary) + 1) / (train.size + vocabulary)
+    assert losses["unigram"] == pytest.approx(-np.log(unigram[valid[:, 1:]]).mean(axis=1))
+
+
+def test_every_source_is_held_out_one_after_the_other(tmp_path):
+    """As far as it reaches: of two sources a window each, then the longer one's."""
+    news = [{"document": f"{i} newsnewsnews"} for i in range(400)]
+    sums = [{"body": f"{i} sumssumssums", "question": "", "answer": ""} for i in range(60)]
+    for file, rows in (("EdinburghNLP/xsum/default/test", news), ("EleutherAI/asdiv/default/validation", sums)):
+        path = tmp_path / f"{file}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(map(json.dumps, rows)))
+    text = load_training_text(["xsum", "asdiv"], 300, 16, 50, 12, tmp_path)
+    is_news = ["news" in text.tokenizer.decode(window) for window in (*text.scored.input_ids, *text.valid.input_ids)]
+    n_sums = is_news.count(False)
+    assert 1 < n_sums < 10 and is_news == [True, False] * n_sums + [True] * (24 - 2 * n_sums)
 
 
 def test_baselines_are_in_order(small):
-    assert small.baselines["uniform"] > small.baselines["unigram"] + 0.5 > small.baselines["bigram"] + 1
+    losses = small.baselines
+    assert losses["uniform"] > losses["unigram"] + 0.5 > losses["bigram"] + 1 and losses["bigram"] > losses["5-gram"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +146,7 @@ def test_baselines_are_in_order(small):
         (dict(sources=[]), "none given"),
         (dict(vocabulary=200), "vocabulary=200.*at least 257"),
         (dict(seq_len=1), "seq_len=1"),
-        (dict(n_valid=10_000), r"\d+ documents give .*, \d+ give \d+ held out; need 1 and 10000. Add sources"),
+        (dict(n_valid=10_000), r"\d+ documents give .*, and \d+ are held out; need 1 and 20000. Add sources"),
     ],
 )
 def test_text_errors(mirror, change, message):
@@ -122,20 +165,85 @@ def test_checkpoints_are_log_spaced(steps, n):
     assert len(marks) < n or len(ratios) < 2 or ratios.max() / ratios.min() < 6  # rounding, at the first steps
 
 
+@given(st.integers(1, 10**5), st.integers(0, 30))
+def test_late_checkpoints_are_even(steps, n_late):
+    marks = training.checkpoint_steps(steps, 2, n_late)
+    late = [step for step in marks if 0 < step < steps]
+    assert all(step >= steps // 2 for step in late) and len(late) <= n_late
+    assert len(np.unique(np.diff([*late, steps]))) <= 3  # but for rounding, and where they coincide
+
+
+def test_bfloat16_learns_as_well(small, undisturbed):
+    """Trained so, measured in float32: nearly the same losses."""
+    losses = pretrain(small, replace(RECIPE, bfloat16=True), [0], "cpu").curve["valid_loss"]
+    assert losses[0] == undisturbed.curve["valid_loss"][0] and not losses.equals(undisturbed.curve["valid_loss"])
+    assert np.allclose(losses, undisturbed.curve["valid_loss"], atol=0.02)
+
+
 def test_a_run_learns_and_begins_where_the_model_was_made(small, undisturbed):
-    scores, curve = undisturbed
+    scores, curve, losses, costs = undisturbed
     assert curve["step"].tolist() == [0, 1, 2, 4, 9, 20] and curve["tokens"].tolist()[-1] == 20 * 2 * 16
     assert scores.groupby(["tokens", "kind"]).size().eq(3).all() and scores["run"].eq("seed 0").all()
     assert curve["valid_loss"].iloc[-1] < curve["valid_loss"].iloc[0] - 0.3
     assert curve["train_loss"].isna().tolist() == [True] + [False] * 5
     model = new_model(small, RECIPE, 0).eval()
-    first = score(model, small.valid, progress=False).to_frame()
+    first = score(model, small.scored, progress=False).to_frame()
     assert np.allclose(scores.loc[scores["step"] == 0, "score"], first["score"], atol=1e-6)
     ids = small.valid.input_ids
     assert curve["valid_loss"][0] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
     with torch.no_grad():
         before = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
     assert curve["valid_stderr"][0] == pytest.approx(before.std().item() / math.sqrt(8), abs=1e-6)
+    assert losses.groupby("step").size().eq(8).all()
+    assert losses.loc[losses["step"] == 0, "nats"].tolist() == pytest.approx(before.tolist(), abs=1e-5)
+    assert costs.groupby(["step", "kind", "n", "chosen"]).size().eq(8).all() and set(costs["n"]) == {1}
+    last = costs[costs["step"] == 20].pivot(index=["kind", "window"], columns="chosen", values="nats")
+    assert last["now"].tolist() == last["at the end"].tolist()
+
+
+def test_dropping_costs_by_hand(small):
+    """Against the model really dropped: the layers that score lowest now, and those that another order names."""
+    model = new_model(small, replace(RECIPE, n_layers=4), 3).eval()
+    now = score(model, small.scored, progress=False)
+    last = replace(now, attn=now.attn[::-1], mlp=now.mlp[::-1], block=now.block[::-1])
+    whole = model_losses(model, small.valid.input_ids)
+    rows = training_measures.dropping_costs(model, now, last, small.valid)
+    assert [(row["kind"], row["n"], row["chosen"]) for row in rows] == [
+        (kind, n, chosen) for n in (1, 2) for kind in ("attn", "mlp", "block") for chosen in ("now", "at the end")
+    ]
+    for row in rows:
+        plan = plan_drop(now if row["chosen"] == "now" else last, row["kind"], row["n"])
+        with dropped(model, plan):
+            more = model_losses(model, small.valid.input_ids) - whole
+        assert row["nats"] == pytest.approx(more.tolist(), abs=2e-5)
+
+
+def model_losses(model, ids) -> torch.Tensor:
+    """[n_windows], nats per token."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1)
+
+
+def test_abilities_of_a_head_that_copies(small, monkeypatch):
+    """A head that looks at the token after the earlier occurrence is found, however the model is attended with."""
+    model = new_model(small, replace(RECIPE, n_layers=2), 0).eval()
+    untrained = training_measures.abilities(model, small.valid)
+    assert untrained["repeated_loss"] == pytest.approx(math.log(320), abs=0.5)
+    assert 0 < untrained["induction"] < 0.3 and abs(untrained["in_context"]) < 0.5
+    attention = model.model.layers[1].self_attn
+    half = small.seq_len // 2
+
+    def copying(hidden_states, **kwargs):
+        output, weights = type(attention).forward(attention, hidden_states, **kwargs)
+        made_up = torch.zeros_like(weights)
+        for place in range(half, 2 * half):
+            made_up[:, 0, place, place - half + 1] = 0.75  # of the first head alone
+        return output, made_up
+
+    monkeypatch.setattr(attention, "forward", copying)
+    (head,) = {training_measures._induction(model, torch.arange(1, 9).repeat(1, 2))}
+    assert head == pytest.approx(0.75) and model.config._attn_implementation == "sdpa"
 
 
 def test_one_seed_gives_the_same_scores_whatever_the_threads(small, undisturbed, tmp_path):
@@ -147,7 +255,7 @@ def test_one_seed_gives_the_same_scores_whatever_the_threads(small, undisturbed,
         alone = pretrain(small, RECIPE, [1], "cpu", Store(tmp_path / "b"))
     finally:
         torch.set_num_threads(threads)
-    for i in (0, 1):
+    for i in range(4):
         for run, expected in (("seed 0", undisturbed[i]), ("seed 1", alone[i])):
             found = both[i][both[i]["run"] == run].reset_index(drop=True)
             pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-6)
@@ -162,7 +270,7 @@ def test_a_finished_run_is_never_made_again(small, undisturbed, build, monkeypat
     assert not list((build / "pretrain").glob("*"))  # what was needed to continue is gone
     monkeypatch.setattr(training, "train_run", never)
     pd.testing.assert_frame_equal(finished()[0], undisturbed[0])
-    for change in (dict(steps=21), dict(lr=4e-3), dict(width=64), dict(n_checkpoints=5)):
+    for change in (dict(steps=21), dict(lr=4e-3), dict(width=64), dict(n_checkpoints=5), dict(bfloat16=True)):
         with pytest.raises(AssertionError, match="measured again"):
             finished(**change)
 
@@ -193,7 +301,7 @@ def test_sigkill_at_any_point_costs_nothing(small, undisturbed, build):
         seen.append(steps_done())
     assert seen == sorted(seen) and 0 < seen[0] < seen[-1] < 20  # each went on where the last one was
     found = pretrain(small, RECIPE, [0], "cpu", store)
-    for i in (0, 1):
+    for i in range(4):
         pd.testing.assert_frame_equal(found[i], undisturbed[i], rtol=0, atol=0)
 
 
@@ -222,10 +330,11 @@ def test_a_killed_notebook_takes_its_training_along():
 
 def test_a_damaged_state_is_named(small, build, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(training, "training_batch", never)  # dies in its first step
+        patch.setattr(training_measures, "abilities", never)  # dies when it is trained
         with pytest.raises(AssertionError):
             pretrain(small, RECIPE, [0], "cpu", save_every=0)
     (file,) = (build / "pretrain").glob("*/state.pt")
+    assert len(list(file.parent.glob("step-*.pt"))) == len(training.checkpoint_steps(20, 6))
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"state.pt is damaged.*delete it"):
         pretrain(small, RECIPE, [0], "cpu")
@@ -243,6 +352,7 @@ def test_a_damaged_state_is_named(small, build, monkeypatch):
         (dict(width=40), "width=40.*head size 32"),
         (dict(steps=0), "steps=0"),
         (dict(n_checkpoints=1), "n=1.*two checkpoints"),
+        (dict(n_late_checkpoints=-1), "n_late=-1.*no negative"),
         (dict(device="cuda:77"), "device 'cuda:77' is not available"),
         (dict(lr=0), "lr=0"),
     ],
@@ -437,8 +547,42 @@ def test_consistency_by_hand():
     assert measured["fig07-order-early"] == 10  # from 100 of 1000 tokens on
     assert measured["fig07-top-n-overlap"] == 100
     assert measured["fig07-seeds-agree"] == pytest.approx(1) and measured["fig07-seeds-as-training"] == pytest.approx(0)
-    ids = paper.claims().query("notebook == 'fig07_checkpoints'")["id"]
-    assert sorted(measured) == sorted(ids)  # every claim of the figure, and no other
+    others = {"fig07-below-5-gram", "fig07-cost-attn-below-mlp", "fig07-cost-final-plan"}  # about losses
+    ids = set(paper.claims().query("notebook == 'fig07_checkpoints'")["id"])
+    assert set(measured) == ids - others  # every claim of the figure, and no other
+
+
+def test_what_is_said_of_losses_by_hand(tmp_path):
+    windows = pd.DataFrame({"window": range(6), "nats": [3.0, 3.2, 2.8, 3.1, 2.9, 3.0]})
+    losses = pd.concat(
+        [
+            windows.assign(run=run, tokens=t, nats=windows["nats"] + t / 100)
+            for run, t in (("a", 0), ("a", 10), ("b", 0), ("b", 10))
+        ]
+    )
+    losses.loc[(losses["run"] == "b") & (losses["tokens"] == 10), "nats"] += 0.5
+    found = training_claims.learning(losses, np.array([4.0, 4.2, 3.8, 4.1, 3.9, 4.0]))
+    assert found["fig07-below-5-gram"].estimate.value == pytest.approx(4 - 3.6)
+    rows = []
+    added = {("attn", "now"): 0.1, ("attn", "at the end"): 0.12, ("mlp", "now"): 0.4, ("mlp", "at the end"): 9.0}
+    for (kind, chosen), nats in added.items():
+        for run in ("a", "b"):
+            for tokens in (0, 10, 20):
+                more = 0.1 if (run, tokens, kind, chosen) == ("b", 10, "attn", "at the end") else 0
+                more += 5 if tokens == 0 else 0  # before what counts as late
+                more += 0.2 if (run, tokens, kind, chosen) == ("a", 20, "attn", "now") else 0
+                rows += [
+                    dict(run=run, tokens=tokens, kind=kind, chosen=chosen, n=2, window=w, nats=nats + more + w / 50)
+                    for w in range(6)
+                ]
+                rows.append(dict(rows[-1], n=4, nats=99.0))
+    found |= training_claims.dropping(pd.DataFrame(rows), 2, 10)
+    assert found["fig07-cost-attn-below-mlp"].estimate.value == pytest.approx(0.3 - 0.4)
+    assert found["fig07-cost-final-plan"].estimate.value == pytest.approx(0.02 + 0.05)
+    for claim, finding in found.items():
+        paper.record_claim(tmp_path, claim, finding.estimate, finding.detail)
+    verdicts = paper.joined_claims(tmp_path).set_index("id")["verdict"]
+    assert verdicts[list(found)].tolist() == ["holds", "holds", "differs"]
 
 
 def test_what_falls_does_not_rise_and_late_disorder_counts(tmp_path):

@@ -1,9 +1,9 @@
 """Which small Llama learns most on this machine in equal time: the search behind the profile pretrain.
 
-    .venv/bin/python benchmarks/training_shapes.py [--shapes 16x128x8 24x96x8 ...] [--minutes 8] [--out FILE.csv]
+    .venv/bin/python benchmarks/training_shapes.py [--shapes 16x128x32x8 ...] [--minutes 8] [--out FILE.csv]
 
-A shape is layers x width x windows a step. Each is timed for some steps on one thread, then trained for as many steps
-as take --minutes of one core, with the text, vocabulary, context and learning rate of the profile. The table says what
+A shape is layers x width x head size x windows a step. Each is timed for some steps on one thread, then trained for as
+many steps as take --minutes of one core, with the text and all else of the profile. The table says what
 each reached on held-out text. Finished shapes are in the store.
 """
 
@@ -23,11 +23,14 @@ from llmdrop.repro.training_text import TrainingText, load_training_text
 
 PROFILE = Path(__file__).parents[1] / "notebooks" / "profiles" / "pretrain.yaml"
 TIMED_STEPS = 8
+SHAPES = ["16x128x32x8", "16x192x64x8", "16x256x64x8", "24x96x32x8", "16x128x32x4"]
 
 
 def seconds_per_step(text: TrainingText, recipe: Recipe) -> float:
     """CPU seconds of one thread, median of some steps: other processes do not count."""
     model = new_model(text, recipe, 0)
+    if recipe.bfloat16:
+        model.set_attn_implementation("eager")  # as `pretrain` does
     optimizer = new_optimizer(model)
     seconds = []
     for step in range(TIMED_STEPS):
@@ -40,22 +43,22 @@ def seconds_per_step(text: TrainingText, recipe: Recipe) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["16x128x8", "16x128x4", "16x192x8", "24x96x8"])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    given = yaml.safe_load(PROFILE.read_text())["fig07_checkpoints"]
+    profile = yaml.safe_load(PROFILE.read_text())["fig07_checkpoints"]
     n_threads = torch.get_num_threads()
     rows = []
-    text = load_training_text(given["SOURCES"], given["VOCABULARY"], given["SEQ_LEN"], None, given["N_SAMPLES"])
+    text = load_training_text(**profile["TEXT"])
     for shape in args.shapes:
-        n_layers, width, batch_size = map(int, shape.split("x"))
-        recipe = Recipe(n_layers, width, 1, batch_size, given["LR"], n_checkpoints=2, bfloat16=given["BFLOAT16"])
+        n_layers, width, head_size, batch_size = map(int, shape.split("x"))
+        row = {"n_layers": n_layers, "width": width, "head_size": head_size, "batch_size": batch_size}
+        recipe = replace(Recipe(**profile["RECIPE"]), **row, n_checkpoints=2, n_late_checkpoints=0)
         torch.set_num_threads(1)
         steps = round(60 * args.minutes / seconds_per_step(text, recipe))
         torch.set_num_threads(n_threads)
         last = pretrain(text, replace(recipe, steps=steps)).curve.iloc[-1]
-        row = {"layers": n_layers, "width": width, "windows a step": batch_size}
         row["million parameters"] = sum(weight.numel() for weight in new_model(text, recipe, 0).parameters()) / 1e6
         row |= {"million tokens": last["tokens"] / 1e6, "loss": last["valid_loss"], "stderr": last["valid_stderr"]}
         rows.append(row)

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,8 +39,8 @@ VERSION = 2  # of training: raised when its numbers change
 class Recipe:
     """How a Llama is made and trained.
 
-    n_layers, width: of the model; the width is a multiple of the head size, 32 or, from 512 on, 64. batch_size: windows
-    a step. lr: peak learning rate. n_checkpoints: how often it is scored on a log scale, step 0 and the last among
+    n_layers, width, head_size: of the model; the width is a multiple of the head size. batch_size: windows a step. lr:
+    peak learning rate. n_checkpoints: how often it is scored on a log scale, step 0 and the last among
     them. n_late_checkpoints: how often besides, evenly over the second half. bfloat16: matrix products of training in
     bfloat16, with float32 weights (autocast); measured is in float32.
 
@@ -50,6 +49,7 @@ class Recipe:
 
     n_layers: int = 12
     width: int = 128
+    head_size: int = 32
     steps: int = 800
     batch_size: int = 4
     lr: float = 3e-3
@@ -58,17 +58,13 @@ class Recipe:
     bfloat16: bool = False
 
     def __post_init__(self):
-        shape_fits = self.n_layers >= 1 and self.width >= 1 and self.width % self.head_size == 0
+        shape_fits = min(self.n_layers, self.width, self.head_size) >= 1 and self.width % self.head_size == 0
         if not shape_fits or self.batch_size < 1 or not self.lr > 0:
             raise ValueError(
                 f"{self}: need at least one layer, a width that is a multiple of the head size {self.head_size}, and a "
                 "positive batch size and learning rate"
             )
         checkpoint_steps(self.steps, self.n_checkpoints, self.n_late_checkpoints)
-
-    @property
-    def head_size(self) -> int:
-        return 64 if self.width >= 512 else 32
 
     def learning_rate(self, step: int) -> float:
         """5 % warm-up to `lr`, then a cosine down to a tenth of it."""
@@ -167,7 +163,7 @@ def pretrain(
             scores.append(of_checkpoint.to_frame(**where))
             losses.append(_by_window(where | {"nats": row["losses"]}))
             costs += [_by_window(where | cost) for cost in row["costs"]]
-            loss = {"valid_loss": np.mean(row["losses"]), "valid_stderr": stats.sem(row["losses"])}
+            loss = {"valid_loss": np.mean(row["losses"]), "valid_stderr": pd.Series(row["losses"]).sem()}
             curve.append(where | {"train_loss": row["train_loss"]} | loss | row["abilities"])
     frames = [pd.concat(parts, ignore_index=True) for parts in (scores, losses, costs)]
     return TrainingRuns(frames[0], pd.DataFrame(curve), *frames[1:])
@@ -249,6 +245,8 @@ def train_run(
     The weights of every checkpoint are in `weights_file` then.
     """
     model = new_model(text, recipe, seed).to(device)
+    if recipe.bfloat16 and device == "cpu":
+        model.set_attn_implementation("eager")  # torch's flash attention takes longer there in 16 bits
     optimizer = new_optimizer(model)
     file = folder / "state.pt"
     state = {"step": 0, "losses": [], "rows": []}  # losses: since the last row

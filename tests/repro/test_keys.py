@@ -30,7 +30,8 @@ from llmdrop.repro.training_text import TrainingText
 
 MODEL = {"model_type", "dtype", "device_type", "attention", "torch", "transformers", "weights", "batch_size"}
 MACHINE = {"model_type", "dtype", "device_type", "attention", "torch", "transformers", "shapes", "device", "threads"}
-RECIPE = {"n_layers", "width", "steps", "batch_size", "lr", "n_checkpoints", "n_late_checkpoints", "bfloat16"}
+RECIPE = {"n_layers", "width", "head_size", "steps", "batch_size", "lr"}
+RECIPE |= {"n_checkpoints", "n_late_checkpoints", "bfloat16"}
 # the entries of a key, by kind of measurement
 DOCUMENTED = {
     "score": MODEL | {"version", "calibration", "with_residual", "gap"},
@@ -113,7 +114,7 @@ def keys(tmp_path_factory) -> list[tuple[str, dict]]:
         training_text = TrainingText(
             tokenizer, random_ids(8, 16).int().numpy(), *[Calibration(random_ids(4, 16))] * 2, {}, np.zeros(4)
         )
-        pretrain(training_text, Recipe(2, 32, 2, 2, 1e-3, 2), [0], "cpu", store)
+        pretrain(training_text, Recipe(2, 32, steps=2, batch_size=2, n_checkpoints=2), [0], "cpu", store)
         for name in ("first", "last"):
             save_model(tiny("llama", "sdpa"), tokenizer, root / "run" / name)
         revisions = {"first": 1, "last": 2}

@@ -60,8 +60,11 @@ def notebook_parameters(notebook: str, profile: str) -> dict:
     (source,) = ("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
     values = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
     settings = yaml.safe_load((NOTEBOOKS / "profiles" / f"{profile}.yaml").read_text())
-    given = settings["common"] | (settings.get(notebook) or {})
-    return values | {name: value for name, value in given.items() if name in values}
+    common = settings["common"]
+    own = settings.get(notebook) or {}
+    together = common | own
+    together["SETTINGS"] = common.get("SETTINGS", {}) | own.get("SETTINGS", {})  # as notebooks/run.py does
+    return values | {name: value for name, value in together.items() if name in values}
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,9 @@ def _named(names: list[str]) -> str:
 def measured_speedups(name: str, decoding: str, args: argparse.Namespace) -> dict:
     """One model's rows of `speedups`, with the settings of the notebook."""
     p = notebook_parameters("speedups", "geometry")
-    settings = {
-        key: p[key.upper()] for key in ("batch_sizes", "prompt_len", "new_tokens", "timed_steps", "rounds", "cache")
-    }
+    timed = p["TIMED"] | {"decoding": decoding}
     rows, rounds, facts = speedups.measure_models(
-        llmdrop.Store(), [name], p["DTYPE"], args.device, decoding=decoding, **settings
+        llmdrop.Store(), [name], p["DTYPE"], args.device, p["BATCH_SIZES"], **timed
     )
     dropped = rows[(rows["decoding"] == decoding) & (rows["n_dropped"] > 0)]
     worst = dropped.sort_values("ratio").iloc[0]
@@ -220,13 +221,15 @@ def predicted_minutes(name: str, decoding: str) -> float:
     p = notebook_parameters("speedups", "geometry")
     bits = speedups.PUBLISHED_BITS.get(name, 16)
     labels = speedups.rows_to_measure(name, GEOMETRIES[name].layers)
-    sizes = {"batch_size": p["BATCH_SIZES"][name], "prompt_len": p["PROMPT_LEN"], "new_tokens": p["NEW_TOKENS"]}
-    timed = (p["TIMED_STEPS"] + 8) / p["NEW_TOKENS"]
+    timed = p["TIMED"]
+    sizes = {"prompt_len": timed["prompt_len"], "new_tokens": timed["new_tokens"]}
+    sizes["batch_size"] = p["BATCH_SIZES"][name]
+    share = (timed["timed_steps"] + 8) / timed["new_tokens"]
     seconds = 30.0
     for plan in sized_plans(name, [*labels, "Baseline", "Baseline"]).values():  # two of them eagerly, too
         limit = predict_speed(name, plan, hardware=H100, weight_bits=bits, cache="static", **sizes)
-        once = limit.prefill_seconds + timed * limit.decode_seconds
-        seconds += (p["ROUNDS"] + 1) * once + (60 if decoding == "compiled" else 3)
+        once = limit.prefill_seconds + share * limit.decode_seconds
+        seconds += (timed["rounds"] + 1) * once + (60 if decoding == "compiled" else 3)
     return seconds / 60
 
 
@@ -414,6 +417,8 @@ def draw(steps: list[Step], figures: Path) -> None:
         with mock.patch.object(speedups, "measure_models", lambda *args, **options: measured):
             execute("speedups", notebook_parameters("speedups", "geometry") | given)
     if batches:
+        from llmdrop.repro import experiment
+
         rows = pd.concat([pd.DataFrame(record["rows"]) for record in batches], ignore_index=True)
         given = {"OUT": str(figures / "geometry"), "DEVICE": device}
         provenance = llmdrop.provenance
@@ -421,6 +426,7 @@ def draw(steps: list[Step], figures: Path) -> None:
         with (
             mock.patch.object(speedups, "largest_batches", lambda *args: rows),
             mock.patch.object(llmdrop, "provenance", lambda *args, **facts: provenance(*args, **facts) | of_gpu),
+            mock.patch.object(experiment, "provenance", lambda *args, **facts: provenance(*args, **facts) | of_gpu),
         ):
             execute("tab04_kv_cache", notebook_parameters("tab04_kv_cache", "geometry") | given)
     if "pretrain" in done:

@@ -1,7 +1,8 @@
 """What the Makefile calls: `plan` checks a profile and says what it will need, `run` executes one notebook.
 
 A profile (profiles/<name>.yaml) has `about` (one line), `needs` (minutes, disk_gb, download_gb, gpu_gb by notebook),
-`common` (parameters for every notebook that has them), and under a notebook's name the parameters of that notebook.
+`common` (parameters for every notebook that has them), and under a notebook's name the parameters of that notebook;
+SETTINGS of both are put together, what the notebook says itself on top.
 It runs the notebooks it names, in its order.
 """
 
@@ -76,7 +77,15 @@ def read_profile(path: Path) -> tuple[dict, dict, dict]:
     refuse_unknown(common, set().union(*known.values()), f"{path}, common")
     for name in known:
         refuse_unknown(profile[name], known[name], f"{path}, {name}")
-    return profile, {n: {k: v for k, v in common.items() if k in known[n]} | profile[n] for n in known}, known
+    return profile, {name: together(common, profile[name], known[name]) for name in known}, known
+
+
+def together(common: dict, own: dict, known: set[str]) -> dict:
+    """The parameters of one notebook: its own, and the common ones that it has; SETTINGS are put together by name."""
+    values = {name: value for name, value in common.items() if name in known} | own
+    if "SETTINGS" in values:
+        values["SETTINGS"] = common.get("SETTINGS", {}) | own.get("SETTINGS", {})
+    return values
 
 
 def announce(profile: dict, name: str, chosen: list[str]) -> None:

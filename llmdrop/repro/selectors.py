@@ -250,6 +250,24 @@ class Chooser:
                 contenders.append(Contender(name, "none", n, Variant(plan), choice.tokens / self.text.n_tokens))
         return contenders
 
+    def contenders(self, methods: Iterable[str], counts: Iterable[int]) -> list[Contender]:
+        """What is dropped at every n, with what makes up for it, for methods like "cosine: least squares".
+
+        Before the last colon stands a selector, after it a key of `reconstructions`. Raises ValueError for another.
+        """
+        settings: dict[str, list[str]] = {}
+        for method in methods:
+            choice, _, setting = method.rpartition(": ")
+            if setting not in self.reconstructions:
+                allowed = ", ".join(self.reconstructions)
+                raise ValueError(f"method {method!r} is not '<selector>: <what makes up for it>', the latter {allowed}")
+            settings.setdefault(choice, []).append(setting)
+        contenders = []
+        for choice in settings:
+            for contender in self.dropped([choice], counts):
+                contenders += [contender.reconstructed(self.reconstructions[name]) for name in settings[choice]]
+        return contenders
+
     def window_order(self, window: int = WINDOW) -> list[int]:
         """The attention layers, those first that can best do with a window by `score_windows` on `long_text`."""
         text = self.long_text or self.text

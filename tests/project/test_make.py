@@ -40,6 +40,14 @@ REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()
 FOREIGN = set("LLMDROP_BUILD MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR LIMIT ONLY FRESH PROFILE JOBS".split())
 
 
+def test_settings_of_a_profile_and_of_a_notebook_are_put_together():
+    common = {"SETTINGS": {"n_samples": 2, "seq_len": 64}, "DTYPE": "float32"}
+    both = {"SETTINGS": {"n_samples": 2, "seq_len": 32}}
+    assert run.together(common, {"SETTINGS": {"seq_len": 32}}, {"SETTINGS", "MODEL"}) == both
+    assert run.together(common, {}, {"SETTINGS"}) == {"SETTINGS": common["SETTINGS"]}
+    assert run.together(common, {"N": 3}, {"DTYPE", "N"}) == {"DTYPE": "float32", "N": 3}
+
+
 def write_notebook(path: Path, parameters: str, code: str) -> None:
     cells = [nbformat.v4.new_code_cell(s) for s in (PARAMETERS + parameters, WRITE, code)]
     cells[0].metadata["tags"] = ["parameters"]

@@ -1,7 +1,9 @@
 """The notebooks are readable, stripped and parameterized as agreed, and the profiles name parameters that exist."""
 
 import ast
+import dataclasses
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import nbformat
@@ -12,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
 SECTIONS = {"about", "common", "needs"}
+MOST_PARAMETERS = 10
+OWN_NAMES = {"drop", "fig07_checkpoints"}  # an interface of make, a training run: their parameters are their own
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 each_profile = pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
@@ -74,6 +78,36 @@ def test_one_parameters_cell_of_commented_literals(path):
     assert not uncommented, "say what each is and what else it may be"
 
 
+def parameters(path: Path) -> dict[str, tuple[object, str]]:
+    """{name: (value, what the comment says up to the first semicolon)}"""
+    (cell,) = parameter_cells(path)
+    lines = cell.source.splitlines()
+    found = {}
+    for statement in ast.parse(cell.source).body:
+        comment = lines[statement.lineno - 1].partition("  # ")[2]
+        found[statement.targets[0].id] = ast.literal_eval(statement.value), comment.partition(";")[0].strip()
+    return found
+
+
+@each_notebook
+def test_few_parameters(path):
+    if path.stem not in OWN_NAMES:
+        assert len(parameters(path)) <= MOST_PARAMETERS, "what nobody changes has a default in the library: Settings"
+
+
+def test_one_name_has_one_type_and_one_meaning():
+    types = defaultdict(dict)
+    meanings = defaultdict(dict)
+    for path in NOTEBOOKS:
+        for name, (value, meaning) in parameters(path).items():
+            if value is not None:
+                types[name][type(value).__name__] = path.stem
+            if path.stem not in OWN_NAMES:
+                meanings[name][meaning] = path.stem
+    assert not {name: by_type for name, by_type in types.items() if len(by_type) > 1}
+    assert not {name: by_meaning for name, by_meaning in meanings.items() if len(by_meaning) > 1}
+
+
 @each_notebook
 def test_no_absolute_path(path):
     source = "\n".join(cell.source for cell in read(path).cells)
@@ -92,6 +126,10 @@ def test_profile(path):
         assert set(profile[name] or {}) <= known[name], name
         assert not set(profile[name] or {}) & {"PROFILE", "OUT"}, "the same for every notebook: in common"
     assert set(profile["common"]) <= set().union(*known.values())
+    experiment = pytest.importorskip("llmdrop.repro.experiment")
+    allowed = {setting.name for setting in dataclasses.fields(experiment.Settings)}
+    for section in ("common", *names):
+        assert set((profile[section] or {}).get("SETTINGS", {})) <= allowed, section
     assert profile["common"]["PROFILE"] == path.stem
     assert profile["common"]["OUT"] == f"../figures/{path.stem}"
     assert profile["about"]

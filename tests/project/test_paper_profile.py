@@ -32,39 +32,38 @@ SMALL = {
     "BATCH_SIZE": 8,
     "N_SAMPLES": 2,
     "SEQ_LEN": 48,
-    "SIZES": [1, 2],
+    "SET_SIZES": [1, 2],
     "LIMIT": 1,
-    "PPL_SAMPLES": 2,
-    "PPL_LEN": 48,
-    "PPL_SKIP": 0,
-    "HELD_OUT_SAMPLES": 2,
-    "HELD_OUT_LEN": 48,
     "N_SEEDS": 2,
-    "WANDA_SAMPLES": 1,
-    "CHOICE_SAMPLES": 1,
-    "CHOICE_LEN": 16,
-    "SPEED": {"batch_size": 1, "prompt_len": 8, "new_tokens": 2, "rounds": 1},
-    "KV_BATCH": 2,
-    "KV_LEN": 32,
+    "TIMED": {"batch_size": 1, "prompt_len": 8, "new_tokens": 2, "rounds": 1},
+    "CACHED": {"batch_size": 2, "tokens": 32},
     "ANSWER_LEN": 4,
-    "PROMPT_LEN": 40,
-    "NEW_TOKENS": 2,
-    "TIMED_STEPS": None,
-    "TIMED_TOKENS": 2,
-    "ROUNDS": 1,
     "N_PROMPTS": 1,
 }
+SMALL_SETTINGS = {
+    "dtype": "float32",
+    "batch_size": 8,
+    "n_samples": 2,
+    "seq_len": 48,
+    "held_out_samples": 2,
+    "held_out_len": 48,
+    "fit_samples": 1,
+    "contexts": [256],
+    "n_facts": 4,
+}
 OWN = {  # where one notebook needs another size
-    "fig05_drop_curves": {"N_DROPPED": {"attn": [4], "mlp": [4], "block": [4]}},
-    "fig08_joint": {"N_DROPPED": [4, 8]},
-    "fig12_gsm8k": {"MODEL": "meta-math/MetaMath-Mistral-7B", "N_DROPPED": [4]},  # answers have 256 tokens
-    "tab12_long_context": {"N_QUERIES": 2, "N_DROPPED": [2, 8], "RETRIEVAL": {256: [8]}, "N_FACTS": 4},
-    "speedups": {"BATCH_SIZES": {}, "ROUNDS": 2},
+    "fig05_drop_curves": {"PLANS": {"attn": [4], "mlp": [4], "block": [4]}},
+    "fig08_joint": {"COUNTS": [4, 8]},
+    "fig12_gsm8k": {"MODEL": "meta-math/MetaMath-Mistral-7B", "COUNTS": [4]},  # answers have 256 tokens
+    "tab12_long_context": {"N_QUERIES": 2, "COUNTS": [2, 8]},
+    "speedups": {"BATCH_SIZES": {}, "TIMED": {"prompt_len": 40, "new_tokens": 2, "rounds": 2}},
     "tab04_kv_cache": {"N_DROPPED": 6},
     "tab05_settings": {"LIMIT": 2},  # questions of each subject: one has no standard error
-    "serving": {"N_DROPPED": {"attn": 4}},
-    "tab11_quantization": {"GROUP_SIZE": 64},
-    "tab08_shortened_llama": {"N_BLOCKS": [4]},
+    "serving": {
+        "PLANS": {"attn": [4]},
+        "TIMED": {"prompt_len": 40, "new_tokens": 2, "rounds": 1, "threads": 1, "weights": "q8_0"},
+    },
+    "tab08_shortened_llama": {"COUNTS": [4]},
 }
 pytestmark = pytest.mark.skipif(
     not MIRROR.is_dir(), reason="no mirror of the hub's datasets: set LLMDROP_TEST_DATA to its directory"
@@ -111,6 +110,8 @@ def test_runs_offline_with_the_papers_settings(name, data, models, tmp_path, mon
     (out := tmp_path / "out").mkdir()
     values = PROFILE["common"] | (PROFILE[name] or {}) | SMALL | OWN.get(name, {})
     values |= {"DATA_DIR": str(data), "OUT": str(out)}
+    settings = PROFILE["common"]["SETTINGS"] | (PROFILE[name] or {}).get("SETTINGS", {})
+    values["SETTINGS"] = settings | SMALL_SETTINGS
     values["MODEL"] = ",".join(str(models / one.split("@")[0]) for one in values["MODEL"].split(","))
     values["REVISIONS"] = dict(list(values.get("REVISIONS", {}).items())[:2])
     if "mmlu" in values.get("TASKS", []) and name != "tab05_settings":  # 57 subjects take long: once is enough

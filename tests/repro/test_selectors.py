@@ -318,3 +318,20 @@ def test_drops_and_windows_without_reconstruction_and_too_few(store):
     assert contender.variant.reconstruction is None
     with pytest.raises(ValueError, match="most=1 sublayers save less time than 5"):
         chooser.mixed([5], 1, 4)
+
+
+def test_methods_are_a_selector_and_what_makes_up_for_its_layers(store):
+    chooser = Chooser(tiny("llama"), TEXT, SHORT, speed=SPEED, store=store)
+    methods = ["cosine: none", "KL greedy, reconstructed: least squares", "cosine: mean"]
+    found = [(contender.method, contender.n) for contender in chooser.contenders(methods, [1, 2])]
+    assert found == [
+        ("cosine: none", 1),
+        ("cosine: mean", 1),
+        ("cosine: none", 2),
+        ("cosine: mean", 2),
+        ("KL greedy, reconstructed: least squares", 1),
+        ("KL greedy, reconstructed: least squares", 2),
+    ]
+    for method in ("cosine", "cosine: magic"):
+        with pytest.raises(ValueError, match=f"method '{method}' is not .*least squares"):
+            chooser.contenders([method], [1])

@@ -213,7 +213,7 @@ def measured(rounds: pd.DataFrame) -> pd.DataFrame:
     for name in names:
         steps = rounds.loc[rounds["variant"] == name, "decode_seconds"] * 1000 / NEW_TOKENS
         time_of = mean_of(steps, "rounds")
-        row = {"ms": time_of.value, "ms_low": time_of.low, "ms_high": time_of.high}
+        row = {"ms": time_of.value, "ms_low": time_of.low, "ms_high": time_of.high, "here": nan}
         if rounds.loc[rounds["variant"].isin([name, names[0]]), "status"].eq("ok").all():
             ratio = speed_ratio(rounds, name, names[0], "decode_seconds")
             row |= {"here": ratio.value, "here_low": ratio.low, "here_high": ratio.high}

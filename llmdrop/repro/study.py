@@ -3,10 +3,10 @@
 import os
 import re
 import sys
-from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from ..checkpoints.extras import import_extra
 from ..files import build_dir, real_path, write_atomic
 
 STYLE = """
@@ -47,14 +47,13 @@ def write_page(executed: str | os.PathLike, page: str | os.PathLike) -> Path:
 
     What was printed while measuring is left out. Returns its path.
     """
-    import nbformat
-    from nbconvert import HTMLExporter
-
+    nbformat = import_extra("nbformat", "repro")
+    nbconvert = import_extra("nbconvert", "repro")
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_shown(output)]
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
+    exporter = nbconvert.HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook)
     body = re.sub(r"<table.*?</table>", r'<div class="scroll">\g<0></div>', body, flags=re.DOTALL)
     title = re.search(r"# (.+)", notebook.cells[0].source)[1]
@@ -87,36 +86,33 @@ def notebook_file() -> Path:
 
 
 def study(model: str, out: str | os.PathLike | None = None, **parameters) -> Path:
-    """Run notebooks/my_model.ipynb on a model; returns the path of the page, <out>/<model>.html.
+    """Run notebooks/my_model.ipynb on a model; returns the path of the page, <out>/my_model.html.
 
     model: see `llmdrop.load_model`. out: folder of the page, the executed notebook, figures and numbers (None: below
     `build_dir()`). parameters: others of the notebook, as CALIBRATION, TASKS, MAX_LOSS, SPEEDUP, KV, BATCH, CONTEXT,
     SAMPLES, DEVICE, DATA_DIR. What is measured is stored and never measured twice. Raises ImportError without the extra
     "repro", ValueError for an unknown parameter, papermill's PapermillExecutionError where a cell fails.
     """
-    import papermill
-
+    papermill = import_extra("papermill", "repro")
     known = papermill.inspect_notebook(str(notebook_file()))
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"no parameter {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
-    name = Path(model.split("@")[0]).name
-    folder = real_path(out) if out else build_dir() / "study" / name
+    folder = real_path(out) if out else build_dir() / "study" / Path(model.split("@")[0]).name
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as undo:
-        path = os.environ.get("JUPYTER_PATH")  # the interpreter that runs this, whatever else is called python3
-        undo.callback(os.environ.update if path else os.environ.pop, {"JUPYTER_PATH": path} if path else "JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [f"{sys.prefix}/share/jupyter", path]))
-        executed = folder / f"{name}.ipynb"
-        papermill.execute_notebook(
-            notebook_file(),
-            executed,
-            parameters | {"MODEL": model, "OUT": str(folder)},
-            kernel_name="python3",
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
-    return write_page(executed, folder / f"{name}.html")
+    # the interpreter that runs this, whatever else is called python3
+    kernels = [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, kernels))
+    executed = folder / "my_model.ipynb"
+    papermill.execute_notebook(
+        notebook_file(),
+        executed,
+        parameters | {"MODEL": model, "OUT": str(folder)},
+        kernel_name="python3",
+        progress_bar=False,
+        stdout_file=sys.stdout,
+        stderr_file=sys.stderr,
+    )
+    return write_page(executed, folder / "my_model.html")
 
 
 if __name__ == "__main__":

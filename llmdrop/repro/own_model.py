@@ -32,6 +32,7 @@ from ..speed.roofline import HARDWARE, predict_speed
 from .quality import quality
 from .selectors import Chooser
 from .statistics import difference, mean_of, speed_ratio
+from .store import Store
 
 SCORED_LEN = 512  # tokens of a sample that layers are scored on, or that a reconstruction is fitted on
 READ_LEN = 256  # of one that a plan is chosen or measured on
@@ -382,7 +383,7 @@ def plans_on_other_texts(
     plans = {}
     for name in list(dict.fromkeys(others))[:2]:
         text = load_calibration(name, tokenizer, samples, length, data_dir=data_dir)
-        plans[name] = plan_drop(Chooser(model, text).store.score(model, text), asked.target, asked.n)
+        plans[name] = plan_drop(Store().score(model, text), asked.target, asked.n)
     return plans
 
 

@@ -40,7 +40,7 @@ def run(tmp_path: Path, family: str, *settings: str) -> subprocess.CompletedProc
 
 
 def test_a_model_whose_time_cannot_be_predicted(tmp_path):
-    done = run(tmp_path, "gpt_neox", "KV=0.6", "TASKS=piqa")
+    done = run(tmp_path, "gpt_neox", "KV=0.6", "TASKS=openbookqa")
     assert done.returncode == 0, done.stderr
     plan = llmdrop.DropPlan.from_json((tmp_path / "out/my_model_plan.json").read_text())
     assert len(plan.attn) == 2  # 3 of 5 attention layers are left
@@ -54,7 +54,7 @@ def test_a_model_whose_time_cannot_be_predicted(tmp_path):
     assert set(re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', html)) == {"https://arxiv.org/abs/2406.15786"}
     assert "import matplotlib" not in html and "measuring" not in html  # what was found, not how
     assert "No times are predicted" in html and "gated MLPs" in html
-    assert f"llmdrop.DropPlan(attn={list(plan.attn)}, mlp={list(plan.mlp)})" in html.replace("&quot;", '"')
+    assert f"llmdrop.DropPlan(attn={list(plan.attn)}, mlp={list(plan.mlp)})" in re.sub("<[^>]+>", "", html)
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_a_model_whose_time_cannot_be_predicted(tmp_path):
 )
 def test_what_is_impossible_is_said_before_the_long_part(tmp_path, setting, says):
     done = run(tmp_path, "llama", setting)
-    assert done.returncode == 1 and says in done.stderr and "quality" not in done.stdout
+    assert done.returncode == 1 and says in done.stderr and "measuring losses" not in done.stdout

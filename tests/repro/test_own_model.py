@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from exports import TOKENIZER, wide
 from tiny import byte_tokenizer, random_ids, tiny
 
 import llmdrop
@@ -150,8 +151,8 @@ def test_a_context_longer_than_the_models_is_refused(llama):
 
 
 def windows_of(text: Calibration) -> set[tuple]:
-    """All runs of 24 tokens."""
-    return {tuple(run) for row in text.input_ids.tolist() for run in zip(*(row[k:] for k in range(24)), strict=False)}
+    """All runs of 64 tokens."""
+    return {tuple(run) for row in text.input_ids.tolist() for run in zip(*(row[k:] for k in range(64)), strict=False)}
 
 
 def test_own_text_is_scored_chosen_and_judged_on_different_parts(tmp_path):
@@ -207,10 +208,9 @@ def test_plans_of_samples_that_agree_are_always_the_same_and_of_others_not(score
 @pytest.mark.parametrize("reconstructed", [False, True])
 def test_the_commands_save_that_very_plan(tmp_path, monkeypatch, reconstructed):
     pytest.importorskip("gguf")
-    tokenizer = byte_tokenizer()
-    model = tiny("llama", "sdpa", vocab_size=257)
-    llmdrop.save_model(model, tokenizer, tmp_path / "whole")
-    texts = own_model.load_texts(model, tokenizer, "xsum", samples=8)
+    model = wide()
+    llmdrop.save_model(model, TOKENIZER, tmp_path / "whole")
+    texts = own_model.load_texts(model, TOKENIZER, "xsum", samples=8)
     variant = Variant(DropPlan(attn=[1, 3], mlp=[4] if not reconstructed else []))
     if reconstructed:
         scores = llmdrop.score(model, texts.calibration, progress=False)

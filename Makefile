@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-TARGETS := help setup reproduce smoke test families drop evaluate serve lab report gpu clean
+TARGETS := help setup reproduce smoke test families drop study evaluate serve lab report gpu clean
 .PHONY: $(TARGETS)
 
 # What a target takes on its command line. `make help` lists it; anything else is refused, not ignored.
@@ -13,6 +13,7 @@ TAKES_smoke := $(filter-out PROFILE,$(TAKES_reproduce))
 TAKES_report := PROFILE
 TAKES_drop := MODEL ATTN MLP BLOCK KEEP COMPENSATE OUT DTYPE DEVICE DATA_DIR CALIBRATION N_SAMPLES SEQ_LEN BATCH_SIZE \
 	SEED PPL_SAMPLES PPL_LEN PPL_SKIP SOURCES REFIT_SAMPLES KV_TOKENS
+TAKES_study := MODEL CALIBRATION TASKS MAX_LOSS SPEEDUP KV BATCH CONTEXT SAMPLES DEVICE DATA_DIR OUT
 TAKES_evaluate := MODEL TASKS DTYPE LIMIT BATCH GPUS
 TAKES_serve := MODEL ATTN MLP BLOCK KEEP PORT
 TAKES_gpu := DRY DRAW FRESH MINUTES ONLY MODEL DATA_DIR DEVICE
@@ -52,7 +53,7 @@ help: ## this list
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
 	@echo "  ATTN=8 or 40%, MLP=, BLOCK=   how many to drop, or what share; KEEP=0,29: layers of which nothing is dropped"
-	@echo "  the others of make drop   parameters of notebooks/drop.ipynb, which says what they are"
+	@echo "  the others of make drop and study   parameters of notebooks/drop.ipynb and my_model.ipynb, which say what they are"
 	@echo "  JOBS=1   one notebook at a time (smoke, embedded, beyond: two, where there are two cores)"
 
 # -- environment ------------------------------------------------------------------------------------------------------
@@ -121,6 +122,13 @@ report: $(STAMP) ## figures/PROFILE/index.html, claims.csv and figures/index.htm
 drop: $(STAMP) ## make drop MODEL=… ATTN=8 OUT=directory: score, drop, save, check
 	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb --set 'DEST=$(OUT)' \
 		$(foreach name,$(filter-out OUT,$(TAKES_drop)),--set '$(name)=$($(name))')
+
+# The notebook, then the page that it makes.
+STUDY = $(or $(OUT),build/study/$(notdir $(patsubst %/,%,$(or $(MODEL),smollm2-135m))))
+study: $(STAMP) ## make study MODEL=… MAX_LOSS=0.05 (or SPEEDUP=1.2, KV=0.7): what your model can do without, as one page
+	@$(OFFLINE) $(PY) notebooks/run.py run notebooks/my_model.ipynb '$(STUDY)/my_model.ipynb' --set 'OUT=$(STUDY)' \
+		$(foreach name,$(filter-out OUT,$(TAKES_study)),--set '$(name)=$($(name))')
+	@$(PY) -m llmdrop.repro.study '$(STUDY)/my_model.ipynb' '$(STUDY)/my_model.html'
 
 # lm-eval's own data parallelism: accelerate starts GPUS processes, each with the whole model and its share of questions.
 # A checkpoint with single sublayers dropped brings modeling_llmdrop.py along, which then runs; no other remote code does.

@@ -45,20 +45,21 @@ def read_overrides(pairs: list[str]) -> dict:
     """["MODEL=x", "ATTN=8", "DEVICE="] -> {"MODEL": "x", "ATTN": 8}: empty means not given, paths become absolute."""
     given = {name: value for name, value in (pair.split("=", 1) for pair in pairs) if value}
     for name, value in given.items():  # a notebook runs in notebooks/, the path was typed somewhere else
-        if name == "DEST" or (name == "DATA_DIR" and value != "hub") or (name == "MODEL" and Path(value).is_dir()):
-            given[name] = str(Path(value).resolve())
-        if name == "DATA_DIR" and value != "hub" and not Path(value).is_dir():
+        is_path = name in ("DEST", "OUT") or (name == "DATA_DIR" and value != "hub")
+        if is_path or (name in ("MODEL", "CALIBRATION") and Path(value).expanduser().exists()):
+            given[name] = str(Path(value).expanduser().resolve())
+        if name == "DATA_DIR" and value != "hub" and not Path(given[name]).is_dir():
             sys.exit(f"DATA_DIR={value} is not a directory; it holds <dataset>/<config>/<split>.jsonl, or is 'hub'")
     return {name: read_value(name, value) for name, value in given.items()}
 
 
 def read_value(name: str, value: str) -> int | float | str | list:
-    """A number where it is one, a list for KEEP=0,29 and SOURCES=xsum,squad."""
-    if name in ("KEEP", "SOURCES"):
+    """A number where it is one, a list for KEEP=0,29, SOURCES=xsum,squad and TASKS=piqa."""
+    if name in ("KEEP", "SOURCES", "TASKS"):
         return [read_value("", part) for part in value.split(",")]
     if value.isdigit():
         return int(value)
-    return float(value) if re.fullmatch(r"0?\.\d+", value) else value
+    return float(value) if re.fullmatch(r"\d*\.\d+", value) else value
 
 
 def read_profile(path: Path) -> tuple[dict, dict, dict]:

@@ -149,6 +149,7 @@ def variables_of(project: Path) -> dict[str, set[str]]:
 def test_what_a_target_takes_is_in_help_and_anything_else_is_refused(project):
     listed = variables_of(project)
     assert listed["drop"] == set(papermill.inspect_notebook(ROOT / "notebooks/drop.ipynb")) - {"DEST"} | {"OUT"}
+    assert listed["study"] == set(papermill.inspect_notebook(ROOT / "notebooks/my_model.ipynb"))
     everything = set().union(*listed.values())
     recipes = (ROOT / "Makefile").read_text()
     used = set(re.findall(r"\$\((?:if |or |filter-out 0,\$\()?([A-Z][A-Z_]*[A-Z])\b", recipes))
@@ -339,6 +340,29 @@ def test_smoke_drop_and_clean(project):
     assert [p.name for p in (project / "build").iterdir()] == ["results"]
     make(project, "clean", "CLEAN_RESULTS=1")
     assert not list((project / "build").iterdir())
+
+
+def test_study_takes_paths_from_where_it_is_typed_and_limits_as_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("text")
+    given = run.read_overrides(
+        ["CALIBRATION=own.txt", "OUT=here", "SPEEDUP=1.2", "KV=.7", "BATCH=8", "TASKS=piqa,boolq"]
+    )
+    assert given == {
+        "CALIBRATION": str(tmp_path / "own.txt"),
+        "OUT": str(tmp_path / "here"),
+        "SPEEDUP": 1.2,
+        "KV": 0.7,
+        "BATCH": 8,
+        "TASKS": ["piqa", "boolq"],
+    }
+    assert run.read_overrides(["CALIBRATION=xsum", "MODEL=some/model"]) == {
+        "CALIBRATION": "xsum",
+        "MODEL": "some/model",
+    }
+    command = ["make", "-n", "STAMP=notebooks/run.py", "study", "MODEL=some/model/", "KV=0.7"]
+    recipe = subprocess.run(command, cwd=ROOT, env=own_environment(), capture_output=True, text=True).stdout
+    assert "-m llmdrop.repro.study 'build/study/model/my_model.ipynb' 'build/study/model/my_model.html'" in recipe
 
 
 def test_setup_says_what_is_missing(project):

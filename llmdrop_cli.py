@@ -236,11 +236,10 @@ def plan(
 
 def in_words(plan: "DropPlan") -> str:
     """A plan for people."""
-    alone = {"attention": set(plan.attn) - set(plan.blocks), "MLP": set(plan.mlp) - set(plan.blocks)}
     lines = [f"{plan.label}, layers counted from 0"]
-    for kind, indices in {**alone, "whole blocks": plan.blocks}.items():
-        if indices:
-            lines.append(f"  {kind}: {', '.join(map(str, sorted(indices)))}")
+    lines += [
+        f"  {kind}: {', '.join(map(str, of))}" for kind, of in (("attention", plan.attn), ("MLP", plan.mlp)) if of
+    ]
     return "\n".join(lines)
 
 
@@ -501,10 +500,13 @@ def serve(
 def study(
     model: Model,
     calibration: Source = "xsum",
-    tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval to ask; may be repeated.")] = None,
-    max_loss: Annotated[float | None, typer.Option(help="Drop what costs so many nats per token at most.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Drop what makes it so many times as fast, as 1.2.")] = None,
-    kv: Annotated[float | None, typer.Option(help="Drop what leaves this share of the KV cache, as 0.7.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval to ask as well; may be repeated.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Nats per token that a plan may lose.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Or how many times as fast it must be, as 1.2.")] = None,
+    kv: Annotated[float | None, typer.Option(help="Or the share of the KV cache that may be left, as 0.7.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at a time, where you run the model.", min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of context, there.", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples of text: more are slower, and surer.", min=1)] = None,
     out: Annotated[str | None, typer.Option(help="Directory for the page, its figures and numbers.")] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
@@ -516,11 +518,19 @@ def study(
     import_extra("papermill", "repro")
     from llmdrop.repro.study import study as study_
 
-    asked = dict(CALIBRATION=calibration, MAX_LOSS=max_loss, SPEEDUP=speedup, KV=kv, DEVICE=device, DATA_DIR=data_dir)
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if tasks:
-        asked["TASKS"] = names(tasks)
-    page = study_(model, out, **asked)
+    given = dict(
+        CALIBRATION=calibration,
+        TASKS=names(tasks or []) or None,
+        MAX_LOSS=max_loss,
+        SPEEDUP=speedup,
+        KV=kv,
+        BATCH=batch,
+        CONTEXT=context,
+        SAMPLES=samples,
+        DEVICE=device,
+        DATA_DIR=data_dir,
+    )
+    page = study_(model, out, **{name: value for name, value in given.items() if value is not None})
     return {"page": str(page)}, f"written: {page}"
 
 
@@ -548,18 +558,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     program = typer.main.get_command(app)
     try:
-        return program(arguments or ["--help"], prog_name="llmdrop", standalone_mode=False) or 0
+        code = program(arguments or ["--help"], prog_name="llmdrop", standalone_mode=False) or 0
     except UsageError as error:
         path = error.ctx.command_path if error.ctx else "llmdrop"
         message = " ".join(error.format_message().split()).rstrip(".")
         return failed(f"{message} (see {path} --help)", 2)
-    except (typer.Abort, KeyboardInterrupt):
-        return failed("interrupted; what has been measured is kept", 130)
+    except (typer.Abort, KeyboardInterrupt):  # newer releases of typer return 130 instead
+        code = 130
     except Exception as error:
         if os.environ.get("LLMDROP_TRACEBACK"):
             raise
         is_said = isinstance(error, OSError | ValueError | TypeError | ImportError | RuntimeError)
         return failed(one_line(error) if is_said else f"{type(error).__name__}: {one_line(error)}", 1)
+    return failed("interrupted; what has been measured is kept", code) if code == 130 else code
 
 
 def run() -> None:

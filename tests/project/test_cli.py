@@ -309,9 +309,9 @@ def test_study_hands_its_options_to_the_notebook(run, answer, monkeypatch):
     fake.study = study
     monkeypatch.setitem(sys.modules, "llmdrop.repro.study", fake)
     pytest.importorskip("papermill")
-    options = ["--tasks", "piqa,boolq", "--tasks", "rte", "--max-loss", "0.05", "--kv", "0.7", "--out", "study"]
+    options = ["--tasks", "piqa,boolq", "--tasks", "rte", "--max-loss", "0.05", "--samples", "4", "--out", "study"]
     assert answer("study", "tiny", *options) == {"page": str(Path("study/tiny.html"))}
-    parameters = dict(CALIBRATION="xsum", TASKS=["piqa", "boolq", "rte"], MAX_LOSS=0.05, KV=0.7, DEVICE="auto")
+    parameters = dict(CALIBRATION="xsum", TASKS=["piqa", "boolq", "rte"], MAX_LOSS=0.05, SAMPLES=4, DEVICE="auto")
     assert asked == [("tiny", "study", parameters)]
     assert refused(run("study", "bad"), 1) == "llmdrop: ValueError: no such model"
 
@@ -321,7 +321,8 @@ def test_the_notebook_has_the_parameters_that_study_gives():
     if not notebook.is_file():
         pytest.skip("no notebook to study a model by")
     known = set(pytest.importorskip("papermill").inspect_notebook(str(notebook)))
-    assert {"MODEL", "OUT", "CALIBRATION", "TASKS", "MAX_LOSS", "SPEEDUP", "KV", "DEVICE", "DATA_DIR"} <= known
+    options = {parameter.name.upper() for parameter in typer.main.get_command(llmdrop_cli.app).commands["study"].params}
+    assert options - {"AS_JSON"} == known
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ TAKES_reproduce := PROFILE ONLY FRESH MODEL DEVICE DATA_DIR LIMIT JOBS
 TAKES_smoke := $(filter-out PROFILE,$(TAKES_reproduce))
 TAKES_report := PROFILE
 TAKES_drop := MODEL ATTN MLP BLOCK KEEP COMPENSATE OUT DTYPE DEVICE DATA_DIR CALIBRATION N_SAMPLES SEQ_LEN BATCH_SIZE \
-	SEED PPL_SAMPLES PPL_LEN PPL_SKIP SOURCES REFIT_SAMPLES KV_TOKENS
+	SEED
 TAKES_study := MODEL CALIBRATION TASKS MAX_LOSS SPEEDUP KV BATCH CONTEXT SAMPLES DEVICE DATA_DIR OUT
 TAKES_evaluate := MODEL TASKS DTYPE LIMIT BATCH GPUS
 TAKES_serve := MODEL ATTN MLP BLOCK KEEP PORT
@@ -53,7 +53,7 @@ help: ## this list
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
 	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
 	@echo "  ATTN=8 or 40%, MLP=, BLOCK=   how many to drop, or what share; KEEP=0,29: layers of which nothing is dropped"
-	@echo "  the others of make drop and study   parameters of notebooks/drop.ipynb and my_model.ipynb, which say what they are"
+	@echo "  the others of make drop, study, evaluate and serve   options of llmdrop, which says what they are: llmdrop drop --help"
 	@echo "  JOBS=1   one notebook at a time (smoke, embedded, beyond: two, where there are two cores)"
 
 # -- environment ------------------------------------------------------------------------------------------------------
@@ -119,32 +119,36 @@ smoke: ## reproduce with a few samples each, in minutes
 report: $(STAMP) ## figures/PROFILE/index.html, claims.csv and figures/index.html from what has been run; the README's ten claims
 	@$(REPORT)
 
-drop: $(STAMP) ## make drop MODEL=… ATTN=8 OUT=directory: score, drop, save, check
-	@$(PY) notebooks/run.py run notebooks/drop.ipynb build/notebooks/drop/drop.ipynb --set 'DEST=$(OUT)' \
-		$(foreach name,$(filter-out OUT,$(TAKES_drop)),--set '$(name)=$($(name))')
+# The commands of llmdrop; $(call given,A_B C) hands on what was given: --a-b '...' --c '...'.
+LLMDROP = $(PY) -m llmdrop_cli
+given = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z_ a-z-) '$($(name))'))
+OR_EMBEDDED = $(or $(MODEL),smollm2-135m)
+DROPPED = build/dropped/$(notdir $(OR_EMBEDDED))$(if $(ATTN),-attn$(ATTN))$(if $(MLP),-mlp$(MLP))$(if $(BLOCK),-block$(BLOCK))
 
-# The notebook, then the page that it makes.
-STUDY = $(or $(OUT),build/study/$(notdir $(patsubst %/,%,$(or $(MODEL),smollm2-135m))))
+drop: $(STAMP) ## make drop MODEL=… ATTN=8 OUT=directory: score, drop, save, check
+	@$(LLMDROP) drop '$(OR_EMBEDDED)' '$(or $(OUT),$(DROPPED))' --overwrite $(if $(filter-out 0,$(COMPENSATE)),--reconstruct) \
+		$(call given,$(filter-out MODEL OUT COMPENSATE,$(TAKES_drop)))
+
 study: $(STAMP) ## make study MODEL=… MAX_LOSS=0.05 (or SPEEDUP=1.2, KV=0.7): what your model can do without, as one page
-	@$(OFFLINE) $(PY) notebooks/run.py run notebooks/my_model.ipynb '$(STUDY)/my_model.ipynb' --set 'OUT=$(STUDY)' \
-		$(foreach name,$(filter-out OUT,$(TAKES_study)),--set '$(name)=$($(name))')
-	@$(PY) -m llmdrop.repro.study '$(STUDY)/my_model.ipynb' '$(STUDY)/my_model.html'
+	@$(OFFLINE) $(LLMDROP) study '$(OR_EMBEDDED)' $(call given,$(filter-out MODEL,$(TAKES_study)))
 
 # lm-eval's own data parallelism: accelerate starts GPUS processes, each with the whole model and its share of questions.
 # A checkpoint with single sublayers dropped brings modeling_llmdrop.py along, which then runs; no other remote code does.
 GPUS ?= 1
-LAUNCH = $(if $(filter-out 1,$(GPUS)),accelerate.commands.launch --multi_gpu --num_processes $(GPUS) --num_machines 1 \
-	--mixed_precision no --dynamo_backend no -m)
+LAUNCH = $(PY) -m accelerate.commands.launch --multi_gpu --num_processes $(GPUS) --num_machines 1 --mixed_precision no \
+	--dynamo_backend no
 OWN_CODE = $(if $(wildcard $(MODEL)/modeling_llmdrop.py),$(comma)trust_remote_code=True)
 comma := ,
 evaluate: $(STAMP) ## make evaluate MODEL=… TASKS=piqa,… GPUS=4: lm-eval on a checkpoint, over GPUs
-	@$(PY) -m $(LAUNCH) lm_eval run --model hf --model_args pretrained=$(MODEL),dtype=$(or $(DTYPE),bfloat16)$(OWN_CODE) \
-		--tasks $(TASKS) --batch_size $(or $(BATCH),8) $(if $(LIMIT),--limit $(LIMIT)) \
-		--output_path build/evaluate
+ifeq ($(GPUS),1)
+	@$(LLMDROP) evaluate '$(OR_EMBEDDED)' '$(TASKS)' $(call given,DTYPE LIMIT) $(if $(BATCH),--batch-size $(BATCH))
+else
+	@$(LAUNCH) -m lm_eval run --model hf --model_args pretrained=$(MODEL),dtype=$(or $(DTYPE),auto)$(OWN_CODE) \
+		--tasks $(TASKS) --batch_size $(or $(BATCH),8) $(if $(LIMIT),--limit $(LIMIT)) --output_path build/evaluate
+endif
 
 serve: $(STAMP) ## make serve MODEL=… ATTN=8 PORT=8080: an OpenAI-compatible server on the dropped model
-	@$(OFFLINE) $(PY) notebooks/serve.py --model '$(MODEL)' --attn '$(ATTN)' --mlp '$(MLP)' --block '$(BLOCK)' \
-		--keep '$(KEEP)' --port '$(PORT)'
+	@$(OFFLINE) $(LLMDROP) serve '$(OR_EMBEDDED)' $(call given,$(filter-out MODEL,$(TAKES_serve)))
 
 # On the Python that is there: clusters without a network have torch, transformers and no environment of ours.
 gpu: ## make gpu DRY=1 ONLY=check MINUTES=9: all of CUDA on a real GPU (docs/gpu.md)

@@ -1,8 +1,8 @@
 """Files and directories that are complete or absent, and locks: one of each, for the whole library."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,9 +66,10 @@ def new_directory(target: Path) -> Iterator[Path]:
                     remove(leftover)
             yield partial
             lock.unlink()
+            by_umask = partial.stat().st_mode & 0o666  # the folder was made by it; safetensors writes 0600 regardless
             for file in partial.rglob("*"):
                 if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
-                    file.chmod(file.stat().st_mode | 0o444)  # safetensors writes what only its owner can read
+                    file.chmod(file.stat().st_mode | by_umask)
             is_current = target.exists() and target.samefile(os.curdir)
             if target.exists():
                 target.rename(former)
@@ -99,15 +100,14 @@ def write_atomic(files: Mapping[str | Path, str | bytes]) -> None:
         for path, content in files.items():
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             ready[temporary] = path
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:  # mkstemp would make it private
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes them private
         for temporary, path in ready.items():
             os.replace(temporary, path)
     finally:
         for temporary in ready:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)

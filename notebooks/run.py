@@ -42,10 +42,10 @@ def refuse_unknown(names, allowed, where: str) -> None:
 
 
 def read_overrides(pairs: list[str]) -> dict:
-    """["MODEL=x", "ATTN=8", "DEVICE="] -> {"MODEL": "x", "ATTN": 8}: empty means not given, paths become absolute."""
+    """["MODEL=x", "LIMIT=8", "DEVICE="] -> {"MODEL": "x", "LIMIT": 8}: empty means not given, paths become absolute."""
     given = {name: value for name, value in (pair.split("=", 1) for pair in pairs) if value}
     for name, value in given.items():  # a notebook runs in notebooks/, the path was typed somewhere else
-        is_path = name in ("DEST", "OUT") or (name == "DATA_DIR" and value != "hub")
+        is_path = name == "OUT" or (name == "DATA_DIR" and value != "hub")
         if is_path or (name in ("MODEL", "CALIBRATION") and Path(value).expanduser().exists()):
             given[name] = str(Path(value).expanduser().resolve())
         if name == "DATA_DIR" and value != "hub" and not Path(given[name]).is_dir():
@@ -54,9 +54,9 @@ def read_overrides(pairs: list[str]) -> dict:
 
 
 def read_value(name: str, value: str) -> int | float | str | list:
-    """A number where it is one, a list for KEEP=0,29, SOURCES=xsum,squad and TASKS=piqa."""
-    if name in ("KEEP", "SOURCES", "TASKS"):
-        return [read_value("", part) for part in value.split(",")]
+    """A number where it is one, a list for TASKS=piqa,boolq."""
+    if name == "TASKS":
+        return value.split(",")
     if value.isdigit():
         return int(value)
     return float(value) if re.fullmatch(r"\d*\.\d+", value) else value

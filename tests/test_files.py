@@ -21,11 +21,31 @@ def hold(path, what, seconds=60):
 def test_write_atomic_writes_all_or_nothing(tmp_path):
     files.write_atomic({tmp_path / "a" / "x.txt": "one", str(tmp_path / "y.bin"): b"two"})
     assert (tmp_path / "a" / "x.txt").read_text() == "one" and (tmp_path / "y.bin").read_bytes() == b"two"
-    assert (tmp_path / "y.bin").stat().st_mode & 0o777 == 0o644
     with pytest.raises(TypeError):
         files.write_atomic({tmp_path / "a" / "x.txt": "new", tmp_path / "y.bin": 3})
     assert (tmp_path / "a" / "x.txt").read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == ["a", "y.bin"] and os.listdir(tmp_path / "a") == ["x.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027, 0o077])
+def test_who_may_read_what_is_written_is_up_to_the_umask(tmp_path, umask):
+    """Also where a writer makes private files, as safetensors does."""
+    before = os.umask(umask)
+    try:
+        files.write_atomic({tmp_path / "x.txt": "one"})
+        with files.new_directory(tmp_path / "model") as folder:
+            (folder / "deep").mkdir()
+            for name in ("private", "deep/private"):
+                os.close(os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o600))
+            (folder / "ordinary").write_text("x")
+            program = os.open(folder / "program", os.O_CREAT | os.O_WRONLY, 0o777)
+            os.close(program)
+    finally:
+        os.umask(before)
+    modes = {str(p.relative_to(tmp_path)): p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")}
+    folders = dict.fromkeys(("model", "model/deep"), 0o777 & ~umask)
+    written = ("x.txt", "model/private", "model/deep/private", "model/ordinary")
+    assert modes == folders | dict.fromkeys(written, 0o666 & ~umask) | {"model/program": 0o777 & ~umask}
 
 
 def test_a_new_directory_is_complete_or_absent(tmp_path):

@@ -1,6 +1,7 @@
 """Where a checkpoint may be written: never over anything that llmdrop did not write itself."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +29,7 @@ def mark() -> dict[str, str]:
 
 
 def check_destination(path: Path, overwrite: bool) -> None:
-    """FileExistsError unless a checkpoint may become the directory `path`.
+    """FileExistsError unless a checkpoint may become the directory `path`; PermissionError where nobody lets us write.
 
     It may where nothing is, or, with `overwrite`, a checkpoint that llmdrop wrote and to which no other file was added.
     """
@@ -52,7 +53,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
 
 def check_file(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
-    """FileExistsError unless a checkpoint may become the file `path`: nothing is there, or one of ours to overwrite."""
+    """As `check_destination`, of the file `path`: nothing is there, or one of ours to overwrite."""
     _check_parents(path)
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory, and a GGUF is a file; choose another path")
@@ -83,6 +84,8 @@ def _is_ours(config: Path) -> bool:
 
 
 def _check_parents(path: Path) -> None:
-    for parent in path.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise FileExistsError(f"{path} cannot be written, since {parent} is a file; choose another path")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise FileExistsError(f"{path} cannot be written, since {parent} is a file; choose another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {parent} is closed to you; choose another path")

@@ -30,7 +30,7 @@ def commands(path: str = "dropped") -> list[dict[str, str]]:
     """How each engine is started on an export: rows of engine, format, command."""
     vllm = f"python -m vllm.entrypoints.openai.api_server --model {path}"  # `vllm serve` fails in the CPU wheel
     rows = [
-        ("llama.cpp (xllamacpp)", "gguf", f"python -m llmdrop.serving {path}.gguf --port 8080"),
+        ("llama.cpp (xllamacpp)", "gguf", f"llmdrop serve {path}.gguf --port 8080"),
         ("llama.cpp", "gguf", f"llama-server --model {path}.gguf --port 8080"),
         ("Ollama", "gguf", f"echo FROM ./{path}.gguf > Modelfile && ollama create {path} && ollama run {path}"),
         ("vLLM, llmdrop beside it", "nemotron-nas", vllm),

@@ -1,7 +1,7 @@
 """Run a GGUF in llama.cpp, out of the wheel xllamacpp, in a process of its own.
 
-That process runs this very file as a program, which imports nothing of llmdrop, so that it starts at once. For people
-the same program is `python -m llmdrop.serving model.gguf --port 8080`.
+That process runs this very file as a program, which imports nothing of llmdrop, so that it starts at once; so does
+`llmdrop serve model.gguf --port 8080`.
 """
 
 import argparse

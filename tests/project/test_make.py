@@ -13,9 +13,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from tiny import random_ids, tiny
+import typer
 
-from llmdrop import Calibration
+import llmdrop_cli
 
 papermill = pytest.importorskip("papermill")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,11 +30,8 @@ CELLS = {  # parameters, measure
     "one": ('MODEL = "tiny"  # a model\n', "print('measuring', MODEL)\n(Path(OUT) / 'one.csv').write_text(MODEL)"),
     "two": ("DATA_DIR = None  # a mirror\n", "(Path(OUT) / 'two.csv').write_text(f'{DATA_DIR}')"),
     "three": ("N = 3  # a number\n", "if N > 10:\n    raise ValueError('N too large')\nprint(N)"),
-    "drop": (
-        'MODEL = "tiny"\nATTN = 0\nMLP = 0\nDTYPE = ""\nN_SAMPLES = 1\nKEEP = []\nDEST = ""\n',
-        "print([MODEL, ATTN, MLP, DTYPE, N_SAMPLES, KEEP], DEST)",
-    ),
 }
+COMMAND_LINE = "import sys; print('llmdrop', *sys.argv[1:])"
 REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()"
 # not ours: FRESH=1 would put the measurements of another build folder aside
 FOREIGN = set("LLMDROP_BUILD MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR LIMIT ONLY FRESH PROFILE JOBS".split())
@@ -63,7 +60,8 @@ def first_run(tmp_path_factory):
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "notebooks/run.py"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
-    (root / "notebooks/report.py").write_text(REPORT)  # the real one has its own tests
+    (root / "notebooks/report.py").write_text(REPORT)  # the real ones have their own tests
+    (root / "llmdrop_cli.py").write_text(COMMAND_LINE)
     for name, (parameters, code) in CELLS.items():
         write_notebook(root / "notebooks" / f"{name}.ipynb", parameters, code)
     (root / "notebooks/profiles").mkdir()
@@ -148,7 +146,6 @@ def variables_of(project: Path) -> dict[str, set[str]]:
 
 def test_what_a_target_takes_is_in_help_and_anything_else_is_refused(project):
     listed = variables_of(project)
-    assert listed["drop"] == set(papermill.inspect_notebook(ROOT / "notebooks/drop.ipynb")) - {"DEST"} | {"OUT"}
     assert listed["study"] == set(papermill.inspect_notebook(ROOT / "notebooks/my_model.ipynb"))
     everything = set().union(*listed.values())
     recipes = (ROOT / "Makefile").read_text()
@@ -171,18 +168,30 @@ def test_what_a_target_takes_is_in_help_and_anything_else_is_refused(project):
         assert "does not take" not in make(project, "-n", target, *(f"{name}=" for name in taken), "HF_HOME=/x").stdout
 
 
-def test_make_serve_takes_shares_and_layers_to_keep(monkeypatch):
-    spec = importlib.util.spec_from_file_location("serve", NOTEBOOKS / "serve.py")
-    spec.loader.exec_module(serve := importlib.util.module_from_spec(spec))
-    cases = {("", ""): (0, []), ("8", "0"): (8, [0]), ("40%", "0,29"): ("40%", [0, 29]), (".4", ""): (0.4, [])}
-    for (attn, keep), expected in cases.items():
-        monkeypatch.setattr("sys.argv", ["serve.py", "--attn", attn, "--mlp", "", "--keep", keep, "--port", ""])
-        given = serve.read_arguments()
-        assert (given.attn, given.keep) == expected and given.mlp == given.block == 0 and given.port == 8080
-    model = tiny("llama")
-    monkeypatch.setattr(serve.llmdrop, "load_calibration", lambda *a, **k: Calibration(random_ids(2, 16)))
-    plan = serve.drop(model, None, {"attn": "40%", "mlp": 1, "block": 0}, [0, 4])
-    assert len(plan.attn) == 2 and len(plan.mlp) == 1 and not {0, 4} & {*plan.attn, *plan.mlp}
+def test_drop_evaluate_and_serve_hand_on_what_was_given(project):
+    """To the commands of llmdrop, under the names that these have for it."""
+
+    def handed(*arguments: str) -> str:
+        return make(project, *arguments).stdout.strip()
+
+    shares = ("MODEL=some/model", "ATTN=40%", "MLP=.25", "N_SAMPLES=2", "KEEP=0,29", "OUT=here/it is")
+    given = "--attn 40% --mlp .25 --keep 0,29 --n-samples 2"
+    assert handed("drop", *shares) == f"llmdrop drop some/model here/it is --overwrite {given}"
+    assert handed("drop", "BLOCK=1", "COMPENSATE=1") == (
+        "llmdrop drop smollm2-135m build/dropped/smollm2-135m-block1 --overwrite --reconstruct --block 1"
+    )
+    assert handed("serve", "ATTN=8", "PORT=81") == "llmdrop serve smollm2-135m --attn 8 --port 81"
+    asked = ("evaluate", "MODEL=here", "TASKS=piqa,rte", "LIMIT=5", "BATCH=2")
+    assert handed(*asked) == "llmdrop evaluate here piqa,rte --limit 5 --batch-size 2"
+    program = typer.main.get_command(llmdrop_cli.app)
+    for target, renamed in (
+        ("drop", {"COMPENSATE": "reconstruct"}),
+        ("serve", {}),
+        ("evaluate", {"BATCH": "batch_size"}),
+    ):
+        options = {parameter.name for parameter in program.commands[target].params}
+        of_make = variables_of(project)[target] - {"GPUS"}
+        assert {renamed.get(name, name.lower()) for name in of_make} <= options
 
 
 def test_every_command_in_the_documentation_is_taken(project):
@@ -328,13 +337,9 @@ def test_threads_and_offline(project):
     assert f"OMP_NUM_THREADS {max(1, cores // 2)}\n" in output and "HF_HUB_OFFLINE None" in output
 
 
-def test_smoke_drop_and_clean(project):
+def test_smoke_and_clean(project):
     assert executed(make(project, "smoke", "ONLY=one").stdout) == ["one"]
     assert (project / "figures/smoke/one.csv").is_file()
-
-    settings = ("MODEL=some/model", "ATTN=40%", "MLP=.25", "DTYPE=bfloat16", "N_SAMPLES=2", "KEEP=0,29")
-    run = make(project, "drop", *settings, "OUT=here/dropped")
-    assert f"['some/model', '40%', 0.25, 'bfloat16', 2, [0, 29]] {project}/here/dropped" in run.stdout
 
     assert make(project, "clean").returncode == 0
     assert [p.name for p in (project / "build").iterdir()] == ["results"]
@@ -360,9 +365,9 @@ def test_study_takes_paths_from_where_it_is_typed_and_limits_as_numbers(tmp_path
         "CALIBRATION": "xsum",
         "MODEL": "some/model",
     }
-    command = ["make", "-n", "STAMP=notebooks/run.py", "study", "MODEL=some/model/", "KV=0.7"]
+    command = ["make", "-n", "STAMP=notebooks/run.py", "study", "MODEL=some/model/", "KV=0.7", "MAX_LOSS=.1"]
     recipe = subprocess.run(command, cwd=ROOT, env=own_environment(), capture_output=True, text=True).stdout
-    assert "-m llmdrop.repro.study 'build/study/model/my_model.ipynb' 'build/study/model/my_model.html'" in recipe
+    assert "llmdrop_cli study 'some/model/' --max-loss '.1' --kv '0.7'" in " ".join(recipe.split())
 
 
 def test_setup_says_what_is_missing(project):

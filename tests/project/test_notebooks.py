@@ -146,15 +146,13 @@ def test_profiles_agree_with_the_notebooks():
     everything = listed["embedded"] | listed["beyond"]
     assert not listed["embedded"] & listed["beyond"]
     assert everything == listed["smoke"], "smoke runs what embedded and beyond run, with less"
-    assert {p.stem for p in NOTEBOOKS} - {"drop", "my_model"} == everything
+    assert {p.stem for p in NOTEBOOKS} - {"my_model"} == everything
 
 
 @each_notebook
 def test_common_parameters(path):
     names = {statement.targets[0].id for statement in ast.parse(parameter_cells(path)[0].source).body}
-    if path.stem == "drop":
-        assert {"MODEL", "ATTN", "MLP", "BLOCK", "DEST"} <= names
-    else:
-        assert {"MODEL" if path.stem == "my_model" else "PROFILE", "OUT"} <= names
+    if path.stem != "my_model":
+        assert {"PROFILE", "OUT"} <= names
         defaults = {s.targets[0].id: s.value for s in ast.parse(parameter_cells(path)[0].source).body}
         assert ast.literal_eval(defaults["OUT"]) == "../build/figures/mine", "by hand, nothing published is touched"

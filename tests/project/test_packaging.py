@@ -52,7 +52,7 @@ def test_environment_and_pyproject_agree():
 
 def test_the_core_requires_little():
     names = {Requirement(text).name for text in PROJECT["dependencies"]}
-    light = {"filelock", "huggingface-hub"}  # torch and transformers bring them
+    light = {"filelock", "huggingface-hub", "typer"}  # torch and transformers bring them
     assert names - light == {"torch", "transformers", "safetensors", "numpy", "pandas", "tqdm"}
 
 

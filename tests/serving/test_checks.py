@@ -49,4 +49,4 @@ def test_an_engine_that_cannot_have_a_plan_says_so():
 def test_commands_name_every_engine_that_may_be_here():
     names = " ".join(row["engine"] for row in commands("m"))
     assert all(engine in names for engine in ("transformers", "llama.cpp", "vLLM", "Ollama", *engines()))
-    assert "python -m llmdrop.serving m.gguf --port 8080" in [row["command"] for row in commands("m")]
+    assert "llmdrop serve m.gguf --port 8080" in [row["command"] for row in commands("m")]

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import re
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -143,15 +146,21 @@ def test_what_llama_cpp_does_not_load_is_said(tmp_path):
 
 
 @needs_engine
-def test_the_package_is_a_server_too(tmp_path):
+def test_llmdrop_serve_is_that_server(tmp_path):
     path = save_model(wide(), TOKENIZER, tmp_path / "m.gguf", format="gguf")
-    command = [sys.executable, "-m", "llmdrop.serving", str(path), "--attached", "--context", "256"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        address = server.stdout.readline().split()[-1]
-        request = {"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 5}
-        data = json.dumps(request).encode()
-        asked = urllib.request.Request(f"{address}/v1/chat/completions", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            assert json.load(answer)["usage"]["completion_tokens"] == 5
-        server.stdin.close()
-        assert server.wait(60) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llmdrop_cli", "serve", str(path), "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            printed = next(line for line in server.stdout if line.startswith("curl "))
+            address = next(line for line in server.stdout if line.startswith("serving at ")).split()[-1]
+            assert f" {address}/v1/chat/completions" in printed and address.endswith(f":{port}")
+            data = re.search("-d '(.*)'", printed)[1].encode()
+            asked = urllib.request.Request(f"{address}/v1/chat/completions", data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                assert 0 < json.load(answer)["usage"]["completion_tokens"] <= 64
+        finally:
+            server.kill()

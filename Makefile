@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-TARGETS := help setup reproduce smoke test families drop evaluate serve lab report gpu clean
+TARGETS := help setup reproduce smoke test families drop evaluate serve lab report docs gpu clean
 .PHONY: $(TARGETS)
 
 # What a target takes on its command line. `make help` lists it; anything else is refused, not ignored.
@@ -151,6 +151,19 @@ test: $(STAMP) ## ruff and pytest
 
 families: $(STAMP) ## docs/families.md: every decoder type of the installed transformers, tried on a tiny random model
 	@$(PY) benchmarks/families.py --out docs/families.md
+
+# Sphinx and its theme are installed here, not by `make setup`.
+DOCS_STAMP := $(VENV)/docs.stamp
+$(DOCS_STAMP): $(STAMP)
+	@PYTHONPATH= $(PY) -m pip install -c constraints.txt -e '.[docs]' | sed '/already satisfied/d'
+	@touch $@
+
+docs: $(DOCS_STAMP) ## the README, docs/ and the API as web pages that need no network, into build/docs
+	@rm -rf build/docs build/docs-source
+	@mkdir -p build/docs-source
+	@cp -a README.md CHANGELOG.md docs figures build/docs-source/
+	@$(PY) -m sphinx -q -W --keep-going -c docs build/docs-source build/docs
+	@echo "open build/docs/index.html"
 
 # python3 is this environment's, whatever kernels of that name a cluster puts on JUPYTER_PATH.
 lab: $(STAMP) ## Jupyter, in notebooks/

@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 		       "Install one and name it: make PYTHON3=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$$($(PYTHON3) -V) cannot make environments. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "making $(VENV): about 2 minutes and 2.3 GB (more where torch brings CUDA)"
+	@echo "making $(VENV): about 2 minutes and 2.5 GB (more where torch brings CUDA)"
 	@$(PY) -c 'import pip' 2>/dev/null || \
 		$(PYTHON3) -m venv $$([ ! -e $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
 	@PYTHONPATH= $(PY) -m pip install -c constraints.txt -e '.[test]' | sed '/already satisfied/d'

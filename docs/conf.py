@@ -56,7 +56,9 @@ def write_api_pages(app) -> None:
     """api/llmdrop.rst, the names that `import llmdrop` brings, and a page for the rest of every folder."""
     import llmdrop
 
-    names = {name: value for name, value in vars(llmdrop).items() if getattr(value, "__module__", "").startswith("llmdrop.")}
+    names = {
+        name: value for name, value in vars(llmdrop).items() if getattr(value, "__module__", "").startswith("llmdrop.")
+    }
     text = heading("llmdrop") + ".. py:module:: llmdrop\n\nWhat ``import llmdrop`` brings.\n\n"
     for name, value in names.items():
         directive = "autoclass" if isinstance(value, type) else "autofunction"
@@ -86,7 +88,7 @@ def add_contents(app, docname: str, source: list[str]) -> None:
         listed = [f"docs/{page}" for page in PAGES] + ["CHANGELOG"]
         api = [f"api/{page}" for page in ("llmdrop", "core", *FOLDERS)]
         for caption, pages in (("Pages", listed), ("API", api)):
-            source[0] += "\n```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n" % (caption, "\n".join(pages))
+            source[0] += "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```\n"])
 
 
 def as_plain_text(app, what: str, name: str, value, options, lines: list[str]) -> None:

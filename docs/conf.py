@@ -13,8 +13,20 @@ from sphinx import addnodes
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "build" / "docs-source"
-PAGES = ("architecture", "claims", "profiles", "own_model", "serving", "beyond", "families", "gpu", "scaling")
-FOLDERS = ("checkpoints", "data", "evaluation", "speed", "streaming", "serving", "compress", "repro")
+
+
+def in_order(first: str, found) -> list[str]:
+    """The names of files that were found: those named first in that order, then the others."""
+    names = sorted(file.stem for file in found if not file.stem.startswith("_"))
+    return [name for name in first.split() if name in names] + [name for name in names if name not in first.split()]
+
+
+PAGES = in_order("own_model serving profiles claims beyond architecture", (ROOT / "docs").glob("*.md"))
+CORE = in_order("plan proof anatomy calibration hooks scoring sublayers prune files", (ROOT / "llmdrop").glob("*.py"))
+FOLDERS = in_order(
+    "checkpoints data evaluation speed streaming serving compress repro",
+    (file.parent for file in (ROOT / "llmdrop").glob("*/__init__.py")),
+)
 
 project = "llmdrop"
 author = "The llmdrop authors"
@@ -37,15 +49,12 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 add_module_names = False
 
-CORE = ("plan", "proof", "anatomy", "calibration", "hooks", "scoring", "sublayers", "prune", "files")
-
 
 def modules(folder: str) -> list[str]:
     """Full names of the modules of a folder; "core": of the package itself, in reading order."""
     if folder == "core":
         return [f"llmdrop.{name}" for name in CORE]
-    files = sorted((ROOT / "llmdrop" / folder).glob("*.py"))
-    return [f"llmdrop.{folder}.{file.stem}" for file in files if file.stem not in ("__init__", "__main__")]
+    return [f"llmdrop.{folder}.{name}" for name in in_order("", (ROOT / "llmdrop" / folder).glob("*.py"))]
 
 
 def heading(text: str, line: str = "=") -> str:
@@ -67,19 +76,15 @@ def write_api_pages(app) -> None:
     for folder in ("core", *FOLDERS):
         text = heading(f"llmdrop/{folder}/" if folder != "core" else "The core")
         for module in modules(folder):
-            shown_above = ", ".join(name for name, value in names.items() if value.__module__ == module)
+            public = [name for name, value in names.items() if value.__module__ == module]
             text += heading(module.removeprefix("llmdrop."), "-")
-            text += f".. automodule:: {module}\n"
-            if shown_above:
-                links = ", ".join(f":py:obj:`llmdrop.{name}`" for name in shown_above.split(", "))
-                text += f"   :exclude-members: {shown_above}\n\nDescribed on the page of llmdrop: {links}.\n"
-            text += "\n"
+            text += f".. automodule:: {module}\n   :exclude-members: {', '.join(public)}\n\n"
+            if public:
+                text += "On the page of llmdrop: " + ", ".join(f"`llmdrop.{name}`" for name in public) + ".\n\n"
         pages[folder] = text
     (SOURCE / "api").mkdir(exist_ok=True)
     for name, text in pages.items():
-        file = SOURCE / "api" / f"{name}.rst"
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
+        (SOURCE / "api" / f"{name}.rst").write_text(text)
 
 
 def add_contents(app, docname: str, source: list[str]) -> None:

@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SUFFIXES:
-TARGETS := help setup reproduce smoke test families drop study evaluate serve lab report gpu clean
+TARGETS := help setup reproduce smoke test families drop study evaluate serve lab report docs gpu clean
 .PHONY: $(TARGETS)
 
 # What a target takes on its command line. `make help` lists it; anything else is refused, not ignored.
@@ -66,7 +66,7 @@ $(STAMP): pyproject.toml constraints.txt
 		       "Install one and name it: make PYTHON3=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$$($(PYTHON3) -V) cannot make environments. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "making $(VENV): about 2 minutes and 2.3 GB (more where torch brings CUDA)"
+	@echo "making $(VENV): about 2 minutes and 2.5 GB (more where torch brings CUDA)"
 	@$(PY) -c 'import pip' 2>/dev/null || \
 		$(PYTHON3) -m venv $$([ ! -e $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
 	@PYTHONPATH= $(PY) -m pip install -c constraints.txt -e '.[test]' | sed '/already satisfied/d'
@@ -163,6 +163,19 @@ test: $(STAMP) ## ruff and pytest
 
 families: $(STAMP) ## docs/families.md: every decoder type of the installed transformers, tried on a tiny random model
 	@$(PY) benchmarks/families.py --out docs/families.md
+
+# Sphinx and its theme are installed here, not by `make setup`.
+DOCS_STAMP := $(VENV)/docs.stamp
+$(DOCS_STAMP): $(STAMP)
+	@PYTHONPATH= $(PY) -m pip install -c constraints.txt -e '.[docs]' | sed '/already satisfied/d'
+	@touch $@
+
+docs: $(DOCS_STAMP) ## the README, docs/ and the API as web pages that need no network, into build/docs
+	@rm -rf build/docs build/docs-source
+	@mkdir -p build/docs-source
+	@cp -a README.md CHANGELOG.md docs figures build/docs-source/
+	@$(PY) -m sphinx -q -W --keep-going -c docs build/docs-source build/docs
+	@echo "open build/docs/index.html"
 
 # python3 is this environment's, whatever kernels of that name a cluster puts on JUPYTER_PATH.
 lab: $(STAMP) ## Jupyter, in notebooks/

@@ -246,15 +246,19 @@ def table(rows: list[dict[str, str]]) -> str:
         "# Decoder types",
         "",
         f"Made by `make families` with transformers {transformers.__version__}, on tiny random models of the "
-        f"{len(rows)} types that it takes for causal language models, parts of encoder-decoders left out: "
-        f"{len(proven)} have a residual split that can be proven, and {sum(map(passes, rows))} of these are scored, "
-        "dropped exactly, and generate with a cache as without one. The others are refused, by name and reason.",
+        f"{len(rows)} types that it lists as causal language models (parts of encoder-decoders left out). A residual "
+        f"split can be proven in {len(proven)}; {sum(map(passes, rows))} of these are scored, dropped from exactly, "
+        "and generate with a cache what they generate without one. The others are refused, each with the reason.",
         "",
-        "`score` runs. `drop` is the same as adding nothing: first, last, all but one and all attention; MLP, block "
-        "and a mixture. Generation with a dynamic `cache`, a `static` one, and with `padded` texts is as without a "
-        "cache. Texts can be `packed` into rows in evaluation. What one can `save` is what is loaded. Without a "
-        '`block`, the checkpoint is an ordinary one, or ours. Where a cell names "nothing dropped", it is '
-        "transformers that does this, without llmdrop.",
+        "- `score`: scoring runs.",
+        "- `drop`: the dropped model computes what the model does with those outputs at zero. Tried without the first, "
+        "the last, all but one and all attention layers; without an MLP, a block, and a mixture.",
+        "- `cache`, `static`, `padded`: with a dynamic cache, with a static one, and with padded prompts, generation "
+        "gives what it gives without a cache.",
+        "- `packed`: evaluation puts several texts into one row, or gives each a row of its own.",
+        "- `save`: what is loaded is what was saved.",
+        "- `block`: without a block, the checkpoint is an ordinary one of its type, or in llmdrop's own format.",
+        '- "nothing dropped: ..." in a cell: transformers itself does this, without llmdrop.',
         "",
         f"| type | {' | '.join(COLUMNS)} |",
         f"|---{'|---' * len(COLUMNS)}|",

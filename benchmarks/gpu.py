@@ -1,4 +1,4 @@
-"""The whole CUDA programme on a real GPU, in order of worth, step by step; see docs/gpu.md.
+"""All of CUDA on a real GPU, in order of worth, step by step; see docs/gpu.md.
 
     make gpu [DRY=1] [ONLY=check,geometry] [MINUTES=9] [MODEL=directory] [DATA_DIR=directory] [FRESH=1]
     python benchmarks/gpu.py [--dry] [--only ...] [--minutes 9] [--model ...] [--data-dir ...] [--fresh] [--draw]

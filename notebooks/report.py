@@ -127,6 +127,19 @@ def owner(stem: str) -> str | None:
     return found[0] if found and found[0] in {key for key, _, _ in ITEMS} else None
 
 
+def in_words(value) -> str:
+    """A fact of the provenance without brackets and quotes: "xsum, boolq", "torch: 2.13.0; python: 3.11", "yes"."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {in_words(part)}" for name, part in sorted(value.items())) or "–"
+    if isinstance(value, list):
+        return ", ".join(in_words(part) for part in value) or "–"
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def read_output(figures: Path, stem: str) -> dict:
     """One figure or table as the page shows it: caption, table as HTML, links, provenance as (name, text) pairs."""
     kinds = ("pdf", "png", "csv", "md", "tex", "json", "txt")
@@ -141,10 +154,7 @@ def read_output(figures: Path, stem: str) -> dict:
             table = table.replace("<table", '<table class="two"', 1)
     elif "png" not in file and "csv" in file:
         table = pd.read_csv(figures / f"{stem}.csv").to_html(index=False, border=0, float_format="{:.4g}".format)
-    details = [
-        (name, impersonal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)))
-        for name, value in sorted(provenance.items())
-    ]
+    details = [(name, impersonal(in_words(value))) for name, value in sorted(provenance.items())]
     links = [(kind, name) for kind, name in file.items() if kind != "txt"]
     image = None
     if "png" in file:  # 300 pixels an inch in the file's header, shown at 130

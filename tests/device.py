@@ -320,7 +320,7 @@ def pretended_gpus(count: int = 2) -> Iterator[GPUs]:
 
 
 def reason_not_to() -> str | None:
-    """Why the pretence cannot be had here, or None: a real GPU, another torch, or private names of it that changed."""
+    """Why the pretense cannot be had here, or None: a real GPU, another torch, or private names of it that changed."""
     if torch.cuda.is_available():
         return "this machine has a real GPU: `make gpu`"
     release = torch.__version__.split("+")[0]

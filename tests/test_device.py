@@ -1,6 +1,6 @@
 """Every path of the library on two pretended GPUs gives the CPU's numbers, and waits for them no more than it must.
 
-What the pretence can show, and what only a real GPU can (`make gpu`), is said in `device.py`.
+What the pretense can show, and what only a real GPU can (`make gpu`), is said in `device.py`.
 """
 
 import json
@@ -47,13 +47,13 @@ pytestmark = pytest.mark.skipif(reason_not_to() is not None, reason=str(reason_n
 
 @pytest.fixture
 def gpus(monkeypatch):
-    # transformers reads weights in a pool of threads, which began outside of the pretence
+    # transformers reads weights in a pool of threads, which began outside of the pretense
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     with pretended_gpus() as machine:
         yield machine
 
 
-# -- the pretence itself
+# -- the pretense itself
 
 
 def test_what_a_gpu_refuses_is_refused(gpus):
@@ -146,7 +146,7 @@ def test_a_graph_writes_what_single_steps_write(gpus):
 def test_speed_is_measured(cache, decoding, gpus):
     model = tiny("llama", "sdpa").to("cuda:1")
     out = measure_speed(model, 2, 16, 8, repeats=2, cache=cache, decoding=decoding, timed_steps=4)
-    assert out["peak_bytes"] == 1 and out["decode_seconds"] > 0  # as the pretence has it
+    assert out["peak_bytes"] == 1 and out["decode_seconds"] > 0  # as the pretense has it
     assert out["kv_bytes"] == measure_speed(tiny("llama", "sdpa"), 2, 16, 8, cache=cache)["kv_bytes"]
 
 

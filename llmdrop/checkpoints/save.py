@@ -29,12 +29,12 @@ def save_model(
 ) -> Path:
     """Write model and tokenizer with only what is left of the model, for the program named by `format`.
 
-    "hf" (default): a directory of safetensors and config.json, an ordinary checkpoint where only whole blocks are
-        dropped. Else (single sublayers dropped, or biases that a mean added) `load_model` reads it, and
-        `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`; stock classes refuse it.
-    "nemotron-nas": a directory for vLLM, SGLang and TensorRT-LLM, see `nemotron_nas.write_nemotron_nas`.
-    "gguf": one file for llama.cpp, Ollama and LM Studio, with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
-        `gguf_format.write_gguf`; `load_model` reads it back.
+    - "hf" (default): a directory of safetensors and config.json, an ordinary checkpoint where only whole blocks are
+      dropped. Else (single sublayers dropped, or biases that a mean added) `load_model` reads it, and
+      `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`; stock classes refuse it.
+    - "nemotron-nas": a directory for vLLM, SGLang and TensorRT-LLM, see `nemotron_nas.write_nemotron_nas`.
+    - "gguf": one file for llama.cpp, Ollama and LM Studio, with weights="f16" (or f32, bf16, q8_0, q4_0, q4_1), see
+      `gguf_format.write_gguf`; `load_model` reads it back.
 
     A directory gets a model card (README.md), with `note` in it: how the layers were chosen and what that cost, as
     Markdown; a card that is not llmdrop's own is never replaced.

@@ -26,7 +26,7 @@ from .estimate import NORMAL_QUANTILE
 from .statistics import shares
 from .tables import write_output
 
-_GHOST = {"facecolor": "#F4F4F4", "edgecolor": "#ABABAB", "linewidth": 0.5, "hatch": "//////"}
+_DROPPED = {"facecolor": "#F4F4F4", "edgecolor": "#ABABAB", "linewidth": 0.5, "hatch": "//////"}
 
 
 def plot_importance(df: pd.DataFrame, axes: Sequence[Axes], rows: str = "calibration") -> None:
@@ -358,7 +358,7 @@ def plot_percent(
 def plot_schematic(
     plan: DropPlan | SimpleNamespace, n_layers: int, ax: Axes, per_row: int = 40, legend: bool = True
 ) -> None:
-    """Figures 1 and 4: the model's modules along the residual stream, drawn from a plan; its dropped ones are ghosts.
+    """Figures 1 and 4: the model's modules along the residual stream, drawn from a plan; dropped ones are hatched.
 
     plan: has .attn and .mlp, indices below n_layers. A dropped branch is gone with its norm (the dark foot), and the
     stream runs straight on. Deep models take several rows of per_row layers: allow 0.7 inches of height for each.
@@ -387,16 +387,16 @@ def plot_schematic(
     ax.set_axis_off()
     if legend:
         handles = [Patch(color=style.method(kind)["color"], label=style.KINDS[kind]) for kind in ("attn", "mlp")]
-        handles += [Patch(color="#555555", label="Norm"), Patch(label="Dropped", **_GHOST)]
+        handles += [Patch(color="#555555", label="Norm"), Patch(label="Dropped", **_DROPPED)]
         handles += [Line2D([], [], color="black", lw=1, label="Residual stream")]
         _legend_above(ax, 5 if ax.figure.get_figwidth() > 5 else 3, handles=handles, handlelength=1.2)
 
 
 def _branch(ax: Axes, left: float, floor: float, color: str, is_dropped: bool) -> None:
-    """One sublayer of `plot_schematic`: a ghost, or its module with the norm and the ways from and to the stream."""
+    """One sublayer of `plot_schematic`: hatched, or its module with the norm and the ways from and to the stream."""
     size = {"xy": (left, floor + 0.3), "width": 0.35}
     if is_dropped:
-        ax.add_patch(Rectangle(**size, height=0.92, **_GHOST))
+        ax.add_patch(Rectangle(**size, height=0.92, **_DROPPED))
         return
     for edge in (left + 0.08, left + 0.27):
         ax.plot([edge, edge], [floor, floor + 0.3], color=color, lw=0.7)

@@ -127,7 +127,7 @@ def test_two_at_a_time_on_two_cores(project):
 
 def test_help(project):
     output = make(project, "help").stdout
-    for target in ("setup", "reproduce", "smoke", "test", "drop", "lab", "report", "clean"):
+    for target in ("setup", "reproduce", "smoke", "test", "drop", "lab", "report", "docs", "clean"):
         assert f"make {target} " in output
     assert make(project).stdout == output
 

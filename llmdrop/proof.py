@@ -13,7 +13,6 @@ writers of one kind only belong to that sublayer; those that feed both (a norm t
 
 import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -147,7 +146,7 @@ def random_copy(module: nn.Module, replaced: dict[nn.Module, nn.Module] | None =
         if id(part) in inside:
             continue
         for name, value in vars(part).items():
-            if "hook" in name and isinstance(value, OrderedDict | dict) and id(value) not in memo:
+            if "hook" in name and isinstance(value, dict) and id(value) not in memo:
                 memo[id(value)] = type(value)()
         for name in ("forward", "_hf_hook", "_old_forward"):  # accelerate's
             if name in vars(part):
@@ -397,7 +396,7 @@ class _Proof:
         mixes = {name for name in self.once if self.reaction(touched, name)[1]}
         if any(self.reaction(touched, name)[2] for name in writers):
             raise NotAdditive("its attention looks ahead: an encoder, or no causal mask")
-        reacts: dict[str, set[str]] = {}  # writer or "" for x -> writers that read it without another in between
+        reacts: dict[str, set[str]] = {}  # by writer, those that read it without another in between
         for name in writers:
             run = self.run.run(self.x, held, {name: delta})
             reacts[name] = {other for other in writers if other != name and any(self.reaction(run, other))}
@@ -431,14 +430,7 @@ class _Proof:
             raise NotAdditive(
                 f"it has {', '.join(unused)} besides, which did not run; merge adapters and remove wrappers"
             )
-        split = Split(
-            None,
-            None,
-            _number(carry),
-            bool(names["attn"] and names["mlp"] and not sequential),
-            base.n_outputs,
-            base.overwrites,
-        )
+        sublayers: dict[str, Sublayer | None] = {"attn": None, "mlp": None}
         for of, of_kind in names.items():
             if not of_kind:
                 continue
@@ -448,16 +440,18 @@ class _Proof:
             if of == "attn":
                 core = next((name for name in members if self.reaction(touched, name)[1]), core)
             stubs = self.stubs(members, of_kind)
-            sublayer = Sublayer(
+            sublayers[of] = Sublayer(
                 writers=tuple(of_kind),
                 scales=None if None in scales else tuple(scales),
                 stubs=stubs,
                 core=next((name for name in stubs if core.startswith(f"{name}.")), core),
                 matrix=self.matrix(of_kind),
             )
-            split = replace(split, **{of: sublayer})
-        self.check_dropping(split, writers, carry)
-        return split
+        self.check_dropping(sublayers)
+        parallel = bool(names["attn"] and names["mlp"] and not sequential)
+        return Split(
+            **sublayers, carry=_number(carry), parallel=parallel, n_outputs=base.n_outputs, overwrites=base.overwrites
+        )
 
     def reaction(self, run: _Run, name: str) -> tuple[bool, bool, bool]:
         """Whether what a module gives moved at all, at tokens after TOUCHED, and at tokens before it."""
@@ -516,10 +510,9 @@ class _Proof:
                 return name
         return None
 
-    def check_dropping(self, split: Split, writers: dict[str, torch.Tensor], carry: torch.Tensor) -> None:
+    def check_dropping(self, sublayers: dict[str, Sublayer | None]) -> None:
         """Without each sublayer, the layer must give the sum without its writers."""
-        for of in ("attn", "mlp"):
-            sublayer = getattr(split, of)
+        for of, sublayer in sublayers.items():
             if sublayer is None:
                 continue
             zeros = {name: torch.zeros_like(self.base.gave[name][0]) for name in sublayer.writers}

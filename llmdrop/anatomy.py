@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 
 from .plan import AnyPlan, DropPlan, as_plan
 from .proof import N_TOKENS, NotAdditive, Split, StandIn, Sublayer, as_output, has_gone, is_gone, prove, random_copy
@@ -52,11 +53,6 @@ class Anatomy:
     @property
     def n_layers(self) -> int:
         return len(self.layers)
-
-    @property
-    def parallel(self) -> bool:
-        """Whether attention and MLP of any layer read the same x."""
-        return any(split.parallel for split in self.splits if split)
 
     def has(self, kind: str, i: int) -> bool:
         """Whether layer i has an "attn" or "mlp" sublayer that is not dropped."""
@@ -155,13 +151,12 @@ def _anatomy(model: nn.Module, decoder: nn.Module, layer_list: nn.ModuleList) ->
     places = tuple(None if i in removed else next(remaining) for i in range(record["n_layers"]))
     present = [None if place is None else layer_list[place] for place in places]
     layers = tuple(None if is_gone(layer) else layer for layer in present)
-    first = {layer: i for i, layer in reversed([*enumerate(layers)])}
-    again = [i for i, layer in enumerate(layers) if layer is not None and first[layer] != i]
-    if again:
-        raise ValueError(
-            f"layers {first[layers[again[0]]]} and {again[0]} are one module, so that what is dropped from one is gone "
-            "from both; give each a copy of its own (copy.deepcopy)"
-        )
+    for i, layer in enumerate(layers):
+        if layer is not None and layer in layers[:i]:
+            raise ValueError(
+                f"layers {layers.index(layer)} and {i} are one module, so that what is dropped from one is gone from "
+                "both; give each a copy of its own (copy.deepcopy)"
+            )
     proven = _PROVEN.setdefault(model, {})
     signatures = [layer if layer is None else _signature(layer) for layer in layers]
     if not proven.keys() >= {signature for signature in signatures if signature is not None}:
@@ -255,7 +250,9 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
     for k in sorted(whole):
         first = shown.setdefault(signatures[k], [k])[0]
         shown[signatures[k]] = [first, k]
-    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]), _in_float32():
+    # in float32, also while transformers loads a model of another type
+    float32 = local_torch_dtype(torch.float32)
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]), float32:
         proven: dict[Signature, Split] = {}
         probes = nn.ModuleList(
             layer if signatures[k] is None else _Probe(k, whole.get(k, layer), signatures[k], shown, proven)
@@ -265,21 +262,16 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
         vocabulary = getattr(decoder.config.get_text_config(decoder=True), "vocab_size", N_TOKENS)
         try:
             shell(input_ids=torch.arange(N_TOKENS)[None] % vocabulary, use_cache=False)
-        except NotAdditive as error:
-            raise ValueError(f"no residual split of this {model_type!r} model can be proven: {error}") from error
+            often = [probe.index for probe in probes if isinstance(probe, _Probe) and probe.calls > 1]
+            if often:
+                raise NotAdditive(f"it runs layer {often[0]} more than once (recurrent depth)")
+            if not proven:
+                raise NotAdditive("no layer runs on text alone")
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
-            raise ValueError(
-                f"no residual split of this {model_type!r} model can be proven: its decoder does not run on a line of "
-                f"tokens alone ({type(error).__name__}: {error})"
-            ) from error
-        often = [probe.index for probe in probes if isinstance(probe, _Probe) and probe.calls > 1]
-        if often:
-            what = f"it runs layer {often[0]} more than once (recurrent depth)"
-            raise ValueError(f"no residual split of this {model_type!r} model can be proven: {what}")
-        if not proven:
-            raise ValueError(
-                f"no residual split of this {model_type!r} model can be proven: no layer runs on text alone"
-            )
+            why = str(error)
+            if not isinstance(error, NotAdditive):
+                why = f"its decoder does not run on a line of tokens alone ({type(error).__name__}: {error})"
+            raise ValueError(f"no residual split of this {model_type!r} model can be proven: {why}") from error
     return proven | dict.fromkeys({signature for signature in signatures if signature} - proven.keys())
 
 
@@ -302,17 +294,6 @@ def _weights_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
-
-
-@contextmanager
-def _in_float32() -> Iterator[None]:
-    """What is made has this type, also while transformers loads a model of another."""
-    former = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(former)
 
 
 class _Probe(StandIn):

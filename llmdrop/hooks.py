@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import torch
 
 from .anatomy import exclusive, find_anatomy
-from .proof import Split, Sublayer, first_tensor, measured_scales
+from .proof import Call, Split, Sublayer, first_tensor, measured_scales
 
 Scale = float | torch.Tensor  # a number, or [C]
 Scales = tuple[Scale, list[Scale], list[Scale]]  # of x, and of the writers of attention and MLP
@@ -46,11 +46,7 @@ class ResidualTap:
                 if split is None:
                     continue
                 layer = self.parts.layers[i]
-                mlp = split.mlp if self.parts.has("mlp", i) else None
                 watch(layer.register_forward_pre_hook, self._start(i), with_kwargs=True)
-                if mlp and mlp.reads:
-                    reader = layer.get_submodule(mlp.reads)
-                    watch(reader.register_forward_pre_hook, self._keep_input("m"), with_kwargs=True)
                 for kind in ("attn", "mlp"):
                     for name in getattr(split, kind).writers if self.parts.has(kind, i) else ():
                         writer = layer.get_submodule(name)
@@ -86,12 +82,6 @@ class ResidualTap:
 
         return hook
 
-    def _keep_input(self, name: str) -> Callable:
-        def hook(module, args, kwargs):
-            self.seen[name] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
     def _keep_output(self, name: str, copied: bool) -> Callable:
         def hook(module, args, output):
             tensor = first_tensor(output)
@@ -115,9 +105,7 @@ class ResidualTap:
                 self._check_sum(i, x, y, carry, f_attn, f_mlp)
                 checked = True
             m = None
-            if "m" in seen:
-                m = seen["m"].view_as(x)  # OPT flattens [B, T, C] to [B * T, C] before its MLP
-            elif not split.parallel:
+            if not split.parallel:
                 m = _times(carry, x) if f_attn is None else _times(carry, x) + f_attn
             self.on_layer(i, x, m, y, f_attn, f_mlp)
 
@@ -150,7 +138,7 @@ def _times(scale: Scale, values: torch.Tensor) -> torch.Tensor:
     return values if isinstance(scale, float) and scale == 1 else scale * values
 
 
-def _scales(layer: torch.nn.Module, split: Split, x: torch.Tensor, call: tuple[tuple, dict]) -> Scales:
+def _scales(layer: torch.nn.Module, split: Split, x: torch.Tensor, call: Call) -> Scales:
     """What the layer multiplies its input and each writer by. Where weights decide that, the layer runs to show it."""
     known = [split.carry, *(scale for part in (split.attn, split.mlp) if part for scale in part.scales or (None,))]
     if None in known:

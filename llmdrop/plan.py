@@ -54,9 +54,6 @@ class DropPlan:
         """Number of dropped sublayers (a block counts two)."""
         return len(self.attn) + len(self.mlp)
 
-    def __bool__(self) -> bool:
-        return len(self) > 0
-
     def __or__(self, other: "DropPlan") -> "DropPlan":
         """Both plans at once. Raises ValueError where they were made for models of different depth."""
         n_layers = self.n_layers or other.n_layers

@@ -13,7 +13,6 @@ writers of one kind only belong to that sublayer; those that feed both (a norm t
 
 import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -56,16 +55,14 @@ class Sublayer:
 
     writers: whose outputs are added to the residual stream, in the order they run. scales: what each is multiplied by,
     or None where that depends on weights. stubs: what takes the place of each module when the sublayer is dropped.
-    core: the module that mixes tokens and owns the KV cache, or the first writer of an MLP. reads: a module whose first
-    argument is the stream before the sublayer (of a sequential MLP), or None. matrix: the matrix that the only writer
-    ends with, or None.
+    core: the module that mixes tokens and owns the KV cache, or the first writer of an MLP. matrix: the matrix that the
+    only writer ends with, or None.
     """
 
     writers: tuple[str, ...]
     scales: tuple[float, ...] | None
     stubs: dict[str, Stub]
     core: str
-    reads: str | None
     matrix: str | None
 
 
@@ -90,18 +87,15 @@ class Split:
 
         Raises NotAdditive where more than that differs.
         """
-        if [self._structure(kind) for kind in ("attn", "mlp")] != [other._structure(kind) for kind in ("attn", "mlp")]:
-            raise NotAdditive("layers of its kind differ in what their attention and MLP are made of")
         parts = {}
         for kind in ("attn", "mlp"):
             mine, theirs = getattr(self, kind), getattr(other, kind)
-            parts[kind] = mine and replace(mine, scales=mine.scales if mine.scales == theirs.scales else None)
-        same = self.carry == other.carry
-        return replace(self, carry=self.carry if same else None, **parts)
-
-    def _structure(self, kind: str) -> Sublayer | None:
-        part = getattr(self, kind)
-        return part and replace(part, scales=None)
+            if mine and theirs and mine.scales != theirs.scales:
+                mine, theirs = replace(mine, scales=None), replace(theirs, scales=None)
+            if mine != theirs:
+                raise NotAdditive("layers of its kind differ in what their attention and MLP are made of")
+            parts[kind] = mine
+        return replace(self, carry=self.carry if self.carry == other.carry else None, **parts)
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -152,7 +146,7 @@ def random_copy(module: nn.Module, replaced: dict[nn.Module, nn.Module] | None =
         if id(part) in inside:
             continue
         for name, value in vars(part).items():
-            if "hook" in name and isinstance(value, OrderedDict | dict) and id(value) not in memo:
+            if "hook" in name and isinstance(value, dict) and id(value) not in memo:
                 memo[id(value)] = type(value)()
         for name in ("forward", "_hf_hook", "_old_forward"):  # accelerate's
             if name in vars(part):
@@ -247,22 +241,19 @@ class _Layer:
         self.names: list[str] = []
         self._look_into("")
 
-    def _look_into(self, name: str) -> bool:
-        """Watch the children of a module in its place. False where it has none."""
-        inside = [child for child, _ in self.layer.get_submodule(name).named_children()]
-        prefix = f"{name}." if name else ""
-        for child in inside:
-            if isinstance(self.layer.get_submodule(prefix + child), nn.Dropout):  # does nothing here
-                continue
-            self.names.append(prefix + child)
-            if isinstance(self.layer.get_submodule(prefix + child), nn.ModuleList | nn.ModuleDict):
-                self._look_into(prefix + child)
-                self.names.remove(prefix + child)
-        return bool(inside)
+    def _look_into(self, name: str) -> None:
+        for child, module in self.layer.get_submodule(name).named_children():
+            path = f"{name}.{child}".lstrip(".")
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):  # does not run itself
+                self._look_into(path)
+            elif not isinstance(module, nn.Dropout):  # does nothing here
+                self.names.append(path)
 
     def descend(self, name: str) -> bool:
+        """Watch the children of a module in its place. False where it has none."""
         self.names.remove(name)
-        return self._look_into(name)
+        self._look_into(name)
+        return any(True for _ in self.layer.get_submodule(name).children())
 
     def run(
         self,
@@ -330,8 +321,7 @@ def prove(layer: nn.Module, call: Call, shape: torch.Size) -> Split:
     layer without a residual split.
     """
     with torch.no_grad():
-        proof = _Proof(layer, call, shape)
-        return proof.split()
+        return _Proof(layer, call, shape).split()
 
 
 class _Proof:
@@ -406,7 +396,7 @@ class _Proof:
         mixes = {name for name in self.once if self.reaction(touched, name)[1]}
         if any(self.reaction(touched, name)[2] for name in writers):
             raise NotAdditive("its attention looks ahead: an encoder, or no causal mask")
-        reacts: dict[str, set[str]] = {}  # writer or "" for x -> writers that read it without another in between
+        reacts: dict[str, set[str]] = {}  # by writer, those that read it without another in between
         for name in writers:
             run = self.run.run(self.x, held, {name: delta})
             reacts[name] = {other for other in writers if other != name and any(self.reaction(run, other))}
@@ -440,14 +430,7 @@ class _Proof:
             raise NotAdditive(
                 f"it has {', '.join(unused)} besides, which did not run; merge adapters and remove wrappers"
             )
-        split = Split(
-            None,
-            None,
-            _number(carry),
-            bool(names["attn"] and names["mlp"] and not sequential),
-            base.n_outputs,
-            base.overwrites,
-        )
+        sublayers: dict[str, Sublayer | None] = {"attn": None, "mlp": None}
         for of, of_kind in names.items():
             if not of_kind:
                 continue
@@ -457,17 +440,18 @@ class _Proof:
             if of == "attn":
                 core = next((name for name in members if self.reaction(touched, name)[1]), core)
             stubs = self.stubs(members, of_kind)
-            sublayer = Sublayer(
+            sublayers[of] = Sublayer(
                 writers=tuple(of_kind),
                 scales=None if None in scales else tuple(scales),
                 stubs=stubs,
                 core=next((name for name in stubs if core.startswith(f"{name}.")), core),
-                reads=self.reader(members, held, sequential) if of == "mlp" else None,
                 matrix=self.matrix(of_kind),
             )
-            split = replace(split, **{of: sublayer})
-        self.check_dropping(split, writers, carry)
-        return split
+        self.check_dropping(sublayers)
+        parallel = bool(names["attn"] and names["mlp"] and not sequential)
+        return Split(
+            **sublayers, carry=_number(carry), parallel=parallel, n_outputs=base.n_outputs, overwrites=base.overwrites
+        )
 
     def reaction(self, run: _Run, name: str) -> tuple[bool, bool, bool]:
         """Whether what a module gives moved at all, at tokens after TOUCHED, and at tokens before it."""
@@ -510,21 +494,6 @@ class _Proof:
             stubs[parent] = Stub(place, result.shape[-1], len(output) if isinstance(output, tuple | list) else 0)
         return stubs
 
-    def reader(self, members: list[str], held: dict[str, torch.Tensor], sequential: bool) -> str | None:
-        """The module that reads the stream between attention and MLP."""
-        if not sequential:
-            return None
-        delta = self.random(*self.x.shape)
-        run = self.run.run(self.x + delta, held)
-        for name in members:
-            before, after = self.base.read[name][0], run.read[name][0]
-            if before is None or before.numel() != self.x.numel():
-                continue
-            factor = _factor((after - before).view_as(self.x), delta)
-            if factor is not None and factor.abs().max() > 0:
-                return name
-        return None
-
     def matrix(self, writers: list[str]) -> str | None:
         """The matrix whose output is the only writer's, whatever comes in between."""
         if len(writers) > 1:
@@ -541,10 +510,9 @@ class _Proof:
                 return name
         return None
 
-    def check_dropping(self, split: Split, writers: dict[str, torch.Tensor], carry: torch.Tensor) -> None:
+    def check_dropping(self, sublayers: dict[str, Sublayer | None]) -> None:
         """Without each sublayer, the layer must give the sum without its writers."""
-        for of in ("attn", "mlp"):
-            sublayer = getattr(split, of)
+        for of, sublayer in sublayers.items():
             if sublayer is None:
                 continue
             zeros = {name: torch.zeros_like(self.base.gave[name][0]) for name in sublayer.writers}

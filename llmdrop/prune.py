@@ -274,7 +274,7 @@ def give_biases(undo: ExitStack, model: nn.Module, places: Iterable[tuple[int, s
         matrix = parts.layers[i].get_submodule(name)
         put(undo, matrix, "bias", zero_bias(matrix))
     if places:  # recorded, because stock classes have no room for them
-        record = {"n_layers": parts.n_layers} | parts.plan.key
+        record = getattr(parts.decoder, RECORD, {"n_layers": parts.n_layers} | parts.plan.key)
         put(undo, parts.decoder, RECORD, record | {"biases": sorted(given_biases(parts) + places)})
 
 

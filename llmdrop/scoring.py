@@ -40,22 +40,12 @@ class ImportanceScores:
 
     def to_frame(self, **facts) -> pd.DataFrame:
         """Tidy: one row per kind and layer, with columns kind, layer, score, stderr, magnitude; the facts in front."""
-        return pd.concat(
-            [
-                pd.DataFrame(
-                    facts
-                    | {
-                        "kind": kind,
-                        "layer": np.arange(len(self.attn)),
-                        "score": getattr(self, kind),
-                        "stderr": self.stderr[kind],
-                        "magnitude": self.magnitude[kind],
-                    }
-                )
-                for kind in KINDS
-            ],
-            ignore_index=True,
-        )
+        frames = []
+        for kind in KINDS:
+            columns = {"kind": kind, "layer": np.arange(len(self.attn)), "score": getattr(self, kind)}
+            columns |= {"stderr": self.stderr[kind], "magnitude": self.magnitude[kind]}
+            frames.append(pd.DataFrame(facts | columns))
+        return pd.concat(frames, ignore_index=True)
 
     def __eq__(self, other) -> bool:
         return isinstance(other, ImportanceScores) and self.to_json() == other.to_json()
@@ -74,15 +64,11 @@ class ImportanceScores:
         """Inverse of `to_json`. Raises ValueError for anything else."""
         try:
             record = json.loads(text)
-            return cls(
-                **{kind: np.array(record[kind], dtype=float) for kind in KINDS},
-                **{
-                    name: {k: np.array(record[name][k], dtype=float) for k in KINDS} for name in ("stderr", "magnitude")
-                },
-                gap=None if record["gap"] is None else np.array(record["gap"], dtype=float),
-                n_samples=record["n_samples"],
-                n_tokens=record["n_tokens"],
-            )
+            arrays = {kind: np.array(record[kind], dtype=float) for kind in KINDS}
+            for name in ("stderr", "magnitude"):
+                arrays[name] = {kind: np.array(record[name][kind], dtype=float) for kind in KINDS}
+            gap = None if record["gap"] is None else np.array(record["gap"], dtype=float)
+            return cls(**arrays, gap=gap, n_samples=record["n_samples"], n_tokens=record["n_tokens"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not importance scores: {text[:80]!r} ({error})") from error
 

@@ -9,10 +9,9 @@ from torch import nn
 
 from .anatomy import Anatomy, exclusive, output_matrix, unwrapped
 from .calibration import Calibration, batches, read_by
-from .proof import StandIn, as_output
+from .proof import Call, StandIn, as_output
 from .prune import eval_mode, put, put_stubs
 
-LayerCall = tuple[tuple, dict]  # args and kwargs, besides the residual stream, with which the decoder calls a layer
 NOT_FINITE = (  # what to do about it
     "Either weights hold NaN or infinity (load the checkpoint again) or float16 overflows (load the model with "
     "dtype='bfloat16' or 'float32')"
@@ -32,7 +31,7 @@ class _Recorder(StandIn):
         return as_output(self.hidden, self.n_outputs)
 
 
-def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, LayerCall]]:
+def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, Call]]:
     """The residual stream before the first layer, [B, T, C], and how the decoder calls each layer i.
 
     inputs: of the decoder. The layers themselves do not run.
@@ -47,9 +46,7 @@ def layer_calls(parts: Anatomy, **inputs) -> tuple[torch.Tensor, dict[int, Layer
     return vars(first)["hidden"], {i: vars(recorder)["call"] for i, recorder in recorders.items()}
 
 
-def run_layer(
-    parts: Anatomy, i: int, hidden: torch.Tensor, call: LayerCall, without: Sequence[str] = ()
-) -> torch.Tensor:
+def run_layer(parts: Anatomy, i: int, hidden: torch.Tensor, call: Call, without: Sequence[str] = ()) -> torch.Tensor:
     """The residual stream after layer i, [B, T, C], its live sublayers named in `without` ("attn", "mlp") left out."""
     args, kwargs = call
     with exclusive(parts.decoder), ExitStack() as undo:
@@ -153,7 +150,7 @@ class SublayerRun:
     def __init__(self, model: nn.Module, parts: Anatomy, calibration: Calibration, batch_size: int):
         self.parts = parts
         self.start: list[torch.Tensor] = []
-        self.calls: list[dict[int, LayerCall]] = []
+        self.calls: list[dict[int, Call]] = []
         self.masks: list[torch.Tensor] = []
         model = unwrapped(model)
         calibration = read_by(model, calibration)

@@ -72,9 +72,9 @@ def test_scores_equal_the_definition(family):
     ids = random_ids(6, 11)
     scores = score(tiny(family), calibration(ids), batch_size=4, gap=True, progress=False)
     bare = score(tiny(family), calibration(ids), with_residual=False, progress=False)
-    streams, parallel = stored(tiny(family), ids), anatomy(tiny(family)).parallel
+    streams, splits = stored(tiny(family), ids), anatomy(tiny(family)).splits
     for i, s in enumerate(streams):
-        m = s["x"] if parallel else s["m"]
+        m = s["x"] if splits[i].parallel else s["m"]
         assert scores.attn[i] == pytest.approx(one_minus_cos(s["x"], s["x"] + s["fa"]), abs=1e-5)
         assert scores.mlp[i] == pytest.approx(one_minus_cos(m, m + s["fm"]), abs=1e-5)
         assert scores.block[i] == pytest.approx(one_minus_cos(s["x"], s["y"]), abs=1e-5)

@@ -4,7 +4,6 @@ from contextlib import ExitStack
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PretrainedConfig
 
 from ..anatomy import RECORD, Anatomy, find_anatomy, find_layers, undropped_decoder
 from ..proof import has_gone, is_gone
@@ -59,7 +58,9 @@ def renumber(undo: ExitStack, model: nn.Module) -> None:
     path = next(name for name, module in model.named_modules() if module is parts.layer_list)
     owner, _, name = path.rpartition(".")
     put(undo, model.get_submodule(owner), name, nn.ModuleList(parts.layer_list[place] for place in kept))
-    for config in _text_configs(model, parts):
+    # heads made by Auto classes hold a copy of their own of the decoder's config
+    configs = {id(config): config for config in (model.config.get_text_config(), parts.decoder.config)}
+    for config in configs.values():
         former = vars(config).copy()
         undo.callback(vars(config).update, former)
         for key, value in former.items():
@@ -68,12 +69,6 @@ def renumber(undo: ExitStack, model: nn.Module) -> None:
         config.num_hidden_layers = len(kept)
     record = getattr(parts.decoder, RECORD) | {"removed": list(parts.plan.blocks)}
     put(undo, parts.decoder, RECORD, record)
-
-
-def _text_configs(model: nn.Module, parts: Anatomy) -> list[PretrainedConfig]:
-    """The configs that say how many layers the decoder has: heads made by Auto classes hold a copy of their own."""
-    configs = [model.config.get_text_config(), parts.decoder.config]
-    return list({id(config): config for config in configs}.values())
 
 
 def _cut(key: str, value, kept: list[int], n_layers: int):

@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..anatomy import find_layers, unwrapped
-from ..plan import DropPlan
 from ..proof import is_gone
-from ..prune import dropped, put
+from ..prune import put
+from .extras import import_extra
 
 ALGORITHMS = ("nf4", "fp4")  # quantiles of a normal distribution (Dettmers et al. 2023); 4-bit floating point
 GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -105,11 +105,7 @@ def library():
     """bitsandbytes. ImportError with the line that installs it."""
     # on some CPUs it says that it found no kernel to download, which nobody asked for
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError(f"4-bit weights need the extra llmdrop[four-bits] ({error}): `{INSTALL}`") from error
-    return bitsandbytes
+    return import_extra("bitsandbytes", "four-bits")
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -192,12 +188,11 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def size(model: nn.Module, plan: DropPlan = DropPlan()) -> dict[str, float]:
-    """What is left without the plan's layers: "bytes" of all weights, scales included, a tied head counted once, and
-    "matrix_bits", bits per weight of the matrices of the decoder layers, scales included."""
-    with dropped(model, plan):
-        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
-        matrices = [module for _, _, module in _modules(model) if _is_matrix(module) or _is_packed(module)]
+def size(model: nn.Module) -> dict[str, float]:
+    """What is left of a model: "bytes" of all weights, scales included, a tied head counted once, and "matrix_bits",
+    bits per weight of the matrices of the decoder layers, scales included."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    matrices = [module for _, _, module in _modules(model) if _is_matrix(module) or _is_packed(module)]
     held = 0
     n_weights = 0
     for matrix in matrices:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..anatomy import unwrapped
 from ..calibration import Calibration
 from ..checkpoints.digest import weights_digest
+from ..checkpoints.extras import import_extra
 from ..files import build_dir, new_directory
 from ..plan import DropPlan
 from ..prune import eval_mode
@@ -27,7 +28,6 @@ from .reconstruction import Changes, put_weights, reconstruct, reconstructed
 from .search import LOSSES, next_tokens
 
 VERSION = 1  # of the training: raised when its numbers change
-PEFT = "peft==0.21.2"
 RECORD = "healing.json"  # settings and losses, beside the adapter
 
 
@@ -58,7 +58,8 @@ class Healing:
     @property
     def key(self) -> dict:
         """What tells it from others, as plain JSON. Raises ImportError without peft."""
-        return self._settings | {"text": self.text.digest, "version": VERSION, "peft": _peft().__version__}
+        peft = import_extra("peft", "healing").__version__
+        return self._settings | {"text": self.text.digest, "version": VERSION, "peft": peft}
 
     @property
     def _settings(self) -> dict:
@@ -115,7 +116,7 @@ def heal(
     model = unwrapped(model, with_adapters=False)
     healing = Healing(text, **settings)
     changes = changes or {}
-    peft = _peft()
+    peft = import_extra("peft", "healing")
     trained_for = healing.key | {"changes": _digest(changes)} | plan.key
     del trained_for["peft"]  # its version, which may read an adapter of another
     student = reconstruct(copy.deepcopy(model), plan, changes).eval()
@@ -143,14 +144,6 @@ def heal(
             adapted.save_pretrained(partial)
             (partial / RECORD).write_text(json.dumps({"settings": trained_for, "losses": losses}))
     return adapted.merge_and_unload(), losses
-
-
-def _peft():
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(f"healing needs peft, which is not here ({error}); `pip install {PEFT}`") from error
-    return peft
 
 
 def _train(student: nn.Module, teacher: nn.Module, healing: Healing, progress: bool) -> tuple[list[float], bool]:

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from ..anatomy import Anatomy, exclusive, find_anatomy, unwrapped
 from ..calibration import check_readable
 from ..plan import DropPlan
-from ..proof import random_copy
+from ..proof import Call, random_copy
 from ..prune import dropped, eval_mode
-from ..sublayers import NOT_FINITE, LayerCall, head_logits, is_close, layer_calls, not_finite, run_layer
+from ..sublayers import NOT_FINITE, head_logits, is_close, layer_calls, not_finite, run_layer
 
 VERSION = 1  # raised when the numbers change
 
@@ -371,7 +371,7 @@ def _not_finite(model: nn.Module, parts: Anatomy, plan: DropPlan, rows: list[Row
     return f"the head gives values that are not finite on this text. {NOT_FINITE}"
 
 
-def _layer_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, dict[int, LayerCall]]:
+def _layer_calls(model, parts: Anatomy, rows: list[Row]) -> tuple[torch.Tensor, dict[int, Call]]:
     """`layer_calls` for token tries, the longest first: what each node may see is in the masks."""
     device = model.get_input_embeddings().weight.device
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(device)  # [B, N]

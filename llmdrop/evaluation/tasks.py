@@ -244,14 +244,14 @@ def task_digest(name: str, data_dir: Data = None, num_fewshot: Shots = None) -> 
 
 
 def _add_definition(state, config: dict) -> None:
-    state.update(json.dumps(config, sort_keys=True, default=_function_name).encode())
+
+    def named(function) -> str:
+        return f"!function {function.__module__}.{function.__name__}"
+
+    state.update(json.dumps(config, sort_keys=True, default=named).encode())
     modules = {value.__module__: inspect.getfile(value) for value in config.values() if callable(value)}
     for module in sorted(modules):
         state.update(Path(modules[module]).read_bytes())
-
-
-def _function_name(function) -> str:
-    return f"!function {function.__module__}.{function.__name__}"
 
 
 def available_tasks(data_dir: Data = None) -> list[str]:

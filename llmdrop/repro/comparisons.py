@@ -52,18 +52,13 @@ def losses(rows: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataFrame:
         lost = {f"lost_{text}": difference(rows, contender.name, BASELINE, text).value for text in texts}
         row = {"choice": contender.choice, "setting": contender.setting, "n": contender.n}
         row |= {"left": share.value, "low": share.low, "high": share.high}
-        of_all = difference(rows, contender.name, BASELINE, texts)
-        table.append(row | lost | {"lost": of_all.value, "lost_low": of_all.low, "lost_high": of_all.high})
+        table.append(row | lost | difference(rows, contender.name, BASELINE, texts).columns("lost"))
     return pd.DataFrame(table)
 
 
 def percent(rows: pd.DataFrame, variant: str, where: Iterable[str]) -> list[float]:
     """Percent right of each task or set of questions."""
     return [100 * items(rows, variant, name)["value"].mean() for name in where]
-
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _sizes(variant: Variant) -> dict[str, int]:
@@ -92,9 +87,9 @@ def leaderboard(rows: pd.DataFrame, contenders: Sequence[Contender]) -> pd.DataF
         layers = set(paper[n].variant.plan.attn)
         row = {"selector": contender.choice, "n": n, "plan": plan.label, "attn": list(plan.attn), "mlp": list(plan.mlp)}
         row |= {"passes": contender.passes, "overlap": len(layers & set(plan.attn)) / len(layers)}
-        row |= _columns("lost", difference(rows, contender.name, BASELINE, texts))
-        row |= _columns("against", difference(rows, contender.name, paper[n].name, texts))
-        row |= _columns("reconstructed", lost_after.get((contender.choice, n), UNKNOWN))
+        row |= difference(rows, contender.name, BASELINE, texts).columns("lost")
+        row |= difference(rows, contender.name, paper[n].name, texts).columns("against")
+        row |= lost_after.get((contender.choice, n), UNKNOWN).columns("reconstructed")
         table.append(row)
     return pd.DataFrame(table)
 
@@ -193,7 +188,7 @@ def frontier(model: nn.Module, rows: pd.DataFrame, contenders: Sequence[Contende
         is_plain = variant.reconstruction is None or variant.windows is not None
         row = {"method": contender.choice if is_plain else contender.method}
         row |= {"choice": contender.choice, "setting": contender.setting, "n": contender.n} | _sizes(variant)
-        row |= _columns("lost", difference(rows, contender.name, BASELINE, texts))
+        row |= difference(rows, contender.name, BASELINE, texts).columns("lost")
         row["predicted_speedup"] = variant.predicted_speedup(model, **speed)
         row["kv"] = variant.speed_limit(model, **speed).kv_bytes / 1e6
         row["parameters"] = (model.num_parameters() - removed(model, variant.plan)) / 1e6
@@ -228,7 +223,7 @@ def measured_speed(rounds: pd.DataFrame, contenders: Sequence[Contender]) -> pd.
     for contender in contenders:
         row = {}
         for name, column in {"speedup": "seconds", "prefill": "prefill_seconds", "decode": "decode_seconds"}.items():
-            row |= _columns(name, speed_ratio(rounds, contender.name, BASELINE, column))
+            row |= speed_ratio(rounds, contender.name, BASELINE, column).columns(name)
         row["kv"] = rounds.loc[rounds["variant"] == contender.name, "kv_bytes"].iloc[0] / 1e6
         table.append(row)
     return pd.DataFrame(table)

@@ -21,10 +21,9 @@ class Estimate:
     over: str = ""
     method: str = ""
 
-    @property
-    def stderr(self) -> float:
-        """The standard error of a normal distribution with an interval as wide."""
-        return (self.high - self.low) / (2 * NORMAL_QUANTILE)
+    def columns(self, name: str) -> dict[str, float]:
+        """As columns of a table: the number by this name, its interval as <name>_low and <name>_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
     def times(self, factor: float) -> "Estimate":
         """In another unit: 100 makes percent of shares."""

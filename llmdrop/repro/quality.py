@@ -105,18 +105,15 @@ def quality(
         def answered(plans: Sequence[DropPlan], task=task) -> list[list[dict]]:
             return ask(model, tokenizer, plans, task, limit, data_dir, shots.get(task), batch_size, seed=seed)
 
-        key = (
-            of_model
-            | of_tokenizer
-            | {
-                "version": [sweep.VERSION, evaluate.VERSION],
-                "lm_eval": version("lm_eval"),
-                "task": task,
-                "task_digest": task_digests[task],
-                "limit": limit,
-                "seed": None if limit is None else seed,
-            }
-        )
+        key = of_model | of_tokenizer
+        key |= {
+            "version": [sweep.VERSION, evaluate.VERSION],
+            "lm_eval": version("lm_eval"),
+            "task": task,
+            "task_digest": task_digests[task],
+            "limit": limit,
+            "seed": None if limit is None else seed,
+        }
         slug = task if limit is None else f"{task}-{limit}"
         for variant, records in _measured(store, "questions", model, variants, key, slug, answered).items():
             for item, record in enumerate(records):
@@ -132,14 +129,7 @@ def quality(
         def matches(plans: Sequence[DropPlan], asked=asked) -> list[list[int]]:
             return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets)
 
-        key = (
-            of_pass
-            | of_tokenizer
-            | {
-                "version": [sweep.VERSION, generation.VERSION],
-                "questions": asked.digest,
-            }
-        )
+        key = of_pass | of_tokenizer | {"version": [sweep.VERSION, generation.VERSION], "questions": asked.digest}
         for variant, values in _measured(store, "matches", model, variants, key, name, matches).items():
             rows += [(variant, name, "match", item, value, 1) for item, value in enumerate(values)]
     return pd.DataFrame(rows, columns=COLUMNS)

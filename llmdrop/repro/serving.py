@@ -75,10 +75,8 @@ def _summed_up(timed: pd.DataFrame, prompt_len: int, new_tokens: int) -> pd.Data
     for phase, n_tokens in {"prefill": prompt_len, "decode": new_tokens}.items():
         seconds = f"{phase}_seconds"
         table[f"{phase}_tokens_per_second"] = n_tokens / medians[seconds].to_numpy()
-        ratios = [speed_ratio(rounds, plan, plans[0], seconds) for plan in plans]
-        table[f"{phase}_speedup"] = [ratio.value for ratio in ratios]
-        table[f"{phase}_speedup_low"] = [ratio.low for ratio in ratios]
-        table[f"{phase}_speedup_high"] = [ratio.high for ratio in ratios]
+        ratios = [speed_ratio(rounds, plan, plans[0], seconds).columns(f"{phase}_speedup") for plan in plans]
+        table = table.join(pd.DataFrame(ratios))
     for what in ("kv", "file"):
         sizes = medians[f"{what}_bytes"].to_numpy()
         table[f"{what}_bytes"] = sizes.astype(int)

@@ -73,7 +73,7 @@ def of_means(
     return resampled(of_units, strata, over, value)
 
 
-def mean_of(values: Sequence[float] | np.ndarray, over: str) -> Estimate:
+def mean_of(values: Sequence[float] | np.ndarray | pd.Series, over: str) -> Estimate:
     """The mean of one number per seed, run, draw or layer."""
     return of_means(lambda means: means[0], [np.asarray(values, float)], over)
 
@@ -189,19 +189,12 @@ def differences(
     return combined(statistic, rows, names, where, metric)
 
 
-def kept(
-    rows: pd.DataFrame, variant: str, baseline: str, where: Sequence[str], unread: Mapping[str, float] | None = None
-) -> Estimate:
-    """Percent of the baseline's mean accuracy over tasks that a variant keeps.
-
-    unread: the share right without reading, by task (`llmdrop.evaluation.tasks.unread`), taken off both first; None for
-    the paper's plain accuracy.
-    """
-    base = np.mean([(unread or {}).get(name, 0.0) for name in where])
+def kept(rows: pd.DataFrame, variant: str, baseline: str, where: Sequence[str]) -> Estimate:
+    """Percent of the baseline's mean accuracy over tasks that a variant keeps; NaN where the baseline has none."""
 
     def statistic(means: list[np.ndarray]) -> float:
         of_variant, of_baseline = np.mean(means, axis=0)
-        return 100 * (of_variant - base) / (of_baseline - base) if of_baseline > base else np.nan
+        return 100 * of_variant / of_baseline if of_baseline > 0 else np.nan
 
     return combined(statistic, rows, [variant, baseline], where)
 
@@ -295,10 +288,6 @@ def mcnemar(rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequen
     return float(stats.binomtest(only_variant, only_variant + only_baseline).pvalue)
 
 
-def _mean(values: np.ndarray) -> Estimate:
-    return mean_of(values, "questions")
-
-
 def wilson(n_right: int, n: int) -> Estimate:
     """A share right with Wilson's score interval: none right of 48 is not none for sure."""
     interval = stats.binomtest(int(n_right), int(n)).proportion_ci(method="wilson")
@@ -356,11 +345,11 @@ def against(rows: pd.DataFrame, base: str = "Baseline") -> pd.DataFrame:
         values = group.set_index("item")["value"].astype(float)
         base_values = rows[(rows["measure"] == measure) & (rows["model"] == base)].set_index("item")["value"]
         differences = (base_values - values).to_numpy(float)
-        mean = wilson(values.sum(), len(values)) if values.isin([0, 1]).all() else _mean(values.to_numpy())
-        lost = _mean(differences)
+        mean = wilson(values.sum(), len(values)) if values.isin([0, 1]).all() else mean_of(values, "questions")
+        lost = mean_of(differences, "questions")
         row = {"model": model, "measure": measure, "n": len(values)}
         row |= {"value": mean.value, "low": mean.low, "high": mean.high}
-        row |= {"lost": lost.value, "lost_low": lost.low, "lost_high": lost.high}
+        row |= lost.columns("lost")
         row["p"] = np.nan if model == base or len(differences) < 2 else _p_of_signs(differences)
         table.append(row)
     return pd.DataFrame(table)

@@ -135,18 +135,14 @@ def with_intervals(
     """
     table = {}
     for variant in rows["variant"].unique():
-        estimates = {}
-        if texts:
-            estimates["nats"] = difference(rows, variant, baseline, texts)
-        if tasks:
-            estimates["avg"] = combined(lambda means: float(np.mean(means)), rows, [variant], tasks).times(100)
-        if rounds is not None:
-            estimates["speedup"] = speed_ratio(rounds, variant, baseline)
         cells = {}
-        for column, estimate in estimates.items():
-            cells[column] = estimate.value
-            cells[f"{column}_low"] = estimate.low
-            cells[f"{column}_high"] = estimate.high
+        if texts:
+            cells |= difference(rows, variant, baseline, texts).columns("nats")
+        if tasks:
+            right = combined(lambda means: float(np.mean(means)), rows, [variant], tasks).times(100)
+            cells |= right.columns("avg")
+        if rounds is not None:
+            cells |= speed_ratio(rounds, variant, baseline).columns("speedup")
         table[variant] = cells
     return pd.DataFrame.from_dict(table, orient="index")
 

@@ -15,10 +15,9 @@ from torch import nn
 
 from ..plan import DropPlan
 from .geometry import shape_of, whole_plan
-from .measure import synchronize
+from .measure import TIMES, synchronize
 
 VERSION = 1  # of `measure_hardware`: raised when its numbers change
-TIMES = ("seconds", "prefill_seconds", "decode_seconds")
 # Data sheets: memory bandwidth (bytes/s), dense 16-bit tensor rate (FLOP/s), memory (bytes)
 HARDWARE = {
     "RTX 6000 Ada": (960e9, 364e12, 48e9),

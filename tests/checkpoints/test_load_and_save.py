@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,11 @@ from tiny import random_ids, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmdrop
-from llmdrop import DropPlan, apply_plan, dropped, load_model, save_model
+from llmdrop import DropPlan, apply_plan, dropped, find_anatomy, load_model, save_model
 from llmdrop.checkpoints.embedded import EMBEDDED
 from llmdrop.checkpoints.gguf_format import drop_gguf
 from llmdrop.checkpoints.load import check_device, load_weights
+from llmdrop.prune import give_biases
 from llmdrop.streaming.shards import open_checkpoint
 
 
@@ -423,3 +425,13 @@ def test_weights_that_are_not_there_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="on the meta device"):
         save_model(tiny("llama").to("meta"), None, tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shorter_model_keeps_its_numbers_when_biases_come(tmp_path, tokenizer):
+    """Of an ordinary checkpoint the list of layers lacks what was dropped before it was saved, not what goes later."""
+    save_model(apply_plan(tiny("llama"), DropPlan([1], [1])), tokenizer, tmp_path / "m")
+    model = load_weights(tmp_path / "m")
+    give_biases(ExitStack(), model, [(2, "mlp.down_proj")])
+    apply_plan(model, DropPlan([3], [3]))
+    parts = find_anatomy(model)
+    assert parts.plan.blocks == (1, 3) and parts.places == (0, None, 1, 2, 3)

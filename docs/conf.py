@@ -43,7 +43,7 @@ myst_heading_anchors = 3
 default_role = "py:obj"  # `score` in a docstring leads to score
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+autodoc_default_options = {"members": True}  # those that have docstrings
 autodoc_mock_imports = ["vllm", "llmcompressor"]  # optional engines, where they are not installed
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
@@ -74,7 +74,7 @@ def write_api_pages(app) -> None:
         text += f".. {directive}:: llmdrop.{name}\n\n"
     pages = {"llmdrop": text}
     for folder in ("core", *FOLDERS):
-        text = heading(f"llmdrop/{folder}/" if folder != "core" else "The core")
+        text = heading(folder.capitalize() if folder != "core" else "The core")
         for module in modules(folder):
             public = [name for name, value in names.items() if value.__module__ == module]
             text += heading(module.removeprefix("llmdrop."), "-")

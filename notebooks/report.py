@@ -117,7 +117,7 @@ def impersonal(text: str) -> str:
     here = (HERE.parent.resolve(), ".")
     build = (build_dir().resolve(), "./build")  # wherever LLMDROP_BUILD puts it
     for folder, name in (here, build, (Path(sys.prefix), ".venv"), (Path.home(), "~")):
-        text = re.sub(rf"{re.escape(str(folder))}(?=[/\s:'\"<,)]|$)", name, text)
+        text = re.sub(rf"{re.escape(str(folder))}(?=[/\s:;'\"<,)]|$)", name, text)
     return re.sub(r" at 0x[0-9a-f]{6,}", "", text)
 
 

@@ -112,6 +112,7 @@ def test_every_item_of_the_paper_is_there(project):
     sections = dict(re.findall(r'<section class="item[^>]*id="(\w+)">(.*?)</section>', page, re.DOTALL))
     assert 'src="fig02_03_importance.png"' in sections["fig02"]
     assert "notebooks/fig02_03_importance.html" in sections["fig02"] and "0123abc" in sections["fig02"]
+    assert "torch: 2.13.0" in sections["fig02"] and "{" not in sections["fig02"]
     assert "/fig02_03_importance.ipynb" in sections["fig02"] and "/fig05_drop_curves.ipynb" not in sections["fig05"]
     assert 'href="#fig02"' in sections["fig03"]
     assert "failed: ValueError: no such task" in sections["fig05"]

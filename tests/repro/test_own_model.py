@@ -37,26 +37,30 @@ def scores(llama):
     return llmdrop.score(llama, Calibration(random_ids(4, 96)), progress=False)
 
 
-CHOICE = {"random": Calibration(random_ids(4, 48, seed=1))}
+@pytest.fixture(scope="module")
+def choice(llama):
+    """Text that the whole model finds likely, since it wrote it: every layer less costs something."""
+    torch.manual_seed(0)
+    return {"its own": Calibration(llama.generate(random_ids(4, 4, seed=1), max_new_tokens=60, do_sample=True))}
 
 
-def loss(model, variant: Variant) -> float:
-    text = CHOICE["random"]
+def loss(model, variant: Variant, choice: dict[str, Calibration]) -> float:
+    (text,) = choice.values()
     whole = perplexity(model, text, progress=False)["log_perplexity"]
     with variant.applied(model):
         return perplexity(model, text, progress=False)["log_perplexity"] - whole
 
 
-def test_a_share_of_the_cache_or_a_speedup_asks_for_the_fewest_layers_that_give_it(llama, scores):
+def test_a_share_of_the_cache_or_a_speedup_asks_for_the_fewest_layers_that_give_it(llama, scores, choice):
     ways = own_model.drops(llama, scores)
     limits = own_model.check_limits(llama, ways, None, None, 0.6, **SPEED)
-    asked = own_model.ask(llama, ways, CHOICE, limits, **SPEED)
+    asked = own_model.ask(llama, ways, choice, limits, **SPEED)
     assert asked.is_met and asked.variants["Attention Drop"].plan == llmdrop.plan_drop(scores, "attn", 2)  # 3 of 5 left
     assert "MLP Drop" not in asked.variants and "too little" in asked.missing["MLP Drop"]
-    assert asked.best == min(asked.variants, key=lambda way: loss(llama, asked.variants[way]))
+    assert asked.best == min(asked.variants, key=lambda way: loss(llama, asked.variants[way], choice))
 
     limits = own_model.check_limits(llama, ways, None, 1.2, None, **SPEED)
-    asked = own_model.ask(llama, ways, CHOICE, limits, **SPEED)
+    asked = own_model.ask(llama, ways, choice, limits, **SPEED)
     whole = own_model.savings(llama, Variant(), **SPEED)
     for way, variant in asked.variants.items():
         n = next(n for n, other in ways[way].items() if other is variant)
@@ -65,23 +69,23 @@ def test_a_share_of_the_cache_or_a_speedup_asks_for_the_fewest_layers_that_give_
         assert own_model.speedup(whole, own_model.savings(llama, before, **SPEED)) < 1.2 <= faster
 
 
-def test_a_loss_asks_for_as_much_as_it_allows(llama, scores):
+def test_a_loss_asks_for_as_much_as_it_allows(llama, scores, choice):
     ways = own_model.drops(llama, scores)
-    attn = [loss(llama, variant) for variant in ways["Attention Drop"].values()]
+    attn = [loss(llama, variant, choice) for variant in ways["Attention Drop"].values()]
     allowed = max(attn[:2]) + 1e-3  # at least two attention layers may go
     limits = own_model.check_limits(llama, ways, allowed, None, None, **SPEED)
-    asked = own_model.ask(llama, {"Attention Drop": ways["Attention Drop"]}, CHOICE, limits, **SPEED)
+    asked = own_model.ask(llama, {"Attention Drop": ways["Attention Drop"]}, choice, limits, **SPEED)
     n = len(asked.variant.plan.attn)
     assert asked.is_met and asked.target == "attn" and asked.n == n and n >= 1
     assert attn[n - 1] <= allowed and (n == len(attn) or attn[n] > allowed)
 
 
-def test_where_every_step_loses_more_the_smallest_steps_are_given_and_it_is_said(llama, scores):
+def test_where_every_step_loses_more_the_smallest_steps_are_given_and_it_is_said(llama, scores, choice):
     ways = own_model.drops(llama, scores)
-    least = min(loss(llama, variants[1]) for variants in ways.values())
+    least = min(loss(llama, variants[1], choice) for variants in ways.values())
     assert least > 0
     limits = own_model.check_limits(llama, ways, least / 1000, None, None, **SPEED)
-    asked = own_model.ask(llama, ways, CHOICE, limits, **SPEED)
+    asked = own_model.ask(llama, ways, choice, limits, **SPEED)
     assert not asked.is_met and asked.variants == {way: variants[1] for way, variants in ways.items()}
 
 

@@ -25,6 +25,7 @@ from ..compress.variant import Variant
 from ..compress.windows import WINDOW, Windows
 from ..data.texts import HELD_OUT, available_sources, held_out_texts, mixture
 from ..plan import DropPlan, drop_order, plan_drop
+from ..prune import dropped
 from ..scoring import ImportanceScores
 from ..speed.geometry import has_tied_head, kv_cache_bytes
 from ..speed.measure import synchronize
@@ -43,7 +44,7 @@ WHOLE = "Whole model"
 DROPS = {"Attention Drop": "attn", "MLP Drop": "mlp", "Block Drop": "block", "Joint Drop": "joint"}
 RECONSTRUCTED = "Attention Drop, reconstructed"
 WINDOWED = f"Windows of {WINDOW}"
-Ways = dict[str, list[Variant]]  # of each way variants, every next one with one layer more
+Ways = dict[str, dict[int, Variant]]  # of each way, by the number of layers or sublayers: in growing order
 Speed = Mapping[str, int]  # batch_size, prompt_len, new_tokens: settings of `predict_speed` and `measure_speed`
 
 
@@ -255,13 +256,22 @@ class Asked:
         return len(plan) if self.target == "joint" else max(len(plan.attn), len(plan.mlp))
 
 
-def drops(scores: ImportanceScores) -> Ways:
-    """Those of DROPS: the layers that score lowest go first, and one of each kind stays."""
+def drops(model: nn.Module, scores: ImportanceScores) -> Ways:
+    """Those of DROPS: the layers that score lowest go first, and one stays. Without plans that the model refuses."""
     ways = {}
     for name, target in DROPS.items():
-        counts = range(1, len(drop_order(scores, target)))
-        ways[name] = [Variant(plan_drop(scores, target, n)) for n in counts]
+        sizes = range(1, len(drop_order(scores, target)))
+        plans = {n: plan_drop(scores, target, n) for n in sizes}
+        ways[name] = {n: Variant(plan) for n, plan in plans.items() if _is_allowed(model, plan)}
     return {name: variants for name, variants in ways.items() if variants}
+
+
+def _is_allowed(model: nn.Module, plan: DropPlan) -> bool:
+    try:
+        with dropped(model, plan):
+            return True
+    except ValueError:  # other layers read what the attention of one gives them
+        return False
 
 
 def other_ways(model: nn.Module, scores: ImportanceScores, fit: Calibration) -> tuple[Ways, dict[str, str]]:
@@ -272,13 +282,13 @@ def other_ways(model: nn.Module, scores: ImportanceScores, fit: Calibration) -> 
     impossible = {}
     try:
         reconstruction.corrections(model)
-        plain = drops(scores)["Attention Drop"]
-        ways[RECONSTRUCTED] = [replace(variant, reconstruction=reconstruction) for variant in plain]
+        plain = drops(model, scores)["Attention Drop"]
+        ways[RECONSTRUCTED] = {n: replace(variant, reconstruction=reconstruction) for n, variant in plain.items()}
     except ValueError as error:
         impossible[RECONSTRUCTED] = str(error)
     try:
         order = chooser.window_order(WINDOW)
-        ways[WINDOWED] = [Variant(windows=Windows(tuple(order[:n]), WINDOW)) for n in range(1, len(order) + 1)]
+        ways[WINDOWED] = {n: Variant(windows=Windows(tuple(order[:n]), WINDOW)) for n in range(1, len(order) + 1)}
     except ValueError as error:
         impossible[WINDOWED] = str(error)
     return ways, impossible
@@ -303,7 +313,7 @@ def check_limits(
     if "SPEEDUP" in limits and why_not_predicted(model):
         raise ValueError(f"SPEEDUP asks for a prediction. {why_not_predicted(model)} Give MAX_LOSS or KV instead")
     whole = savings(model, Variant(), **speed)
-    most = [savings(model, variants[-1], **speed) for variants in ways.values()]
+    most = [savings(model, variants[max(variants)], **speed) for variants in ways.values()]
     if not any(_is_enough(whole, saved, limits) for saved in most):
         share = min(saved["kv"] for saved in most) / whole["kv"]
         fastest = max(speedup(whole, saved) for saved in most)
@@ -338,7 +348,8 @@ def ask(
     chosen: dict[str, Variant] = {}
     smallest: dict[str, Variant] = {}
     missing: dict[str, str] = {}
-    for name, variants in ways.items():
+    for name, by_size in ways.items():
+        variants = list(by_size.values())
         first = bisect_left(variants, True, key=lambda v: _is_enough(whole, savings(model, v, **speed), limits))
         if first == len(variants):
             missing[name] = "saves too little in however many layers"

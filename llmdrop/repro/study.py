@@ -1,5 +1,6 @@
 """The page of a study: notebooks/my_model.ipynb, run on one's own model and written as one HTML file."""
 
+import html
 import os
 import re
 import sys
@@ -57,6 +58,9 @@ def write_page(executed: str | os.PathLike, page: str | os.PathLike) -> Path:
     body, _ = exporter.from_notebook_node(notebook)
     body = re.sub(r"<table.*?</table>", r'<div class="scroll">\g<0></div>', body, flags=re.DOTALL)
     title = re.search(r"# (.+)", notebook.cells[0].source)[1]
+    parameters = notebook.metadata.get("papermill", {}).get("parameters", {})
+    if "MODEL" in parameters:
+        title = html.escape(f"{Path(parameters['MODEL']).name}: {title}")
     page = real_path(page)
     write_atomic({page: PAGE.format(title=title, style=STYLE, body=body)})
     return page

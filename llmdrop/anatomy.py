@@ -277,13 +277,13 @@ def _prove_all(decoder: nn.Module, layers: nn.ModuleList) -> dict[Signature, Spl
 
 def undropped_decoder(decoder: nn.Module) -> nn.Module:
     """The decoder that the config describes, before anything is dropped; its weights are on "meta"."""
-    with _weights_on_meta(), torch.device("cpu"):
+    with weights_on_meta(), torch.device("cpu"):
         return type(decoder)(copy.deepcopy(decoder.config))
 
 
 @contextmanager
-def _weights_on_meta() -> Iterator[None]:
-    """Modules that are made get parameters without memory, and buffers as ever."""
+def weights_on_meta() -> Iterator[None]:
+    """Modules that are made meanwhile get parameters without memory, which take no gradients, and buffers as ever."""
     register = nn.Module.register_parameter
 
     def on_meta(self, name, parameter):

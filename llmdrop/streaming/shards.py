@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..anatomy import weights_on_meta
 from ..checkpoints.blocks import renumber
-from ..checkpoints.extras import import_extra
 from ..checkpoints.load import hub_reason, is_renumbered, locate, stock_class, undropped_config
 from ..plan import DropPlan
 from ..prune import apply_plan, drop_recorded
@@ -91,10 +91,8 @@ def open_checkpoint(
 
     dtype: of the model, None for the checkpoint's own. Raises FileNotFoundError for what is not there, also a shard
     that the index names; ValueError for files that are cut short or damaged, an index that its shards contradict,
-    weights that do not fit the config, quantized weights and unknown architectures; ImportError without the package
-    accelerate.
+    weights that do not fit the config, quantized weights and unknown architectures.
     """
-    init_empty_weights = import_extra("accelerate", "streaming").init_empty_weights
     folder = _local(str(name))
     config, record, llm_drop = _config(folder)
     shards = _read_headers(folder)
@@ -105,7 +103,7 @@ def open_checkpoint(
     settings = {"dtype": getattr(torch, dtype) if dtype else DTYPES[kinds.pop()]}
     if attn_implementation:
         settings["attn_implementation"] = attn_implementation
-    with init_empty_weights(include_buffers=False):
+    with weights_on_meta():
         model = AutoModelForCausalLM.from_config(config, **settings).eval()
     model.tie_weights()  # what is tied is one parameter again
     model.name_or_path = str(name)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
@@ -22,7 +23,8 @@ FORMATS = {"transformers": "hf", "llama.cpp": "gguf", "vLLM": "nemotron-nas"}
 
 def engines() -> dict[str, str]:
     """The engines that are here and their versions: transformers, and llama.cpp and vLLM where they are installed."""
-    versions = {"transformers": torch.__version__, "llama.cpp": llama_cpp.installed(), "vLLM": vllm_engine.installed()}
+    versions = {"transformers": transformers.__version__}
+    versions |= {"llama.cpp": llama_cpp.installed(), "vLLM": vllm_engine.installed()}
     return {name: version for name, version in versions.items() if version}
 
 

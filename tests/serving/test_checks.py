@@ -1,6 +1,7 @@
 """Engines are timed side by side, and an export is compared with its model."""
 
 import pytest
+import transformers
 from exports import MIXED, PLANS, PROMPTS, TOKENIZER, wide
 
 from llmdrop import DropPlan
@@ -49,4 +50,5 @@ def test_an_engine_that_cannot_have_a_plan_says_so():
 def test_commands_name_every_engine_that_may_be_here():
     names = " ".join(row["engine"] for row in commands("m"))
     assert all(engine in names for engine in ("transformers", "llama.cpp", "vLLM", "Ollama", *engines()))
+    assert engines()["transformers"] == transformers.__version__
     assert "llmdrop serve m.gguf --port 8080" in [row["command"] for row in commands("m")]

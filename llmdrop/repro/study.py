@@ -51,6 +51,7 @@ def write_page(executed: str | os.PathLike, page: str | os.PathLike) -> Path:
     nbformat = import_extra("nbformat", "repro")
     nbconvert = import_extra("nbconvert", "repro")
     notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("widgets", None)  # progress bars, which nbconvert would write as a script
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_shown(output)]

@@ -22,10 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BARE = {"torch", "transformers", "pandas", "yaml"}  # yaml comes with transformers
 SIZES = {
     "speedups": {"TIMED": {"prompt_len": 8, "new_tokens": 2, "timed_steps": 2, "rounds": 2}, "DTYPE": "float32"},
-    "fig07_checkpoints": {"STEPS": 3, "N_LAYERS": 2, "WIDTH": 32, "SEQ_LEN": 32, "BATCH_SIZE": 4, "VOCABULARY": 300},
+    "fig07_checkpoints": {
+        "TEXT": {"sources": ["xsum"], "vocabulary": 300, "seq_len": 32, "n_valid": 4},
+        "RECIPE": {"n_layers": 2, "width": 32, "steps": 3, "batch_size": 4, "n_checkpoints": 2},
+    },
     "quickstart": {"SETTINGS": {"n_samples": 2, "seq_len": 32, "held_out_samples": 2, "held_out_len": 16}},
 }
-SIZES["fig07_checkpoints"] |= {"SOURCES": ["xsum"], "N_CHECKPOINTS": 2, "N_SAMPLES": 4}
 SIZES["speedups"]["TIMED"] |= {"cache": "static", "decoding": "graph"}
 SIZES["quickstart"] |= {"TIMED": {"batch_size": 1, "prompt_len": 8, "new_tokens": 2, "rounds": 2}, "ANSWER_LEN": 2}
 OPTIONS = {"evaluation.py": ["--limit", "3", "--plans", "2", "--rounds", "1", "--batch-sizes", "2", "4"]}

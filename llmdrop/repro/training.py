@@ -223,13 +223,17 @@ def train_and_measure(
     rows = train_run(text, recipe, seed, device, folder, save_every)
     model = new_model(text, recipe, seed).to(device)
     last_scores = ImportanceScores.from_json(json.dumps(rows[-1]["scores"]))
+    file = folder / "measured.pt"
+    measured = read_state(file)["rows"] if file.exists() else []
     with same_numbers_every_time(device):
-        for row in rows:
+        for row in rows[len(measured) :]:
             model.load_state_dict(read_state(weights_file(folder, row["step"])))
-            row["abilities"] = training_measures.abilities(model, text.valid)
             scores = ImportanceScores.from_json(json.dumps(row["scores"]))
+            row["abilities"] = training_measures.abilities(model, text.valid)
             row["costs"] = training_measures.dropping_costs(model, scores, last_scores, text.valid)
-    return rows
+            measured.append(row)
+            write_state(file, {"rows": measured})
+    return measured
 
 
 def weights_file(folder: Path, step: int) -> Path:

@@ -306,6 +306,25 @@ def test_sigkill_at_any_point_costs_nothing(small, undisturbed, build):
         pd.testing.assert_frame_equal(found[i], undisturbed[i], rtol=0, atol=0)
 
 
+def test_what_is_measured_of_a_trained_run_is_kept(small, undisturbed, build, monkeypatch):
+    """Stopped at the third checkpoint, it goes on with the third, and trains no step again."""
+    costs_of = training_measures.dropping_costs
+    asked = []
+
+    def failing(*args):
+        asked.append(args)
+        return never() if len(asked) == 3 else costs_of(*args)
+
+    monkeypatch.setattr(training_measures, "dropping_costs", failing)
+    with pytest.raises(AssertionError):
+        pretrain(small, RECIPE, [0], "cpu", Store(build / "store"))
+    monkeypatch.setattr(training, "train_step", never)
+    found = pretrain(small, RECIPE, [0], "cpu", Store(build / "store"))
+    assert len(asked) == 1 + len(training.checkpoint_steps(20, 6))
+    for frame, expected in zip(found, undisturbed, strict=True):
+        pd.testing.assert_frame_equal(frame, expected, rtol=0, atol=0)
+
+
 def test_a_killed_notebook_takes_its_training_along():
     fork, (reader, writer) = multiprocessing.get_context("fork"), os.pipe()
 

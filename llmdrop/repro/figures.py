@@ -6,6 +6,7 @@ A frame without the columns a figure needs is refused by name. Values with `sour
 import io
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,10 +147,10 @@ def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> N
 
 
 def plot_by_run(df: pd.DataFrame, ax: Axes, value: str, ylabel: str) -> None:
-    """A number against training tokens, one line a run. df: run, tokens and the column named by `value`."""
+    """A number against training tokens, one line and marker a run. df: run, tokens and the column named by `value`."""
     _need(df, "plot_by_run", "run", "tokens", value)
-    for _, rows in df.groupby("run", sort=False):
-        ax.plot(rows["tokens"], rows[value], "o-", color="black", ms=2.5, lw=0.9)
+    for (run, rows), line in zip(df.groupby("run", sort=False), cycle(("o-", "s--", "^:", "v-.")), strict=False):
+        ax.plot(rows["tokens"], rows[value], line, color="black", ms=2.5, lw=0.9, label=run)
     _training_axis(ax, df["tokens"])
     ax.set(ylabel=ylabel)
 

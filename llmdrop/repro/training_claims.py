@@ -15,6 +15,7 @@ from .estimate import Estimate
 from .statistics import resampled, wilson
 
 SETTLED = 0.8  # rank correlation with the final order from which on an order counts as the final one
+FEWEST_RUNS = 3  # of which it is said how alike they are
 KINDS = ("attn", "mlp", "block")
 
 
@@ -170,9 +171,9 @@ def _orders(runs: list[np.ndarray], tokens: np.ndarray, late: np.ndarray, n: int
     overlap = Estimate(share.value, share.low, share.high, n * len(runs), "layers", "Wilson").times(100)
     findings["fig07-top-n-overlap"] = Finding(overlap, f"by run: {', '.join(map(str, fewest))} of {n}")
 
-    if len(runs) == 1:
-        alone = Finding(None, "one run; several SEEDS are needed")
-        return findings | dict.fromkeys(("fig07-seeds-agree", "fig07-seeds-as-training"), alone)
+    if len(runs) < FEWEST_RUNS:
+        too_few = Finding(None, f"runs: {len(runs)}; to compare them, {FEWEST_RUNS} SEEDS are needed")
+        return findings | dict.fromkeys(("fig07-seeds-agree", "fig07-seeds-as-training"), too_few)
     together = np.stack(runs, axis=2)  # [n_layers, n_tokens, n_runs]
     pairs = np.triu_indices(len(runs), 1)
 

@@ -540,11 +540,11 @@ def test_between_runs_by_hand():
 
 
 def trained() -> pd.DataFrame:
-    """Two runs over 0, 10, 100, 1000 tokens: attention starts above the MLPs and falls below them at 100."""
+    """Three runs over 0, 10, 100, 1000 tokens: attention starts above the MLPs and falls below them at 100."""
     values = {"attn": (8.0, 6.0, 2.0, 1.0), "mlp": (2.0, 3.0, 4.0, 5.0), "block": (9.0, 8.0, 7.0, 7.0)}
     rows = [
         dict(run=run, tokens=tokens, kind=kind, layer=layer, score=100 if layer == 0 else values[kind][i] + layer / 100)
-        for run in ("a", "b")
+        for run in ("a", "b", "c")
         for i, tokens in enumerate((0, 10, 100, 1000))
         for kind in values
         for layer in range(9)
@@ -625,6 +625,6 @@ def test_consistency_of_one_run():
     found = training_claims.consistency(trained().query("run == 'a'"), 2, 100)
     alone = {claim for claim, finding in found.items() if finding.estimate is None}
     assert alone == {"fig07-seeds-agree", "fig07-seeds-as-training"}
-    assert found["fig07-seeds-agree"].detail.startswith("one run")
+    assert found["fig07-seeds-agree"].detail.startswith("runs: 1;")
     intervals = [finding.estimate for finding in found.values() if finding.estimate is not None]
     assert all(math.isfinite(estimate.low) for estimate in intervals)

@@ -4,9 +4,9 @@ Importing this file teaches transformers' own `save_pretrained` what a dropped m
 is right, whoever calls it: Trainer, peft's merge-and-save, the user.
 """
 
-import copy
 import inspect
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -194,4 +194,7 @@ def for_transformers_4(config: dict, kind: type[PretrainedConfig]) -> dict:
 
 def _rope(kind: type[PretrainedConfig], config: dict) -> dict | None:
     """What a config class makes of the rotary settings in a config.json."""
-    return getattr(kind(**copy.deepcopy(config)), "rope_parameters", None)
+    with tempfile.TemporaryDirectory() as folder:  # only from_json_file knows how infinity is written
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(config))
+        return getattr(kind.from_json_file(file), "rope_parameters", None)

@@ -276,7 +276,7 @@ def train_run(
                     raise FloatingPointError(message) from error
                 rows.append(row)
                 losses.clear()
-                write_state(weights_file(folder, step), model.state_dict())
+                write_state(weights_file(folder, step), {name: t.cpu() for name, t in model.state_dict().items()})
             if not is_last:
                 ids = torch.from_numpy(training_batch(text.train, step, recipe.batch_size, seed)).to(device)
                 losses.append(train_step(model, optimizer, ids, recipe, recipe.learning_rate(step)))

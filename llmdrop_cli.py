@@ -196,7 +196,7 @@ def score(
     table = rows[[(value, kind) for kind in ("attn", "mlp", "block") for value in ("score", "stderr")]]
     table.columns = ["attention", "±", "MLP", "±", "block", "±"]
     about = f"1 - cos(x, y), ± standard error, of {model} on {n_samples} x {seq_len} tokens of {text.source}"
-    record = json.loads(scores.to_json()) | {"model": model, "calibration": text.source}
+    record = scores.to_record() | {"model": model, "calibration": text.source}
     return record, f"{table.to_string(float_format='{:.4f}'.format, na_rep='-')}\n\n{about}"
 
 

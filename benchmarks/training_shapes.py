@@ -18,7 +18,15 @@ import torch
 import yaml
 
 from llmdrop.files import write_atomic
-from llmdrop.repro.training import Recipe, new_model, new_optimizer, pretrain, train_step, training_batch
+from llmdrop.repro.training import (
+    Recipe,
+    model_to_train,
+    new_model,
+    new_optimizer,
+    pretrain,
+    train_step,
+    training_batch,
+)
 from llmdrop.repro.training_text import TrainingText, load_training_text
 
 PROFILE = Path(__file__).parents[1] / "notebooks" / "profiles" / "pretrain.yaml"
@@ -28,9 +36,7 @@ SHAPES = ["16x128x32x8", "16x192x64x8", "16x256x64x8", "24x96x32x8", "16x128x32x
 
 def seconds_per_step(text: TrainingText, recipe: Recipe) -> float:
     """CPU seconds of one thread, median of some steps: other processes do not count."""
-    model = new_model(text, recipe, 0)
-    if recipe.bfloat16:
-        model.set_attn_implementation("eager")  # as `pretrain` does
+    model = model_to_train(text, recipe, 0, "cpu")
     optimizer = new_optimizer(model)
     seconds = []
     for step in range(TIMED_STEPS):

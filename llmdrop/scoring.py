@@ -53,24 +53,36 @@ class ImportanceScores:
     def __hash__(self) -> int:
         return hash(self.to_json())
 
-    def to_json(self) -> str:
+    def to_record(self) -> dict:
+        """As plain values, for what is kept among others as JSON."""
         record = {kind: _listed(getattr(self, kind)) for kind in KINDS}
         record |= {name: {k: _listed(getattr(self, name)[k]) for k in KINDS} for name in ("stderr", "magnitude")}
         record["gap"] = None if self.gap is None else [_listed(row) for row in self.gap]
-        return json.dumps(record | {"n_samples": self.n_samples, "n_tokens": self.n_tokens})
+        return record | {"n_samples": self.n_samples, "n_tokens": self.n_tokens}
 
     @classmethod
-    def from_json(cls, text: str) -> "ImportanceScores":
-        """Inverse of `to_json`. Raises ValueError for anything else."""
+    def from_record(cls, record: dict) -> "ImportanceScores":
+        """Inverse of `to_record`. Raises ValueError for anything else."""
         try:
-            record = json.loads(text)
             arrays = {kind: np.array(record[kind], dtype=float) for kind in KINDS}
             for name in ("stderr", "magnitude"):
                 arrays[name] = {kind: np.array(record[name][kind], dtype=float) for kind in KINDS}
             gap = None if record["gap"] is None else np.array(record["gap"], dtype=float)
             return cls(**arrays, gap=gap, n_samples=record["n_samples"], n_tokens=record["n_tokens"])
         except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not importance scores: {json.dumps(record)[:80]!r} ({error})") from error
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_record())
+
+    @classmethod
+    def from_json(cls, text: str) -> "ImportanceScores":
+        """Inverse of `to_json`. Raises ValueError for anything else."""
+        try:
+            record = json.loads(text)
+        except ValueError as error:
             raise ValueError(f"not importance scores: {text[:80]!r} ({error})") from error
+        return cls.from_record(record)
 
 
 def score(

@@ -111,13 +111,10 @@ def plot_over_training(
     with, dotted.
     """
     _need(df, "plot_over_training", "kind", "tokens", value)
-    band = {"errorbar": ("pi", 80), "err_kws": {"alpha": 0.16, "linewidth": 0}}
     for kind, part in _by_kind(df).items():
-        look = style.method(kind)
-        line = look | band | {"markeredgecolor": look["color"], "label": style.KINDS[kind], "legend": False}
-        sns.lineplot(part, x="tokens", y=value, ax=ax, **line)
+        color = _line_over_training(part, kind, ax, value, ("pi", 80))
         if levels is not None and kind in levels:
-            ax.axhline(levels[kind], color=look["color"], lw=0.8, ls=":")
+            ax.axhline(levels[kind], color=color, lw=0.8, ls=":")
     _training_axis(ax, df["tokens"])
     ax.set(ylabel=ylabel)
     if log:
@@ -126,6 +123,15 @@ def plot_over_training(
         low, high = ax.get_ylim()
         if high > 100 * low:  # decades are labels enough
             ax.yaxis.set_major_locator(ticker.LogLocator())
+
+
+def _line_over_training(df: pd.DataFrame, kind: str, ax: Axes, value: str, errorbar: tuple[str, float]) -> str:
+    """The mean of a number against training tokens, with seaborn's band of that kind; returns the kind's color."""
+    look = style.method(kind)
+    line = look | {"markeredgecolor": look["color"], "label": style.KINDS[kind], "legend": False}
+    band = {"errorbar": errorbar, "err_kws": {"alpha": 0.16, "linewidth": 0}}
+    sns.lineplot(df, x="tokens", y=value, ax=ax, **line, **band)
+    return look["color"]
 
 
 def plot_losses(df: pd.DataFrame, ax: Axes, baselines: Mapping[str, float]) -> None:
@@ -162,13 +168,10 @@ def plot_dropping_costs(df: pd.DataFrame, ax: Axes) -> None:
     (normal) of the mean over windows and runs.
     """
     _need(df, "plot_dropping_costs", "kind", "chosen", "tokens", "nats")
-    band = {"errorbar": ("se", NORMAL_QUANTILE), "err_kws": {"alpha": 0.16, "linewidth": 0}, "legend": False}
     for kind, part in _by_kind(df).items():
-        look = style.method(kind)
-        line = look | band | {"markeredgecolor": look["color"], "label": style.KINDS[kind]}
-        sns.lineplot(part[part["chosen"] == "now"], x="tokens", y="nats", ax=ax, **line)
+        color = _line_over_training(part[part["chosen"] == "now"], kind, ax, "nats", ("se", NORMAL_QUANTILE))
         final = part[part["chosen"] == "at the end"].groupby("tokens")["nats"].mean()
-        ax.plot(final.index, final, ":", color=look["color"], lw=1.1)
+        ax.plot(final.index, final, ":", color=color, lw=1.1)
     _training_axis(ax, df["tokens"])
     ax.axhline(0, color="0.6", lw=0.6)
     ax.set(ylabel="Loss added (nats per token)")

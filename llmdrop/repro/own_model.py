@@ -214,11 +214,9 @@ def measured(rounds: pd.DataFrame) -> pd.DataFrame:
     names = rounds["variant"].unique()
     for name in names:
         steps = rounds.loc[rounds["variant"] == name, "decode_seconds"] * 1000 / NEW_TOKENS
-        time_of = mean_of(steps, "rounds")
-        row = {"ms": time_of.value, "ms_low": time_of.low, "ms_high": time_of.high, "here": nan}
+        row = mean_of(steps, "rounds").columns("ms") | {"here": nan}
         if rounds.loc[rounds["variant"].isin([name, names[0]]), "status"].eq("ok").all():
-            ratio = speed_ratio(rounds, name, names[0], "decode_seconds")
-            row |= {"here": ratio.value, "here_low": ratio.low, "here_high": ratio.high}
+            row |= speed_ratio(rounds, name, names[0], "decode_seconds").columns("here")
         table[name] = row
     return pd.DataFrame.from_dict(table, orient="index")
 
@@ -274,24 +272,27 @@ def _is_allowed(model: nn.Module, plan: DropPlan) -> bool:
         return False
 
 
-def other_ways(model: nn.Module, scores: ImportanceScores, fit: Calibration) -> tuple[Ways, dict[str, str]]:
-    """RECONSTRUCTED and WINDOWED, fitted and chosen on `fit`; and why one of them is not possible, where so."""
+def other_ways(model: nn.Module, ways: Ways, fit: Calibration) -> tuple[Ways, dict[str, str]]:
+    """RECONSTRUCTED and WINDOWED, fitted and chosen on `fit`; and why one of them is not possible, where so.
+
+    ways: from `drops`.
+    """
     chooser = Chooser(model, fit)
     reconstruction = chooser.reconstructions["least squares"]
-    ways = {}
+    others = {}
     impossible = {}
     try:
         reconstruction.corrections(model)
-        plain = drops(model, scores)["Attention Drop"]
-        ways[RECONSTRUCTED] = {n: replace(variant, reconstruction=reconstruction) for n, variant in plain.items()}
+        plain = ways["Attention Drop"]
+        others[RECONSTRUCTED] = {n: replace(variant, reconstruction=reconstruction) for n, variant in plain.items()}
     except ValueError as error:
         impossible[RECONSTRUCTED] = str(error)
     try:
         order = chooser.window_order(WINDOW)
-        ways[WINDOWED] = {n: Variant(windows=Windows(tuple(order[:n]), WINDOW)) for n in range(1, len(order) + 1)}
+        others[WINDOWED] = {n: Variant(windows=Windows(tuple(order[:n]), WINDOW)) for n in range(1, len(order) + 1)}
     except ValueError as error:
         impossible[WINDOWED] = str(error)
-    return ways, impossible
+    return others, impossible
 
 
 def check_limits(

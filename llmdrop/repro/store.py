@@ -177,11 +177,11 @@ class Store:
         value = self.get(
             "score",
             key,
-            lambda: json.loads(score(model, calibration, batch_size, **settings).to_json()),
+            lambda: score(model, calibration, batch_size, **settings).to_record(),
             f"{model_name(model)}-{text_name(calibration)}",
             lambda: provenance(model, calibration, batch_size=batch_size, **settings),
         )
-        return ImportanceScores.from_json(json.dumps(value))
+        return ImportanceScores.from_record(value)
 
     def sample_scores(self, model: nn.Module, calibration: Calibration, batch_size: int = 8) -> dict[str, np.ndarray]:
         """The scores of every sample alone, by kind, [n_samples, n_layers], stored.

@@ -118,7 +118,3 @@ def study(model: str, out: str | os.PathLike | None = None, **parameters) -> Pat
         stderr_file=sys.stderr,
     )
     return write_page(executed, folder / "my_model.html")
-
-
-if __name__ == "__main__":
-    print(write_page(*sys.argv[1:]))

@@ -1,7 +1,6 @@
 """Train small Llamas from scratch on packaged text and score their layers as they learn (Figure 7, without a hub)."""
 
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -159,7 +158,7 @@ def pretrain(
     for seed, rows in zip(seeds, runs, strict=True):
         for row in rows:
             where = {"run": f"seed {seed}", "step": row["step"], "tokens": row["tokens"]}
-            of_checkpoint = ImportanceScores.from_json(json.dumps(row["scores"]))
+            of_checkpoint = ImportanceScores.from_record(row["scores"])
             scores.append(of_checkpoint.to_frame(**where))
             losses.append(_by_window(where | {"nats": row["losses"]}))
             costs += [_by_window(where | cost) for cost in row["costs"]]
@@ -204,6 +203,14 @@ def new_model(text: TrainingText, recipe: Recipe, seed: int) -> LlamaForCausalLM
         return LlamaForCausalLM(config)
 
 
+def model_to_train(text: TrainingText, recipe: Recipe, seed: int, device: str) -> LlamaForCausalLM:
+    """A `new_model` on a device, with the attention that trains fastest there."""
+    model = new_model(text, recipe, seed).to(device)
+    if recipe.bfloat16 and device == "cpu":
+        model.set_attn_implementation("eager")  # torch's flash attention takes longer there in 16 bits
+    return model
+
+
 def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     """AdamW as for large models; norms do not decay. Its learning rate is set step by step."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -222,13 +229,13 @@ def train_and_measure(
     """One run, from what there is of it in `folder`: a row per checkpoint."""
     rows = train_run(text, recipe, seed, device, folder, save_every)
     model = new_model(text, recipe, seed).to(device)
-    last_scores = ImportanceScores.from_json(json.dumps(rows[-1]["scores"]))
+    last_scores = ImportanceScores.from_record(rows[-1]["scores"])
     file = folder / "measured.pt"
     measured = read_state(file)["rows"] if file.exists() else []
     with same_numbers_every_time(device):
         for row in rows[len(measured) :]:
             model.load_state_dict(read_state(weights_file(folder, row["step"])))
-            scores = ImportanceScores.from_json(json.dumps(row["scores"]))
+            scores = ImportanceScores.from_record(row["scores"])
             row["abilities"] = training_measures.abilities(model, text.valid)
             row["costs"] = training_measures.dropping_costs(model, scores, last_scores, text.valid)
             measured.append(row)
@@ -248,9 +255,7 @@ def train_run(
 
     The weights of every checkpoint are in `weights_file` then.
     """
-    model = new_model(text, recipe, seed).to(device)
-    if recipe.bfloat16 and device == "cpu":
-        model.set_attn_implementation("eager")  # torch's flash attention takes longer there in 16 bits
+    model = model_to_train(text, recipe, seed, device)
     optimizer = new_optimizer(model)
     file = folder / "state.pt"
     state = {"step": 0, "losses": [], "rows": []}  # losses: since the last row
@@ -338,7 +343,7 @@ def _measure(model: LlamaForCausalLM, text: TrainingText, batch_size: int) -> di
     (losses,) = training_measures.window_losses(model, [DropPlan()], text.valid)
     return {
         "losses": losses.tolist(),
-        "scores": json.loads(score(model, text.scored, batch_size, progress=False).to_json()),
+        "scores": score(model, text.scored, batch_size, progress=False).to_record(),
     }
 
 

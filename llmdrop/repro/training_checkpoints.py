@@ -1,6 +1,5 @@
 """Score the published checkpoints of a training run (Figure 7), one after the other, each stored when it is done."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,7 +66,7 @@ def score_checkpoints(
         for i in missing:
             with _on_disk(list(places.values())[i], keep) as where:
                 loaded, _ = load_model(where, dtype, device)
-                yield json.loads(score(loaded, text, batch_size).to_json())
+                yield score(loaded, text, batch_size).to_record()
                 del loaded  # before the next one is read
 
     def facts() -> dict:
@@ -77,7 +76,7 @@ def score_checkpoints(
     run = Path(model).name if Path(model).is_dir() else model
     frames = []
     for name, value in zip(places, values, strict=True):
-        scores = ImportanceScores.from_json(json.dumps(value))
+        scores = ImportanceScores.from_record(value)
         frames.append(scores.to_frame(run=run, step=name, tokens=revisions[name]))
     depths = {name: frame["layer"].nunique() for name, frame in zip(places, frames, strict=True)}
     if len(set(depths.values())) > 1:

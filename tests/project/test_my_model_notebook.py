@@ -10,6 +10,7 @@ import pytest
 from tiny import byte_tokenizer, tiny
 
 import llmdrop
+from llmdrop.repro.study import write_page
 
 pytest.importorskip("papermill")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -45,9 +46,7 @@ def test_a_model_whose_time_cannot_be_predicted(tmp_path):
     plan = llmdrop.DropPlan.from_json((tmp_path / "out/my_model_plan.json").read_text())
     assert len(plan.attn) == 2  # 3 of 5 attention layers are left
 
-    command = [sys.executable, "-m", "llmdrop.repro.study", tmp_path / "my_model.ipynb", tmp_path / "page.html"]
-    page = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert page.stdout.strip() == str(tmp_path / "page.html"), page.stderr
+    assert write_page(tmp_path / "my_model.ipynb", tmp_path / "page.html") == tmp_path / "page.html"
     html = (tmp_path / "page.html").read_text()
     assert re.findall(r"<h2[^>]*>([^<]+)<", html) == QUESTIONS
     assert html.count('src="data:image/png;base64,') >= 6 and "<script" not in html

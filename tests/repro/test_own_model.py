@@ -123,7 +123,9 @@ def test_a_speedup_of_a_model_without_gated_mlps_cannot_be_promised_and_the_rest
 def test_what_cannot_be_done_to_a_model_says_why():
     model = tiny("mistral", "sdpa")  # has windows of its own
     fit = Calibration(random_ids(4, 96))
-    ways, impossible = own_model.other_ways(model, llmdrop.score(model, fit, progress=False), fit)
+    ways, impossible = own_model.other_ways(
+        model, own_model.drops(model, llmdrop.score(model, fit, progress=False)), fit
+    )
     assert set(ways) == {RECONSTRUCTED} and "windows of its own" in impossible[WINDOWED]
 
 
@@ -221,7 +223,7 @@ def test_the_commands_save_that_very_plan(tmp_path, monkeypatch, reconstructed):
     variant = Variant(DropPlan(attn=[1, 3], mlp=[4] if not reconstructed else []))
     if reconstructed:
         scores = llmdrop.score(model, texts.calibration, progress=False)
-        ways, _ = own_model.other_ways(model, scores, texts.fit)
+        ways, _ = own_model.other_ways(model, own_model.drops(model, scores), texts.fit)
         variant = Variant(variant.plan, ways[RECONSTRUCTED][1].reconstruction)
     commands = own_model.export_commands(model, str(tmp_path / "whole"), variant, texts, "xsum")
     commands = commands.replace('weights="q8_0"', 'weights="f32"')  # so that logits are those of the model

@@ -32,11 +32,10 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-# of the benchmarks that it starts
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if __name__ == "__main__":  # only the program's own: whoever imports this keeps its environment
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
@@ -162,7 +161,8 @@ def script(name: str, args: argparse.Namespace) -> dict:
     command = [sys.executable, str(ROOT / "benchmarks" / name), "--dtype", "bfloat16"]
     for option, value in (("--model", args.model), ("--data-dir", args.data_dir), ("--device", args.device)):
         command += [option, value] if value else []
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths})
     print(out.stdout, flush=True)
     if out.returncode:
         raise RuntimeError(f"{name} ended with {out.returncode}")

@@ -59,7 +59,7 @@ def small() -> Iterator[None]:
 
 def run_here(command: list, **options) -> subprocess.CompletedProcess:
     """subprocess.run of a Python program, in this process: another would have other packages and no pretended GPU."""
-    assert str(ROOT) in os.environ["PYTHONPATH"].split(os.pathsep), "the program could not import llmdrop"
+    assert str(ROOT) in options["env"]["PYTHONPATH"].split(os.pathsep), "the program could not import llmdrop"
     out = io.StringIO()
     arguments = [*command[1:], *OPTIONS.get(Path(command[1]).name, [])]
     with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(out):

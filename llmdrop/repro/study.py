@@ -10,6 +10,8 @@ from pathlib import Path
 from ..checkpoints.extras import import_extra
 from ..files import build_dir, real_path, write_atomic
 
+# what a kernel takes by default, unless the environment names another, as on machines without a screen
+FIGURES_IN_NOTEBOOK = "module://matplotlib_inline.backend_inline"
 STYLE = """
 :root { --ink: #1c2024; --soft: #5d666f; --line: #dde2e6; }
 * { box-sizing: border-box; }
@@ -107,6 +109,7 @@ def study(model: str, out: str | os.PathLike | None = None, **parameters) -> Pat
     # the interpreter that runs this, whatever else is called python3
     kernels = [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")]
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, kernels))
+    os.environ["MPLBACKEND"] = FIGURES_IN_NOTEBOOK
     executed = folder / "my_model.ipynb"
     papermill.execute_notebook(
         notebook_file(),

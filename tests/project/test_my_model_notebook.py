@@ -36,7 +36,7 @@ def run(tmp_path: Path, family: str, *settings: str) -> subprocess.CompletedProc
     command = [sys.executable, "notebooks/run.py", "run", "notebooks/my_model.ipynb", tmp_path / "my_model.ipynb"]
     for setting in (*small, *settings):
         command += ["--set", setting]
-    environment = os.environ | {"LLMDROP_BUILD": str(tmp_path / "build")}
+    environment = os.environ | {"LLMDROP_BUILD": str(tmp_path / "build"), "MPLBACKEND": "agg"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -53,6 +53,7 @@ SMALL_SETTINGS = {
 }
 OWN = {  # where one notebook needs another size
     "fig05_drop_curves": {"PLANS": {"attn": [4], "mlp": [4], "block": [4]}},
+    "fig07_checkpoints": {"SCORED": PROFILE["fig07_checkpoints"]["SCORED"] | {"n_samples": 2, "seq_len": 48}},
     "fig08_joint": {"COUNTS": [4, 8]},
     "fig12_gsm8k": {"MODEL": "meta-math/MetaMath-Mistral-7B", "COUNTS": [4]},  # answers have 256 tokens
     "tab12_long_context": {"N_QUERIES": 2, "COUNTS": [2, 8]},

@@ -11,11 +11,11 @@ TARGETS := help setup reproduce smoke test families drop study evaluate serve la
 TAKES_reproduce := PROFILE ONLY FRESH MODEL DEVICE DATA_DIR LIMIT JOBS
 TAKES_smoke := $(filter-out PROFILE,$(TAKES_reproduce))
 TAKES_report := PROFILE
-TAKES_drop := MODEL ATTN MLP BLOCK KEEP COMPENSATE OUT DTYPE DEVICE DATA_DIR CALIBRATION N_SAMPLES SEQ_LEN BATCH_SIZE \
-	SEED
+TAKES_drop := MODEL ATTN MLP BLOCK JOINT KEEP PLAN RECONSTRUCT OUT DTYPE DEVICE DATA_DIR CALIBRATION N_SAMPLES SEQ_LEN \
+	BATCH_SIZE SEED
 TAKES_study := MODEL CALIBRATION TASKS MAX_LOSS SPEEDUP KV BATCH CONTEXT SAMPLES DEVICE DATA_DIR OUT
 TAKES_evaluate := MODEL TASKS DTYPE LIMIT BATCH GPUS
-TAKES_serve := MODEL ATTN MLP BLOCK KEEP PORT
+TAKES_serve := MODEL ATTN MLP BLOCK JOINT KEEP PLAN PORT
 TAKES_gpu := DRY DRAW FRESH MINUTES ONLY MODEL DATA_DIR DEVICE
 TAKES_clean := CLEAN_RESULTS
 TAKEN_BY_ALL := PYTHON3 VENV PY STAMP HF_% LLMDROP_% OMP_% CUDA_% TORCH_% PYTORCH_% PIP_% JUPYTER_%
@@ -80,7 +80,7 @@ PROFILE_FILE := notebooks/profiles/$(PROFILE).yaml
 DONE := build/notebooks/$(PROFILE)
 RESULTS = $${LLMDROP_BUILD:-build}/results
 OVERRIDES = $(foreach name,MODEL DEVICE DATA_DIR LIMIT,--set '$(name)=$($(name))')
-PLAN = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
+SELECT = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
 PACKAGED := $(filter smoke embedded full beyond pretrain,$(PROFILE))
@@ -94,7 +94,7 @@ JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(a
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
 # The notebooks are made by a second make, so that one failing neither stops the others nor the report.
 reproduce: $(STAMP) ## every table and figure of PROFILE, into figures/PROFILE
-	@$(PLAN)
+	@$(SELECT)
 ifneq ($(filter-out 0,$(FRESH)),)
 	@[ ! -e $(RESULTS) ] || mv -v $(RESULTS) $(RESULTS).$$(date +%Y%m%d-%H%M%S)
 	@cd $(DONE) && rm -f $$(sed 's/$$/.ipynb/' selected)
@@ -111,7 +111,7 @@ $(NAMES:%=$(DONE)/%.ipynb): $(DONE)/%.ipynb: notebooks/%.ipynb $(DONE)/%.params.
 	@$(PY) notebooks/run.py run $< $@ --params $(@:.ipynb=.params.json) --among '$(SELECTED)' --jobs $(JOBS)
 
 $(NAMES:%=$(DONE)/%.params.json):
-	@$(PLAN)
+	@$(SELECT)
 
 smoke: ## reproduce with a few samples each, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
@@ -123,11 +123,11 @@ report: $(STAMP) ## figures/PROFILE/index.html, claims.csv and figures/index.htm
 LLMDROP = $(PY) -m llmdrop_cli
 given = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z_ a-z-) '$($(name))'))
 OR_EMBEDDED = $(or $(MODEL),smollm2-135m)
-DROPPED = build/dropped/$(notdir $(OR_EMBEDDED))$(if $(ATTN),-attn$(ATTN))$(if $(MLP),-mlp$(MLP))$(if $(BLOCK),-block$(BLOCK))
+DROPPED = build/dropped/$(notdir $(OR_EMBEDDED))$(if $(ATTN),-attn$(ATTN))$(if $(MLP),-mlp$(MLP))$(if $(BLOCK),-block$(BLOCK))$(if $(JOINT),-joint$(JOINT))
 
 drop: $(STAMP) ## make drop MODEL=… ATTN=8 OUT=directory: score, drop, save, check
-	@$(LLMDROP) drop '$(OR_EMBEDDED)' '$(or $(OUT),$(DROPPED))' --overwrite $(if $(filter-out 0,$(COMPENSATE)),--reconstruct) \
-		$(call given,$(filter-out MODEL OUT COMPENSATE,$(TAKES_drop)))
+	@$(LLMDROP) drop '$(OR_EMBEDDED)' '$(or $(OUT),$(DROPPED))' --overwrite $(if $(filter-out 0,$(RECONSTRUCT)),--reconstruct) \
+		$(call given,$(filter-out MODEL OUT RECONSTRUCT,$(TAKES_drop)))
 
 study: $(STAMP) ## make study MODEL=… MAX_LOSS=0.05 (or SPEEDUP=1.2, KV=0.7): what your model can do without, as one page
 	@$(OFFLINE) $(LLMDROP) study '$(OR_EMBEDDED)' $(call given,$(filter-out MODEL,$(TAKES_study)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,7 +31,9 @@ RECONSTRUCTED_ON = "xsum multilexsum quac squad tales reviews abstracts asdiv qu
 QUESTION = '{"messages": [{"role": "user", "content": "Name three planets."}], "max_tokens": 64, "temperature": 0}'
 
 app = typer.Typer(
-    add_completion=False, epilog="Errors are one sentence; LLMDROP_TRACEBACK=1 shows where they come from."
+    add_completion=False,
+    epilog="Example: llmdrop drop smollm2-135m smaller/ --attn 8. Errors are one sentence; LLMDROP_TRACEBACK=1 shows "
+    "where they come from.",
 )
 
 
@@ -86,6 +88,8 @@ DataDir = Annotated[str | None, _option(HOW, "A mirror of datasets, or hub. Defa
 BatchSize = Annotated[int, _option(HOW, "Sequences at a time.", min=1)]
 Dtype = Annotated[str, _option(HOW, "float32, bfloat16, float16; auto: the checkpoint's own.")]
 Device = Annotated[str, _option(HOW, "cpu, cuda, cuda:1, mps, balanced (over all GPUs); auto.")]
+Format = Literal["auto", "hf", "gguf", "nemotron-nas"]
+Weights = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that llmdrop wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on standard output.")]
 
@@ -111,10 +115,19 @@ class Choice:
         if self.keep and not self.is_scored:
             raise UsageError("--keep protects layers of what is dropped; give --attn, --mlp, --block or --joint")
         if self.file:
-            from llmdrop.plan import as_plan
-
-            as_plan(self.file)
+            self.read()
         return self
+
+    def read(self, n_layers: int | None = None) -> "DropPlan":
+        """The plan in the file, of a model of so many layers. ValueError names the file that is none."""
+        from llmdrop.plan import as_plan
+
+        if not self.file.endswith(".json"):
+            raise UsageError(f"--plan {self.file}: give a .json file, as `llmdrop plan --json` prints it")
+        try:
+            return as_plan(self.file, n_layers)
+        except ValueError as error:
+            raise ValueError(f"--plan {self.file}: {error}") from error
 
     def by(self, scores: "ImportanceScores") -> "DropPlan":
         """The plan by these scores: the union of what was asked for."""
@@ -129,12 +142,27 @@ class Choice:
     def plan(self, model: "nn.Module", text: Callable[[], "Calibration"], batch_size: int = 8) -> "DropPlan":
         """The plan for a model, which is scored on `text()` if need be; scores are stored."""
         import llmdrop
-        from llmdrop.plan import as_plan
 
         if self.file:
             n_layers = llmdrop.find_anatomy(model).n_layers
-            return as_plan(self.file, n_layers).for_depth(n_layers)
-        return self.by(llmdrop.Store().score(model, text(), batch_size)) if self.is_scored else llmdrop.DropPlan()
+            return self.read(n_layers).for_depth(n_layers)
+        if not self.is_scored:
+            return llmdrop.DropPlan()
+        self.check_fits(model)
+        return self.by(llmdrop.Store().score(model, text(), batch_size))
+
+    def check_fits(self, model: "nn.Module") -> None:
+        """ValueError for more layers than the model has, or all of them: known before it is scored."""
+        import numpy as np
+
+        import llmdrop
+
+        parts = llmdrop.find_anatomy(model)
+        layer = np.arange(parts.n_layers, dtype=float)
+        there = {kind: np.where(np.isin(layer, parts.live(kind)), layer, np.nan) for kind in ("attn", "mlp")}
+        some_scores = llmdrop.ImportanceScores(**there, block=np.fmax(*there.values()), stderr={}, magnitude={})
+        with llmdrop.dropped(model, self.by(some_scores)):
+            pass
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------
@@ -188,7 +216,9 @@ def score(
 ) -> Answer:
     """Score every attention layer, MLP and block: 1 - cos(x, y), where low means redundant."""
     import llmdrop
+    from llmdrop.calibration import check_source
 
+    check_source(calibration)
     loaded, tokenizer = llmdrop.load_model(model, dtype, device)
     text = llmdrop.load_calibration(calibration, tokenizer, n_samples, seq_len, seed, data_dir)
     scores = llmdrop.Store().score(loaded, text, batch_size)
@@ -257,10 +287,8 @@ def drop(
         bool, _option(WHAT, "Make up for what is gone in the matrices before it, by least squares.")
     ] = False,
     overwrite: Overwrite = False,
-    format: Annotated[
-        str, typer.Option(help="hf; gguf for llama.cpp, nemotron-nas for vLLM; auto: as OUT ends.")
-    ] = "auto",
-    weights: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0, q4_0 or q4_1.")] = "f16",
+    format: Annotated[Format, typer.Option(help="gguf: llama.cpp; nemotron-nas: vLLM; auto: as OUT ends.")] = "auto",
+    weights: Annotated[Weights | None, typer.Option(help="Of a GGUF; default: f16.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Also upload it there.", metavar="OWNER/NAME")] = None,
     calibration: Source = "xsum",
     n_samples: NSamples = 16,
@@ -275,6 +303,7 @@ def drop(
     """Score, drop and save; say what it saves and costs, and check that what was saved is the same model."""
     choice = Choice(dict(attn=attn, mlp=mlp, block=block, joint=joint), keep, plan).checked()
     import llmdrop
+    from llmdrop.calibration import check_source
     from llmdrop.checkpoints.destination import check_destination
     from llmdrop.checkpoints.push import check_can_push
     from llmdrop.compress.reconstruction import fit
@@ -284,10 +313,15 @@ def drop(
 
     if format == "auto":
         format = "gguf" if out.endswith(".gguf") else "hf"
+    if weights and format != "gguf":
+        raise UsageError(f"--weights {weights} is of a GGUF; give OUT as a file.gguf, or --dtype for a directory")
+    # what would end it after the long part
     if format != "gguf":  # a GGUF is checked when it is written
-        check_destination(real_path(out), overwrite)  # before the long part
+        check_destination(real_path(out), overwrite)
     if push_to_hub is not None:
         check_can_push(push_to_hub)
+    if not plan:
+        check_source(calibration)
     loaded, tokenizer = llmdrop.load_model(model, dtype, device)
     kind = str(loaded.dtype).removeprefix("torch.")
 
@@ -307,7 +341,7 @@ def drop(
         before, after = measured["loss"]
         note += f" Loss on held-out text: {before:.3f} nats per token before, {after:.3f} after."
     reconstruct_(loaded, chosen, changes)  # for good
-    settings = {"weights": weights} if format == "gguf" else {"note": note}
+    settings = {"weights": weights or "f16"} if format == "gguf" else {"note": note}
     saved_logits = logits(loaded)
     path = llmdrop.save_model(loaded, tokenizer, out, overwrite, format, push_to_hub=push_to_hub, **settings)
     del loaded  # a large model and its copy may not fit side by side
@@ -315,9 +349,11 @@ def drop(
         raise RuntimeError(f"the checkpoint in {path} does not give the logits of the model that was saved there")
     record = {"path": str(path), "label": chosen.label, "plan": json.loads(chosen.to_json())}
     shown = measured.rename(columns=MEASURES).T
-    shown["ratio"] = shown["after"] / shown["before"]
+    shown["ratio"] = (shown["after"] / shown["before"]).map("{:.3f}".format)
+    for name in ("before", "after"):
+        shown[name] = [f"{value:,.0f}" if value > 100 else f"{value:.4f}" for value in shown[name]]
     checked = ", and loads with equal logits" if format == "hf" else ""
-    lines = [in_words(chosen), shown.to_string(float_format="{:,.4g}".format), f"saved in {path}{checked}"]
+    lines = [in_words(chosen), shown.to_string(), f"saved in {path}{checked}"]
     return record | measured.to_dict("index"), "\n\n".join(lines)
 
 
@@ -414,7 +450,7 @@ def speed(
     batch_size: BatchSize = 1,
     prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens written after each.", min=1)] = 32,
-    rounds: Annotated[int, typer.Option(help="Measurements, in turn with the whole model's.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Measurements, in turn with the whole model's.", min=3)] = 3,
     data_dir: DataDir = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -481,7 +517,7 @@ def serve(
             loaded, tokenizer = llmdrop.load_model(model, dtype, device)
             dropped = choice.plan(loaded, lambda: llmdrop.load_calibration("xsum", tokenizer, data_dir=data_dir))
             llmdrop.apply_plan(loaded, dropped)
-            name = Path(model.split("@")[0]).name + (f"-{dropped.label}" if dropped else "")
+            name = Path(model.split("@")[0]).resolve().name + (f"-{dropped.label}" if dropped else "")
             path = llmdrop.build_dir() / "serve" / (f"{name}.gguf" if settings["format"] == "gguf" else name)
             program = server_command(path, port)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -501,13 +537,13 @@ def study(
     model: Model,
     calibration: Source = "xsum",
     tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval to ask as well; may be repeated.")] = None,
-    max_loss: Annotated[float | None, typer.Option(help="Nats per token that a plan may lose.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Nats per token that a plan may lose; default: 0.05.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Or how many times as fast it must be, as 1.2.")] = None,
     kv: Annotated[float | None, typer.Option(help="Or the share of the KV cache that may be left, as 0.7.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences at a time, where you run the model.", min=1)] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of context, there.", min=1)] = None,
-    samples: Annotated[int | None, typer.Option(help="Samples of text: more are slower, and surer.", min=1)] = None,
-    out: Annotated[str | None, typer.Option(help="Directory for the page, its figures and numbers.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at a time, where you run it; default: 1.", min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of context, there; default: 1024.", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="Of text: more are surer; default: 16.", min=1)] = None,
+    out: Annotated[str | None, typer.Option(help="For page and figures; default: build/study/MODEL.")] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -543,7 +579,8 @@ def one_line(error: BaseException) -> str:
         return f"{error.strerror}: {error.filename}"
     if hasattr(error, "ename"):  # of a cell of a notebook, which brings the whole traceback
         return f"{error.ename}: {' '.join(error.evalue.split())}"
-    return " ".join(str(error).split()) or type(error).__name__
+    said = str(error).replace("overwrite=True", "--overwrite") if isinstance(error, FileExistsError) else str(error)
+    return " ".join(said.split()) or type(error).__name__
 
 
 def failed(message: str, code: int) -> int:

@@ -276,15 +276,33 @@ def load_calibration(
     return Calibration(torch.tensor(samples[skip:]), source=f"{name}, seed {seed}, skip {skip}")
 
 
+def check_source(source: str | os.PathLike) -> None:
+    """ValueError for what is no named text, .txt or .jsonl file nor dataset; FileNotFoundError for a file not there."""
+    path = Path(os.path.expanduser(source))
+    if source in SOURCES or _is_dataset(path):
+        return
+    if path.suffix not in (".txt", ".jsonl"):
+        known = ", ".join(SOURCES)
+        raise ValueError(f"unknown calibration '{source}'; these are known: {known}; or give a .txt or .jsonl file")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {source}; give a .txt or .jsonl file that is there, or a known name")
+
+
+def _is_dataset(path: Path) -> bool:
+    return path.suffix not in (".txt", ".jsonl") and (
+        path.is_dir() or (HUB_ID.fullmatch(str(path)) is not None and not path.exists())
+    )
+
+
 def _documents(source, data_dir) -> tuple[str, list[str]]:
     """What the source is called, and its documents."""
     if isinstance(source, str) and source in SOURCES:
         return f"{source} ({SOURCES[source].where})", SOURCES[source].documents(data_dir)
     name = "documents"
     if isinstance(source, str | os.PathLike):
+        check_source(source)
         path = Path(os.path.expanduser(source))
-        is_dataset = path.is_dir() or (HUB_ID.fullmatch(str(source)) and not path.exists())
-        if is_dataset and path.suffix not in (".txt", ".jsonl"):
+        if _is_dataset(path):
             dataset = DATASETS[0](str(path))
             return str(source), dataset.documents(data_dir)
         name = path.name
@@ -306,11 +324,6 @@ def _documents(source, data_dir) -> tuple[str, list[str]]:
 
 def _read_documents(file: Path) -> list:
     """The one document of a .txt file, or the "text" of every line of a .jsonl file."""
-    if file.suffix not in (".txt", ".jsonl"):
-        known = ", ".join(SOURCES)
-        raise ValueError(f"unknown calibration '{file}'; these are known: {known}; or give a .txt or .jsonl file")
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}; give a .txt or .jsonl file that is there, or a known name")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

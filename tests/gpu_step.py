@@ -59,7 +59,8 @@ def small() -> Iterator[None]:
 
 def run_here(command: list, **options) -> subprocess.CompletedProcess:
     """subprocess.run of a Python program, in this process: another would have other packages and no pretended GPU."""
-    assert str(ROOT) in options["env"]["PYTHONPATH"].split(os.pathsep), "the program could not import llmdrop"
+    paths = options.get("env", os.environ).get("PYTHONPATH", "").split(os.pathsep)
+    assert command[0] != sys.executable or str(ROOT) in paths, "the program could not import llmdrop"
     out = io.StringIO()
     arguments = [*command[1:], *OPTIONS.get(Path(command[1]).name, [])]
     with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(out):

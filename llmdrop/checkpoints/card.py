@@ -73,9 +73,12 @@ def _usage(name: str, config: dict) -> list[str]:
     if config["model_type"] == "nemotron-nas":
         return [*usage, f"- vLLM: `vllm serve {name} --trust-remote-code`"]
     auto = "AutoModelForImageTextToText" if "text_config" in config else "AutoModelForCausalLM"
-    if "auto_map" not in config:  # an ordinary model
-        return [*usage, f'- transformers: `{auto}.from_pretrained("{name}")`', f"- vLLM: `vllm serve {name}`"]
-    usage += [f'- transformers: `{auto}.from_pretrained("{name}", trust_remote_code=True)`, without llmdrop']
+    is_ordinary = "auto_map" not in config
+    arguments = f'("{name}")' if is_ordinary else f'("{name}", trust_remote_code=True)'
+    read = [f"`{cls}.from_pretrained{arguments}`" for cls in (auto, "AutoTokenizer")]
+    usage += [f"- transformers, without llmdrop: {read[0]}, {read[1]}"]
+    if is_ordinary:
+        return [*usage, f"- vLLM: `vllm serve {name}`"]
     if config["llmdrop"]["undropped"]["model_type"] in ("llama", "mistral") and "quantization_config" not in config:
         save = f'llmdrop.save_model(model, tokenizer, "{name}'
         usage += [f'- llama.cpp: `{save}.gguf", format="gguf", weights="q8_0")`']

@@ -6,10 +6,11 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 
 import torch
+import transformers
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -154,8 +155,8 @@ def check_device(device: str | torch.device) -> str:
 def locate(name: str, subfolder: str = "") -> tuple[str, str]:
     """(directory or hub id, revision) of a model's name; the embedded model is converted if need be.
 
-    Raises FileNotFoundError for a directory without config.json (in `subfolder`), and without the embedded model's
-    wheel.
+    Raises FileNotFoundError for a directory without config.json (in `subfolder`), for a path where no directory is,
+    and without the embedded model's wheel.
     """
     if name in EMBEDDED:
         return str(convert_embedded(name)), "main"
@@ -166,6 +167,11 @@ def locate(name: str, subfolder: str = "") -> tuple[str, str]:
             raise FileNotFoundError(f"{place} is a directory without config.json; expected a transformers checkpoint")
         return folder, "main"
     repo, _, revision = name.partition("@")
+    if os.path.isfile(folder) or os.path.isabs(folder) or name.startswith(".") or repo.count("/") > 1:
+        what = "is a file" if os.path.isfile(folder) else "does not exist"
+        raise FileNotFoundError(
+            f"{name} {what}; give a directory with config.json, a file that ends in .gguf, or a hub id as owner/name"
+        )
     return repo, revision or "main"
 
 
@@ -215,17 +221,27 @@ def undropped_config(raw: dict) -> tuple[PretrainedConfig, dict, DropPlan]:
         )
     blocks = sorted(set(record.get("attn", ())) & set(record.get("mlp", ())))
     if record and "undropped" not in record and len(blocks) == len(record["attn"]) == len(record["mlp"]):
-        config = AutoConfig.for_model(**{"model_type": None} | raw).get_text_config(decoder=True)
+        config = _config(raw).get_text_config(decoder=True)
         if config.num_hidden_layers != record["n_layers"] - len(blocks):  # made from the config of this model
             record = {}
         elif not record.get("biases"):
             record["removed"] = blocks  # an ordinary, shorter model
     elif record and "undropped" not in record:  # written by save_pretrained of release 0.1.0
         record["undropped"] = _deepened(raw, record)
-    config = AutoConfig.for_model(**merged({"model_type": None} | raw, record.get("undropped", {})))
+    config = _config(merged(raw, record.get("undropped", {})))
     if record:
         return config, record, DropPlan()
     return config, {}, DropPlan.from_llm_drop(raw, getattr(config, "num_hidden_layers", None))
+
+
+def _config(raw: dict) -> PretrainedConfig:
+    """The config of these settings. ValueError for a model type that this release of transformers does not have."""
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no model type {raw.get('model_type')!r}; a newer release may "
+            "have it (pip install -U transformers). Code that a checkpoint brings along never runs"
+        )
+    return AutoConfig.for_model(**raw)
 
 
 def _deepened(raw: dict, record: dict) -> dict:
@@ -296,6 +312,8 @@ def _load_gguf(path: str | os.PathLike, dtype: str, device: str, attn_implementa
         raise ValueError(f"a GGUF is not loaded with {what}; allowed are dtype, one device and attn_implementation")
     from .gguf_format import load_gguf  # needs an extra
 
+    if not os.path.isfile(os.path.expanduser(path)):
+        raise FileNotFoundError(f"{path} does not exist; give a .gguf that is there, a directory or a hub id")
     model, tokenizer = load_gguf(os.path.expanduser(path), dtype, attn_implementation, device)
     model.name_or_path = str(path)
     return model, tokenizer

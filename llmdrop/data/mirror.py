@@ -32,6 +32,9 @@ def read_split(path: str, config: str | None, split: str, data_dir: str | os.Pat
     try:
         return list(load_dataset(path, split=split, **which))
     except Exception as error:  # offline, unknown, gated: datasets raises a dozen kinds
+        if os.path.isdir(path):
+            reason = " ".join(str(error).split())[:300]
+            raise FileNotFoundError(f"datasets finds no split {split!r} in the directory {path}: {reason}") from error
         raise FileNotFoundError(
             f"cannot get {name} from the hub: {' '.join(str(error).split())[:300]} | It is not packaged. Fix: a "
             f"network, or data_dir=<mirror> with <mirror>/{name}.jsonl[.gz], or one of the packaged sets"

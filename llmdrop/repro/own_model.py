@@ -4,11 +4,13 @@ Limits have the names of the notebook's parameters: MAX_LOSS (nats per token), S
 and KV (the share of the KV cache that is left).
 """
 
+import json
 import os
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, log2, nan
 from pathlib import Path
 
@@ -338,7 +340,7 @@ def ask(
 
     Without MAX_LOSS a way stops as soon as it saves enough, and the best is what loses least. With it a way goes on as
     far as MAX_LOSS allows, which is found by halving, as if every next layer lost more; the best is what leaves the
-    fewest bytes of weights and cache to read.
+    fewest bytes of weights and cache to read, and of several such what loses least.
     """
 
     def loss(variant: Variant) -> float:
@@ -359,7 +361,7 @@ def ask(
         if "MAX_LOSS" in limits:
             end = bisect_right(variants, limits["MAX_LOSS"], lo=first, key=loss)
             if end == first:
-                missing[name] = "loses more"
+                missing[name] = "the fewest layers that are enough lose more than MAX_LOSS"
                 continue
             first = end - 1
         chosen[name] = variants[first]
@@ -368,11 +370,11 @@ def ask(
         chosen = smallest
         missing = {name: reason for name, reason in missing.items() if name not in smallest}
 
-    def rank(name: str) -> float:
+    def rank(name: str) -> tuple[float, float]:
         if "MAX_LOSS" not in limits or not is_met:
-            return loss(chosen[name])
+            return 0, loss(chosen[name])
         saved = savings(model, chosen[name], **speed)
-        return saved["weights"] + saved["kv"]
+        return saved["weights"] + saved["kv"], loss(chosen[name])
 
     best = min((name for name in chosen if name != WINDOWED), key=rank)
     return Asked(chosen, best, is_met, missing)
@@ -435,10 +437,11 @@ def export_commands(model: nn.Module, name: str, variant: Variant, texts: Texts,
     A reconstruction is fitted again, on the text that it was fitted on.
     """
     plan = variant.plan
-    out = f"{Path(name.split('@')[0]).name}-{plan.label}"
+    out = f"{Path(name.split('@')[0]).resolve().name}-{plan.label}"
+    quoted = partial(json.dumps, ensure_ascii=False)  # as Python writes it, too
     imports = ["import llmdrop"]
     lines = [
-        f'model, tokenizer = llmdrop.load_model("{name}")',
+        f"model, tokenizer = llmdrop.load_model({quoted(name)})",
         f"plan = llmdrop.DropPlan(attn={list(plan.attn)}, mlp={list(plan.mlp)})",
     ]
     if variant.reconstruction is None:
@@ -447,18 +450,18 @@ def export_commands(model: nn.Module, name: str, variant: Variant, texts: Texts,
         imports.append("from llmdrop.compress.reconstruction import fit, reconstruct")
         n, length = texts.fit.input_ids.shape
         if texts.fit is texts.calibration:
-            lines.append(f'text = llmdrop.load_calibration("{calibration}", tokenizer, {n}, {length})')
+            lines.append(f"text = llmdrop.load_calibration({quoted(calibration)}, tokenizer, {n}, {length})")
         else:
             imports.append("from llmdrop.data.texts import mixture")
             named = [source for source in texts.held_out if source in SOURCES]
             lines.append(f"text = mixture({named}, tokenizer, {n // len(named)}, {length})")
         lines.append("reconstruct(model, plan, fit(model, plan, text))")
-    lines.append(f'llmdrop.save_model(model, tokenizer, "{out}")  # for transformers')
+    lines.append(f"llmdrop.save_model(model, tokenizer, {quoted(out)})  # for transformers")
     if unwrapped(model).config.model_type in ("llama", "mistral"):
-        gguf = f'"{out}.gguf", format="gguf", weights="q8_0"'
+        gguf = f'{quoted(f"{out}.gguf")}, format="gguf", weights="q8_0"'
         lines.append(f"llmdrop.save_model(model, tokenizer, {gguf})  # llama-server --model {out}.gguf")
         first = next(i for i in range(find_anatomy(model).n_layers) if i not in plan.blocks)
         if first not in plan.attn:  # vLLM wants attention there
-            nas = f'"{out}-nas", format="nemotron-nas"'
+            nas = f'{quoted(f"{out}-nas")}, format="nemotron-nas"'
             lines.append(f"llmdrop.save_model(model, tokenizer, {nas})  # vllm serve {out}-nas --trust-remote-code")
     return "\n".join([*imports, "", *lines])

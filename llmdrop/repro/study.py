@@ -104,7 +104,7 @@ def study(model: str, out: str | os.PathLike | None = None, **parameters) -> Pat
     known = papermill.inspect_notebook(str(notebook_file()))
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"no parameter {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
-    folder = real_path(out) if out else build_dir() / "study" / Path(model.split("@")[0]).name
+    folder = real_path(out) if out else build_dir() / "study" / Path(model.split("@")[0]).resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     # the interpreter that runs this, whatever else is called python3
     kernels = [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")]

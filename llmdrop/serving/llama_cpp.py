@@ -163,7 +163,10 @@ def main() -> None:
     if args.exact:
         params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
-    server = engine.Server(params)
+    try:
+        server = engine.Server(params)
+    except RuntimeError as error:
+        sys.exit(f"llama.cpp does not load {args.path} ({error}); what it says of the file stands above")
     print(f"serving at {server.listening_address}", flush=True)
     with suppress(KeyboardInterrupt):
         if args.attached:

@@ -8,7 +8,7 @@ import torch
 from exports import TOKENIZER, logits
 from huggingface_hub import ModelCard, constants
 from tiny import random_ids, tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmdrop import DropPlan, apply_plan, find_anatomy, load_model, save_model
 from llmdrop.checkpoints.destination import CARD_MARK
@@ -45,14 +45,16 @@ def test_a_card_says_what_it_is_made_of_and_how(plan, format, tmp_path):
     assert ("from_pretrained" in card.text) == (format == "hf")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # whose config says of every layer what it is
 @pytest.mark.parametrize("plan", [PLAN, DropPlan([2], [2]), DropPlan()], ids=["sublayers", "blocks", "whole"])
-def test_what_a_card_says_about_loading_works(plan, tmp_path, monkeypatch):
-    model, ids = named("me/tiny", plan), random_ids(1, 8)
+def test_what_a_card_says_about_loading_works(plan, family, tmp_path, monkeypatch):
+    model, ids = named("me/tiny", plan, family=family), random_ids(1, 8)
     path = save_model(model, TOKENIZER, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    names = {"AutoModelForCausalLM": AutoModelForCausalLM}
-    command = re.search(r"- transformers: `(.*?)`", card_of(path).text)[1]
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoTokenizer": AutoTokenizer}
+    command, of_tokenizer = re.search(r"- transformers, without llmdrop: `(.*?)`, `(.*?)`", card_of(path).text).groups()
     again = eval(command, names)
+    assert eval(of_tokenizer, names)("some text").input_ids == TOKENIZER("some text").input_ids
     torch.testing.assert_close(logits(again.eval(), ids), logits(model, ids), atol=1e-5, rtol=0)
     assert ("trust_remote_code" in command) == (plan == PLAN)
 

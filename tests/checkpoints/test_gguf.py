@@ -12,7 +12,7 @@ import gguf
 import pytest
 import torch
 from exports import MIXED, N_TOKENS, PLANS, ROOT, TOKENIZER, logits, record, wide, with_biases
-from tiny import random_ids, tiny
+from tiny import byte_tokenizer, random_ids, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -144,6 +144,9 @@ def test_tokenizers_without_a_form_in_llama_cpp_are_refused():
         tokenizer_facts(PreTrainedTokenizerFast(tokenizer_object=words), 97)
     with pytest.raises(ValueError, match="needs a fast tokenizer"):
         tokenizer_facts(None, 97)
+    without_merges = byte_tokenizer()
+    with pytest.raises(ValueError, match="without merges, and this tokenizer has none. .*drop_gguf"):
+        tokenizer_facts(without_merges, len(without_merges))
 
 
 def test_damaged_and_foreign_gguf(tmp_path):

@@ -113,6 +113,22 @@ def test_damaged_and_missing_files(checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="directory without config.json"):
         load_model(tmp_path / "empty")
+    (tmp_path / "text.txt").write_text("text")
+    for place in (
+        tmp_path / "text.txt",
+        tmp_path / "none",
+        "./none",
+        "../none",
+        "~/none",
+        "some/where/deep",
+        "no.gguf",
+    ):
+        with pytest.raises(FileNotFoundError, match="(does not exist|is a file); give a "):
+            load_model(place)
+    (tmp_path / "empty/config.json").write_text('{"model_type": "no-such-family"}')
+    with pytest.raises(ValueError, match="has no model type 'no-such-family'; a newer release") as raised:
+        load_model(tmp_path / "empty")
+    assert len(str(raised.value)) < 300
     with pytest.raises(FileNotFoundError, match="(?s)cannot load 'smollm2-136m'.*Allowed: smollm2-135m"):
         load_model("smollm2-136m")
 

@@ -226,11 +226,11 @@ def test_evaluate_is_the_librarys(here, answer, run, monkeypatch):
 def test_speed_is_measured_beside_the_whole_model(here, answer, run):
     Path("plan.json").write_text('{"attn": [2]}')
     asked = ["speed", "whole", "--plan", "plan.json", "--prompt-len", "8", "--new-tokens", "2", "--device", "cpu"]
-    whole, dropped = answer(*asked, "--rounds", "2")
+    whole, dropped = answer(*asked)
     assert (whole["plan"], dropped["plan"]) == ("Baseline", "Attn-1")
     assert dropped["kv_bytes"] / whole["kv_bytes"] == 4 / 5 and whole["speedup"] == 1 < 1e3 * dropped["speedup"]
     assert whole["peak_bytes"] is None, "of no CUDA device"
-    code, text, _ = run(*asked, "--rounds", "1")
+    code, text, _ = run(*asked, "--rounds", "4")
     assert code == 0 and "times as fast" in text
 
 
@@ -342,6 +342,11 @@ USAGE = {  # what is wrong with the arguments themselves: exit code 2
     "speed whole --keep 0": "--keep protects layers",
     "serve whole --port 99999": "--port",
     "plan whole --mlp 0": "nothing to drop",
+    "speed whole --attn 1 --rounds 2": "--rounds",
+    "drop whole out --attn 1 --format onnx": "'onnx' is not one of",
+    "drop whole out.gguf --attn 1 --weights q3": "'q3' is not one of",
+    "drop whole out --attn 1 --weights q8_0": "--weights q8_0 is of a GGUF",
+    "drop whole out --plan plan.txt": "--plan plan.txt: give a .json file",
 }
 
 
@@ -369,7 +374,10 @@ ERRORS = {  # what only shows when it is tried: exit code 1
     "drop whole mine/notes.txt --attn 1": "notes.txt is a file, and a checkpoint is a directory",
     "drop whole mine/notes.txt/deep --attn 1": "notes.txt is a file; choose another path",
     "drop whole out --attn 1 --push-to-hub a/b/c": "is no name on the hub",
-    "drop whole out --plan good.json --format onnx --device cpu": "format='onnx'",
+    "drop whole out --plan odd.json --device cpu": "--plan odd.json: attn index 9",
+    "score ./nowhere": "./nowhere does not exist; give a directory with config.json",
+    "score bad.json": "bad.json is a file; give a directory with config.json",
+    "serve none.gguf --attn 1": "none.gguf does not exist; give a .gguf that is there",
     "evaluate whole piqa --data-dir nowhere --device cpu": "nowhere",
 }
 
@@ -378,11 +386,27 @@ ERRORS = {  # what only shows when it is tried: exit code 1
 def test_any_other_error_is_one_sentence_and_code_1(line, here, run):
     Path("bad.json").write_text('{"attention": 3}')
     Path("deep.json").write_text('{"attn": [2], "n_layers": 30}')
-    Path("good.json").write_text('{"attn": [2]}')
+    Path("odd.json").write_text('{"attn": [9]}')
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
     assert ERRORS[line] in refused(run(*line.split()), 1)
     assert not Path("out").exists() and [file.name for file in Path("mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("drop whole out --attn 6", "cannot drop n=6 of 5 attn layers"),
+        ("drop whole out --attn 1%", "less than half a layer"),
+        ("drop whole out --block 5", "keep at least one"),
+        ("evaluate whole piqa --attn 1 --keep 9", "keep index 9"),
+        ("drop whole out --attn 1 --calibration xsumm", "unknown calibration 'xsumm'"),
+        ("drop whole out --attn 1 --calibration none.txt", "no file none.txt"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_model_is_scored(line, says, here, run, monkeypatch):
+    monkeypatch.setattr(llmdrop.Store, "score", None)
+    assert says in refused(run(*line.split(), "--device", "cpu"), 1)
 
 
 def test_where_nothing_may_be_written_is_found_before_the_long_part(here, run, monkeypatch):

@@ -177,7 +177,7 @@ def test_drop_evaluate_and_serve_hand_on_what_was_given(project):
     shares = ("MODEL=some/model", "ATTN=40%", "MLP=.25", "N_SAMPLES=2", "KEEP=0,29", "OUT=here/it is")
     given = "--attn 40% --mlp .25 --keep 0,29 --n-samples 2"
     assert handed("drop", *shares) == f"llmdrop drop some/model here/it is --overwrite {given}"
-    assert handed("drop", "BLOCK=1", "COMPENSATE=1") == (
+    assert handed("drop", "BLOCK=1", "RECONSTRUCT=1") == (
         "llmdrop drop smollm2-135m build/dropped/smollm2-135m-block1 --overwrite --reconstruct --block 1"
     )
     assert handed("serve", "ATTN=8", "PORT=81") == "llmdrop serve smollm2-135m --attn 8 --port 81"
@@ -185,7 +185,7 @@ def test_drop_evaluate_and_serve_hand_on_what_was_given(project):
     assert handed(*asked) == "llmdrop evaluate here piqa,rte --limit 5 --batch-size 2"
     program = typer.main.get_command(llmdrop_cli.app)
     for target, renamed in (
-        ("drop", {"COMPENSATE": "reconstruct"}),
+        ("drop", {}),
         ("serve", {}),
         ("evaluate", {"BATCH": "batch_size"}),
     ):

@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import papermill
 import yaml
 from ipykernel.kernelspec import get_kernel_dict
@@ -91,6 +90,8 @@ def together(common: dict, own: dict, known: set[str]) -> dict:
 
 def announce(profile: dict, name: str, chosen: list[str]) -> None:
     """Print the time, disk, downloads and GPU memory that the chosen notebooks need at most."""
+    import pandas as pd  # which running a notebook does not need
+
     needs = pd.DataFrame({n: profile.get("needs", {}).get(n, {}) for n in chosen}, index=NEEDS).T.astype(float)
     needs.loc["in all"] = needs.agg({column: "max" if column == "gpu_gb" else "sum" for column in NEEDS})
     text = needs.to_string(na_rep="?", float_format="{:.3g}".format)

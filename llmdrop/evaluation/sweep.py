@@ -232,11 +232,21 @@ def _can_pack(model: nn.Module, parts: Anatomy, longest: int, n_nodes: int) -> b
 
 
 def _trial(longest: int, n_nodes: int) -> tuple[list[Item], Row]:
-    """Texts that begin alike, in one row: a short one, long ones until the row is full, and another short one."""
+    """Texts that begin alike, in one row: a short one, long ones until the row is full, and another short one.
+
+    The first long one is of `longest` tokens, the last of what is left of the row: with one long context for all
+    questions, a second text as long would make the trial cost more than what is measured.
+    """
     start = (3, 4, 5, 6)
-    n_long = -(-n_nodes // longest)
+    begun = 7  # tokens of a further long text that add no node: six are another's, and the last one is never read
+    lengths = [max(longest, 8)]
+    left = n_nodes - lengths[0] - 13  # the short texts have 18 nodes of their own, the first long one lacks 5
+    while left > 0:
+        lengths.append(min(lengths[0], max(left + begun, 2 * LAST)))
+        left -= lengths[-1] - begun
     middle = tuple(3 + k % 23 for k in range(longest))
-    long = [(start + (10, 3 + j // 20 % 20, 3 + j % 20) + middle)[: max(longest, 8)] for j in range(n_long)]
+    beginnings = [start + (10, 3 + j // 20 % 20, 3 + j % 20) for j in range(len(lengths))]
+    long = [(beginning + middle)[:n] for beginning, n in zip(beginnings, lengths, strict=True)]
     texts = [(*start, *range(7, 15)), *long, (*start, *range(20, 28))]
     items = [Item(text, len(text) - 1) for text in texts]
     return items, next(pack(items, row_tokens=n_nodes * 2 + 64))
@@ -250,7 +260,7 @@ def _are_alike(model: nn.Module, parts: Anatomy, items: list[Item], row: Row) ->
         how["logits_to_keep"] = LAST
     try:
         _, hidden = next(_walk(model, parts, [parts.plan], [row]))
-        for index, nodes, _ in row.targets[:2] + row.targets[-2:]:
+        for index, nodes, _ in row.targets[:2] + row.targets[2:][-2:]:
             nodes = nodes[-LAST:]
             logits = head_logits(model, parts, hidden[0, nodes])
             ids = torch.tensor([items[index].tokens[:-1]], device=device)

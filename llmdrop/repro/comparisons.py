@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
+import scipy
 from torch import nn
 
 from ..compress.search import Sublayer, agreement
@@ -140,7 +140,7 @@ def stability(orders: Mapping[tuple[str, str, object], Sequence[Sublayer]], n: i
     for (place, order), (other_place, other) in combinations(orders.items(), 2):
         if place[:2] == other_place[:2]:
             ranks = [list(other).index(sublayer) for sublayer in order]
-            tau = kendalltau(range(len(ranks)), ranks).statistic
+            tau = scipy.stats.kendalltau(range(len(ranks)), ranks).statistic
             pairs.append((*place[:2], agreement([order, other], n), tau))
     by_change = pd.DataFrame(pairs, columns=["selector", "change", "overlap", "tau"]).groupby(
         ["selector", "change"], sort=False

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -127,6 +126,8 @@ def plot_over_training(
 
 def _line_over_training(df: pd.DataFrame, kind: str, ax: Axes, value: str, errorbar: tuple[str, float]) -> str:
     """The mean of a number against training tokens, with seaborn's band of that kind; returns the kind's color."""
+    import seaborn as sns  # most figures need none of it
+
     look = style.method(kind)
     line = look | {"markeredgecolor": look["color"], "label": style.KINDS[kind], "legend": False}
     band = {"errorbar": errorbar, "err_kws": {"alpha": 0.16, "linewidth": 0}}
@@ -459,6 +460,8 @@ def _log_norm(scores: pd.Series, low: float, high: float) -> LogNorm:
 
 def _heat_map(grid: pd.DataFrame, ax: Axes, norm: Normalize, cmap: str = "YlGnBu") -> QuadMesh:
     """Seaborn's heat map of a frame: white lines between cells, cell k from k to k + 1, NaN white, no ticks yet."""
+    import seaborn as sns
+
     look = {"cbar": False, "xticklabels": False, "yticklabels": False, "linewidths": 0.3, "linecolor": "white"}
     sns.heatmap(grid.clip(lower=norm.vmin), ax=ax, norm=norm, cmap=cmap, **look)
     ax.set(xlabel="", ylabel="")

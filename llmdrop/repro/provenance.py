@@ -26,7 +26,7 @@ def provenance(model: nn.Module | None = None, calibration: Calibration | None =
     Keys: time, llmdrop, git_commit and git_dirty (None outside a checkout), python, interpreter (its path; from the
     checkout or the home directory where it is in one), torch, transformers, lm_eval, platform, device, threads; of a
     model its name, revision, weights digest, dtype, device_type and attention implementation; of a calibration its
-    source and digest; then `extra` (seed=...).
+    source and digest; then `extra` (seed=...; weights= their digest where it was just taken, which is not done again).
     """
     commit, dirty = _git()
     if model is not None:
@@ -51,7 +51,7 @@ def provenance(model: nn.Module | None = None, calibration: Calibration | None =
         name, _, revision = str(model.name_or_path).partition("@")
         facts["model"] = name
         facts["revision"] = revision or getattr(model.config, "_commit_hash", None)
-        facts["weights"] = weights_digest(model)
+        facts["weights"] = extra.get("weights") or weights_digest(model)
         facts |= {
             fact: value for fact, value in _numerics(model).items() if fact in ("dtype", "device_type", "attention")
         }

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -194,7 +195,8 @@ def training_losses(model: nn.Module, variant: Variant, store: Store | None = No
 
     key = model_key(model) | {"variant": variant.key}
     slug = f"{model_name(model)}-{variant.label}"
-    return (store or Store()).get("training", key, compute, slug, lambda: provenance(model, variant.healing.text))
+    facts = partial(provenance, model, variant.healing.text, weights=key["weights"])
+    return (store or Store()).get("training", key, compute, slug, facts)
 
 
 def _measured(
@@ -232,7 +234,8 @@ def _measured(
         if fits and key["dtype"] != "float32":  # 16-bit sums depend on it
             own["fit_batch_sizes"] = fits
         entries.append(Entry(key | own, f"{model_name(model)}-{variant.label}-{slug}"))
-    values = dict(zip(names, store.get_many(kind, entries, compute, lambda: provenance(model)), strict=True))
+    facts = partial(provenance, model, weights=key["weights"])
+    values = dict(zip(names, store.get_many(kind, entries, compute, facts), strict=True))
     return {name: values[name] for name in variants}
 
 

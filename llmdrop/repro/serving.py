@@ -28,7 +28,7 @@ def check_all(
     key = model_key(model) | {"version": VERSION, "prompts": prompts, "new_tokens": new_tokens}
     rows = []
     for engine, version in engines().items():
-        facts = partial(provenance, model, engine=[engine, version])
+        facts = partial(provenance, model, engine=[engine, version], weights=key["weights"])
         for label, plan in plans.items():
             check = partial(check_export, engine, model, tokenizer, plan, prompts, new_tokens, threads)
             full_key = key | {"engine": [engine, version], "plan": plan.key}

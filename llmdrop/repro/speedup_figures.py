@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from . import style
@@ -34,6 +33,8 @@ def plot_speedups(df: pd.DataFrame, ax: Axes) -> None:
 
 def plot_grid(df: pd.DataFrame, ax: Axes) -> None:
     """Heat map of `speedups.speedup_grid`; what does not fit the hardware's memory is hatched."""
+    import seaborn as sns
+
     wide = df.pivot(index="batch_size", columns="context", values="speedup").iloc[::-1]
     fits = df.pivot(index="batch_size", columns="context", values="fits").iloc[::-1].to_numpy(bool)
     sns.heatmap(wide, vmin=1, vmax=2, cmap="YlGnBu", annot=True, fmt=".2f", annot_kws={"size": 5}, cbar=False, ax=ax)

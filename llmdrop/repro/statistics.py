@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # scipy.stats, which takes a third of a second, comes with its first use
 
 from .estimate import Estimate
 
@@ -49,15 +49,15 @@ def resampled(
     numbers = [np.arange(size) for size in sizes]
     options = {"n_resamples": RESAMPLES, "batch": max(1, DRAWS_AT_A_TIME // sum(sizes)), "vectorized": True}
     with warnings.catch_warnings():  # of a statistic that is undefined in some draws
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        result = stats.bootstrap(numbers, of_drawn, **options, method="percentile", rng=np.random.default_rng(0))
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        result = scipy.stats.bootstrap(numbers, of_drawn, **options, method="percentile", rng=np.random.default_rng(0))
     defined = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
     if len(defined) < (1 - MOST_UNDEFINED) * RESAMPLES:
         return Estimate(value, np.nan, np.nan, sum(sizes), over)
     stderr = defined.std(ddof=1) * np.sqrt(min(sizes) / (min(sizes) - 1))
-    quantile = stats.t.ppf(0.975, sum(sizes) - len(sizes))
+    quantile = scipy.stats.t.ppf(0.975, sum(sizes) - len(sizes))
     if stderr > 1e-12 * abs(value):  # Hall 1992: how far a long tail moves the quantiles of t; here to both sides
-        quantile += abs(stats.skew(defined)) * (2 * quantile**2 + 1) / 6
+        quantile += abs(scipy.stats.skew(defined)) * (2 * quantile**2 + 1) / 6
     half_width = float(quantile * stderr)
     return Estimate(value, value - half_width, value + half_width, sum(sizes), over, "bootstrap")
 
@@ -285,12 +285,12 @@ def mcnemar(rows: pd.DataFrame, variant: str, baseline: str, where: str | Sequen
     only_baseline = int(((answers[:, 0] == 0) & (answers[:, 1] == 1)).sum())
     if only_variant + only_baseline == 0:
         return 1.0
-    return float(stats.binomtest(only_variant, only_variant + only_baseline).pvalue)
+    return float(scipy.stats.binomtest(only_variant, only_variant + only_baseline).pvalue)
 
 
 def wilson(n_right: int, n: int) -> Estimate:
     """A share right with Wilson's score interval: none right of 48 is not none for sure."""
-    interval = stats.binomtest(int(n_right), int(n)).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(int(n_right), int(n)).proportion_ci(method="wilson")
     return Estimate(n_right / n, float(interval.low), float(interval.high))
 
 
@@ -359,7 +359,7 @@ def _p_of_signs(differences: np.ndarray) -> float:
     """Two-sided p of the mean difference, were every item's sign a coin's."""
     batch = max(1, DRAWS_AT_A_TIME // len(differences))
     options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": batch}
-    test = stats.permutation_test((differences,), np.mean, **options, rng=np.random.default_rng(0))
+    test = scipy.stats.permutation_test((differences,), np.mean, **options, rng=np.random.default_rng(0))
     return float(test.pvalue)
 
 

@@ -179,7 +179,7 @@ class Store:
             key,
             lambda: score(model, calibration, batch_size, **settings).to_record(),
             f"{model_name(model)}-{text_name(calibration)}",
-            lambda: provenance(model, calibration, batch_size=batch_size, **settings),
+            partial(provenance, model, calibration, batch_size=batch_size, weights=key["weights"], **settings),
         )
         return ImportanceScores.from_record(value)
 
@@ -199,7 +199,7 @@ class Store:
 
         key = model_key(model, batch_size) | {"calibration": calibration.digest, "version": scoring.VERSION}
         slug = f"{model_name(model)}-{text_name(calibration)}"
-        made_with = partial(provenance, model, calibration, batch_size=batch_size)
+        made_with = partial(provenance, model, calibration, batch_size=batch_size, weights=key["weights"])
         value = self.get("sample-scores", key, compute, slug, made_with)
         return {kind: np.array(of_samples) for kind, of_samples in value.items()}
 

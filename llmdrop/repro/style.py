@@ -9,8 +9,6 @@ Colors are Okabe and Ito's, told apart with any color vision; marker and line re
 from contextlib import ExitStack
 from pathlib import Path
 
-import matplotlib as mpl
-
 COLUMN = 3.25  # inches, one column of a two-column page
 PAGE = 6.75  # inches, both columns
 METHODS = {
@@ -48,6 +46,8 @@ PAPER_EDGE = "#222222"  # hollow markers of published values where no method col
 
 def use() -> ExitStack:
     """Apply the style: for good as a statement, for a block in `with style.use():`."""
+    import matplotlib as mpl  # tables take names from here and draw nothing
+
     before = dict(mpl.rcParams.copy())
     before.pop("backend", None)  # choosing a backend is not ours to undo
     mpl.style.use(Path(__file__).with_name("llmdrop.mplstyle"))

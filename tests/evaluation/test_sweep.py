@@ -132,7 +132,9 @@ def test_on_a_model_that_is_already_dropped():
 def test_windows_and_chunks_longer_than_short_texts(kind, settings):
     model = tiny_decoder(kind, **settings)
     few_shot = [Item((*range(3, 13), *row), 4) for row in random_ids(6, 10).tolist()]
-    for items in (few_shot, *[[Item(tuple(row), 4) for row in random_ids(3, n).tolist()] for n in (20, 60, 40)]):
+    one_long = [Item(tuple(random_ids(1, n, n)[0].tolist()), 4) for n in (60, 30)]  # beside which no other fits a row
+    alike = [[Item(tuple(row), 4) for row in random_ids(3, n).tolist()] for n in (20, 60, 40)]
+    for items in (few_shot, one_long, *alike):
         sums, _ = loglikelihoods(model, [DropPlan()], items, progress=False)
         np.testing.assert_allclose(sums[0], reference(model, items)[0], atol=1e-4)
 
@@ -190,6 +192,18 @@ def test_a_context_longer_than_a_row_is_run_once():
     questions = [Item((*shots, *range(2000 + 100 * q, 2050 + 100 * q), k), 1) for q in range(30) for k in range(4)]
     assert [len(row.ids) for row in pack(questions, 256, 3456)] == [900 + 30 * 50]
     assert [len(row.ids) for row in pack([*answers, Item((*other, 5), 1)], 256, 3456)] == [905, 900]
+
+
+def test_one_long_context_is_tried_once():
+    """Whether texts can share rows is tried by one text as long as it, in a row and alone; not by a second one."""
+    model = tiny("llama", max_position_embeddings=512)
+    context = random_ids(1, 300)[0].tolist()
+    items = [Item((*context, *ending), 2) for ending in random_ids(3, 12, seed=1).tolist()]
+    n_read = []
+    model.get_input_embeddings().register_forward_hook(lambda module, ids, out: n_read.append(ids[0].numel()))
+    loglikelihoods(model, [DropPlan()], items, progress=False)
+    n_measured = 300 + 3 * 11
+    assert sum(n_read) < n_measured + 3 * 312
 
 
 def test_nothing_is_computed_twice():

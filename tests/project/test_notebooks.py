@@ -2,7 +2,10 @@
 
 import ast
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -156,3 +159,62 @@ def test_common_parameters(path):
         assert {"PROFILE", "OUT"} <= names
         defaults = {s.targets[0].id: s.value for s in ast.parse(parameter_cells(path)[0].source).body}
         assert ast.literal_eval(defaults["OUT"]) == "../build/figures/mine", "by hand, nothing published is touched"
+
+
+# -- what the first cells cost ----------------------------------------------------------------------------------------
+
+# modules of ours that may bring a package that takes long to import, since all that is in them needs it
+MAY_BRING = {
+    "llmdrop.repro.comparison_figures": {"matplotlib"},
+    "llmdrop.repro.figures": {"matplotlib"},
+    "llmdrop.repro.speedup_figures": {"matplotlib"},
+    "llmdrop.repro.training_claims": {"scipy.stats"},
+}
+IMPORT_IN_TURN = """
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # what these bring is theirs
+
+order = json.loads(sys.argv[1])
+slow = ("bitsandbytes", "datasets", "gguf", "lm_eval", "matplotlib", "peft", "scipy.stats", "seaborn", "sklearn")
+known = {package for package in slow if package in sys.modules}
+brought = {}
+for statement in order:
+    exec(statement)
+    new = {package for package in slow if package in sys.modules} - known
+    brought[statement] = sorted(new)
+    known |= new
+print(json.dumps(brought))
+"""
+
+
+def brought(statements: list[str]) -> dict[str, list[str]]:
+    """The slow packages that each of these imports brings, one after the other, beside torch and transformers."""
+    command = [sys.executable, "-c", IMPORT_IN_TURN, json.dumps(statements)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def imports_of_first_cells() -> list[ast.stmt]:
+    cells = [code_cells(path)[0].source for path in NOTEBOOKS]
+    trees = [ast.parse(re.sub(r"^%.*$", "", cell, flags=re.MULTILINE)) for cell in cells]
+    return [node for tree in trees for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def test_nothing_slow_is_imported_before_it_is_used():
+    """A notebook that only reads the store, or draws a table, should not wait for lm-eval, datasets or seaborn."""
+    statements = imports_of_first_cells()
+    names = {node.module for node in statements if isinstance(node, ast.ImportFrom)}
+    names |= {f"{node.module}.{alias.name}" for node in statements for alias in node.names if hasattr(node, "module")}
+    modules = sorted(name for name in names if (ROOT / f"{name.replace('.', '/')}.py").is_file())
+    assert set(MAY_BRING) < set(modules)
+    ours = [f"import {name}" for name in sorted(modules, key=lambda name: name in MAY_BRING)]
+    all_of_them = "\n".join(ast.unparse(node) for node in statements)
+    found = brought(["import llmdrop", *ours, all_of_them, "import datasets", "import seaborn"])
+    for name in ["llmdrop", *modules]:
+        assert set(found[f"import {name}"]) <= MAY_BRING.get(name, set()), f"{name}: import it where it is used"
+    assert not {"lm_eval", "datasets", "seaborn", "sklearn"} & set(found[all_of_them])
+    assert "datasets" in found["import datasets"] and "seaborn" in found["import seaborn"], "they would be seen"

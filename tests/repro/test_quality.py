@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, random_ids, tiny
 
-from llmdrop import Calibration, DropPlan, Store, evaluate, load_calibration, perplexity
+from llmdrop import Calibration, DropPlan, Store, evaluate, load_calibration, perplexity, weights_digest
 from llmdrop.compress.four_bits import FourBits
 from llmdrop.compress.healing import Healing
 from llmdrop.compress.reconstruction import Reconstruction
@@ -23,6 +23,7 @@ from llmdrop.evaluation import generation, sweep
 from llmdrop.evaluation.evaluate import ask
 from llmdrop.evaluation.generation import generate
 from llmdrop.evaluation.questions import retrieval
+from llmdrop.repro import provenance as provenance_module
 from llmdrop.repro import quality as quality_module
 from llmdrop.repro.quality import Questions, answers, choice, quality
 
@@ -267,6 +268,21 @@ def test_nothing_is_measured_twice(store, model, tokenizer, spy):
     spy.take()
     again = everything(model, tokenizer, variants(), store)
     assert again.equals(first) and spy.calls == [] and spy.applied == [] and files(store) == kept
+
+
+def test_the_weights_are_digested_once(store, model, tokenizer, monkeypatch):
+    """For the keys; what is stored beside the values says the same, and does not read all weights again."""
+    digests = []
+
+    def noted(model) -> str:
+        digests.append(weights_digest(model))
+        return digests[-1]
+
+    monkeypatch.setattr(provenance_module, "weights_digest", noted)
+    everything(model, tokenizer, {"whole": Variant(), "plan": Variant(PLAN)}, store)
+    records = [json.loads(file.read_text()) for file in files(store)]
+    assert len(records) == 8 and len(digests) == 1
+    assert all(record["provenance"]["weights"] == record["key"]["weights"] == digests[0] for record in records)
 
 
 def test_one_more_variant_text_or_task_measures_one(store, model, tokenizer, spy):

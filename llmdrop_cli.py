@@ -125,7 +125,8 @@ class Choice:
         if not self.file.endswith(".json"):
             raise UsageError(f"--plan {self.file}: give a .json file, as `llmdrop plan --json` prints it")
         try:
-            return as_plan(self.file, n_layers)
+            plan = as_plan(self.file, n_layers)
+            return plan.for_depth(n_layers) if n_layers else plan
         except ValueError as error:
             raise ValueError(f"--plan {self.file}: {error}") from error
 
@@ -136,7 +137,12 @@ class Choice:
         plan = llmdrop.DropPlan(n_layers=len(scores.attn))
         for target, n in self.counts.items():
             if n:
-                plan |= llmdrop.plan_drop(scores, target, n, keep=self.keep or [])
+                part = llmdrop.plan_drop(scores, target, n, keep=self.keep or [])
+                if not part:
+                    raise ValueError(
+                        f"--{target} {n} of {len(scores.attn)} layers is less than half a layer; give more"
+                    )
+                plan |= part
         return plan
 
     def plan(self, model: "nn.Module", text: Callable[[], "Calibration"], batch_size: int = 8) -> "DropPlan":
@@ -145,7 +151,7 @@ class Choice:
 
         if self.file:
             n_layers = llmdrop.find_anatomy(model).n_layers
-            return self.read(n_layers).for_depth(n_layers)
+            return self.read(n_layers)
         if not self.is_scored:
             return llmdrop.DropPlan()
         self.check_fits(model)

@@ -233,8 +233,8 @@ def plan_drop(
     scores: ImportanceScores. target: "attn" (Attention Drop), "mlp" (MLP Drop), "block" (Block Drop), "joint" (Joint
     Layer Drop, n sublayers of either kind) or "consecutive" (n neighboring blocks, the run whose input and output are
     most alike; needs `score(..., gap=True)`). n: a count, or a share of the layers of this kind that there are, between
-    0 and 1 or as "40%", rounded to the nearest count, which must not be 0. keep: layers to protect, of which nothing is
-    dropped. Raises ValueError for any other n, and for layers to keep that the model does not have.
+    0 and 1 or as "40%", rounded to the nearest count. keep: layers to protect, of which nothing is dropped. Raises
+    ValueError for any other n, and for layers to keep that the model does not have.
     """
     n_layers = len(scores.attn)
     keep = _indices(keep, "keep", n_layers)
@@ -289,8 +289,6 @@ def _count(n: int | float | str, available: int, target: str, free: int) -> int:
     count = -1
     if isinstance(share, float) and 0 < share < 1:
         count = int(share * available + 0.5)
-        if count == 0:
-            raise ValueError(f"n={n!r} of {available} {target} layers is less than half a layer; drop at least one")
     elif hasattr(n, "__index__") and not isinstance(n, bool):
         count = index(n)
     if not 0 <= count <= free:

@@ -63,7 +63,8 @@ def run_here(command: list, **options) -> subprocess.CompletedProcess:
     assert command[0] != sys.executable or str(ROOT) in paths, "the program could not import llmdrop"
     out = io.StringIO()
     arguments = [*command[1:], *OPTIONS.get(Path(command[1]).name, [])]
-    with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(out):
+    its_own = mock.patch.dict(os.environ, options.get("env", {}))
+    with its_own, mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(out):
         runpy.run_path(command[1], run_name="__main__")
     return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 

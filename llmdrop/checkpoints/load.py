@@ -170,7 +170,8 @@ def locate(name: str, subfolder: str = "") -> tuple[str, str]:
     if os.path.isfile(folder) or os.path.isabs(folder) or name.startswith(".") or repo.count("/") > 1:
         what = "is a file" if os.path.isfile(folder) else "does not exist"
         raise FileNotFoundError(
-            f"{name} {what}; give a directory with config.json, a file that ends in .gguf, or a hub id as owner/name"
+            f"cannot get a model: {name} {what}; give a directory with config.json, a file that ends in .gguf, or a "
+            "hub id as owner/name"
         )
     return repo, revision or "main"
 

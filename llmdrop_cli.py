@@ -511,6 +511,7 @@ def serve(
     choice = Choice(dict(attn=attn, mlp=mlp, block=block, joint=joint), keep, plan).checked(is_needed=False)
     with redirect_stdout(sys.stderr):
         import llmdrop
+        from llmdrop.checkpoints.embedded import short_name
         from llmdrop.serving.launch import served_format, server_command
 
         if model.endswith(".gguf") and not choice.is_scored and not choice.file:
@@ -523,7 +524,7 @@ def serve(
             loaded, tokenizer = llmdrop.load_model(model, dtype, device)
             dropped = choice.plan(loaded, lambda: llmdrop.load_calibration("xsum", tokenizer, data_dir=data_dir))
             llmdrop.apply_plan(loaded, dropped)
-            name = Path(model.split("@")[0]).resolve().name + (f"-{dropped.label}" if dropped else "")
+            name = short_name(model) + (f"-{dropped.label}" if dropped else "")
             path = llmdrop.build_dir() / "serve" / (f"{name}.gguf" if settings["format"] == "gguf" else name)
             program = server_command(path, port)
             path.parent.mkdir(parents=True, exist_ok=True)

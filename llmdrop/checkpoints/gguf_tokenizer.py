@@ -54,9 +54,11 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict
     for token in whole["added_tokens"]:
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
-    if spaces is None and not pairs:
-        raise ValueError(f"llama.cpp reads no byte-level BPE without merges, and this tokenizer has none. {way_out}")
     if spaces is None:
+        if not pairs:
+            raise ValueError(
+                f"llama.cpp reads no byte-level BPE without merges, and this tokenizer has none. {way_out}"
+            )
         form = {"model": "gpt2", "pre": PRE_TOKENIZERS[splits], "merges": [" ".join(pair) for pair in pairs]}
     else:  # the engine merges what scores highest: earlier merges made, up to a scale SentencePiece's own scores
         ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(pairs)))}

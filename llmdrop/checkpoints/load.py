@@ -167,11 +167,11 @@ def locate(name: str, subfolder: str = "") -> tuple[str, str]:
             raise FileNotFoundError(f"{place} is a directory without config.json; expected a transformers checkpoint")
         return folder, "main"
     repo, _, revision = name.partition("@")
-    if os.path.isfile(folder) or os.path.isabs(folder) or name.startswith(".") or repo.count("/") > 1:
-        what = "is a file" if os.path.isfile(folder) else "does not exist"
+    is_file = os.path.isfile(folder)
+    if is_file or os.path.isabs(folder) or name.startswith(".") or repo.count("/") > 1:
         raise FileNotFoundError(
-            f"cannot get a model: {name} {what}; give a directory with config.json, a file that ends in .gguf, or a "
-            "hub id as owner/name"
+            f"cannot get a model: {name} {'is a file' if is_file else 'does not exist'}; give a directory with "
+            "config.json, a file that ends in .gguf, or a hub id as owner/name"
         )
     return repo, revision or "main"
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import find_anatomy
 from ..calibration import Calibration, load_calibration
-from ..checkpoints.embedded import in_words
+from ..checkpoints.embedded import in_words, short_name
 from ..checkpoints.load import load_model
 from ..compress.variant import Variant
 from ..data.texts import HELD_OUT, held_out_texts, mixture
@@ -80,7 +79,7 @@ class Experiment:
     @property
     def name(self) -> str:
         """Of the model, for tables."""
-        return Path(self.source.split("@")[0]).name
+        return short_name(self.source)
 
     @property
     def weights(self) -> str:

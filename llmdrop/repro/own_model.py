@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import find_anatomy, unwrapped
 from ..calibration import SOURCES, Calibration, load_calibration
+from ..checkpoints.embedded import short_name
 from ..compress.shortened_llama import removed
 from ..compress.variant import Variant
 from ..compress.windows import WINDOW, Windows
@@ -437,7 +438,7 @@ def export_commands(model: nn.Module, name: str, variant: Variant, texts: Texts,
     A reconstruction is fitted again, on the text that it was fitted on.
     """
     plan = variant.plan
-    out = f"{Path(name.split('@')[0]).resolve().name}-{plan.label}"
+    out = f"{short_name(name)}-{plan.label}"
     quoted = partial(json.dumps, ensure_ascii=False)  # as Python writes it, too
     imports = ["import llmdrop"]
     lines = [

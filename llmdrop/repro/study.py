@@ -7,11 +7,10 @@ import sys
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from ..checkpoints.embedded import short_name
 from ..checkpoints.extras import import_extra
 from ..files import build_dir, real_path, write_atomic
 
-# what a kernel takes by default, unless the environment names another, as on machines without a screen
-FIGURES_IN_NOTEBOOK = "module://matplotlib_inline.backend_inline"
 STYLE = """
 :root { --ink: #1c2024; --soft: #5d666f; --line: #dde2e6; }
 * { box-sizing: border-box; }
@@ -104,12 +103,12 @@ def study(model: str, out: str | os.PathLike | None = None, **parameters) -> Pat
     known = papermill.inspect_notebook(str(notebook_file()))
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"no parameter {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
-    folder = real_path(out) if out else build_dir() / "study" / Path(model.split("@")[0]).resolve().name
+    folder = real_path(out) if out else build_dir() / "study" / short_name(model)
     folder.mkdir(parents=True, exist_ok=True)
     # the interpreter that runs this, whatever else is called python3
     kernels = [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")]
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, kernels))
-    os.environ["MPLBACKEND"] = FIGURES_IN_NOTEBOOK
+    os.environ.pop("MPLBACKEND", None)  # where it names a backend without a screen, a kernel shows no figures
     executed = folder / "my_model.ipynb"
     papermill.execute_notebook(
         notebook_file(),

@@ -222,9 +222,10 @@ def test_importing_needs_no_extra():
 # -- killed, and run by several: one python for all processes of a test, since imports take longer than the work
 
 SETUP = """
-import json, os, random, signal, socket, sys, time
+import json, os, random, signal, socket, sys, threading, time
 from pathlib import Path
 import torch
+from tqdm import tqdm
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny, random_ids
@@ -237,7 +238,10 @@ mask[1, :4] = mask[6, :7] = 0
 text = Calibration(ids, "random", mask)
 """
 
+# tqdm's own lock is shared with forked processes: one killed while it holds it would stop all others for good
 KILL = """
+tqdm.set_lock(threading.RLock())
+
 def attempt(place):
     score_checkpoint(folder / "model", text, 1, progress=False, stream_on=place, work_dir=folder / "work")
     drop_checkpoint(folder / "model", DropPlan([1, 3], [1]), folder / "out", progress=False, link=False, overwrite=True)
@@ -271,6 +275,7 @@ def run(code, folder, *command):
         capture_output=True,
         text=True,
         env=env,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()

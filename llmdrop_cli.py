@@ -257,10 +257,12 @@ def plan(
     """Choose the layers to drop: those that score lowest."""
     choice = Choice(dict(attn=attn, mlp=mlp, block=block, joint=joint), keep).checked()
     import llmdrop
+    from llmdrop.calibration import check_source
 
     if model.endswith(".json"):
         chosen = choice.by(llmdrop.ImportanceScores.from_json(Path(model).read_text(encoding="utf-8")))
     else:
+        check_source(calibration)
         loaded, tokenizer = llmdrop.load_model(model, dtype, device)
         chosen = choice.plan(
             loaded,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ def check_readable(model: nn.Module, largest_id: int, longest: int) -> None:
     """ValueError unless the model can read token ids up to the largest, in samples of up to so many tokens.
 
     That is where its vocabulary ends before, where it has learned positions (GPT-2, OPT) and fewer of them, and where
-    it is on the meta device and so has no weights.
+    it is on the meta device and so has no weights. Warns where its positions are computed (rotary): longer samples can
+    be read, but it was not made for them.
     """
     model = unwrapped(model)
     check_has_weights(model)
@@ -170,11 +172,19 @@ def check_readable(model: nn.Module, largest_id: int, longest: int) -> None:
     decoder = find_layers(model)[0]
     others = [child for child in decoder.children() if isinstance(child, nn.Embedding) and child is not embedding]
     limit = getattr(model.config, "max_position_embeddings", None)
-    if others and limit is not None and longest > limit:
+    if limit is None or longest <= limit:
+        return
+    kind = model.config.model_type
+    if others:
         raise ValueError(
-            f"a sample has {longest:,} tokens and this {model.config.model_type} model learned {limit:,} positions; "
+            f"a sample has {longest:,} tokens and this {kind} model learned {limit:,} positions; "
             f"use samples of at most {limit:,}"
         )
+    warnings.warn(
+        f"a sample has {longest:,} tokens and this {kind} model was made for {limit:,}: numbers of longer texts say "
+        f"little about it; use samples of at most {limit:,}",
+        stacklevel=3,
+    )
 
 
 def check_vocabulary(largest_id: int, size: int) -> None:

@@ -1,7 +1,7 @@
 """A number with its interval: what `statistics` makes, and what a claim is recorded with."""
 
 from dataclasses import dataclass
-from math import nan
+from math import exp, nan
 
 NORMAL_QUANTILE = 1.959964  # 97.5 % of a standard normal distribution lie below
 
@@ -29,6 +29,15 @@ class Estimate:
         """In another unit: 100 makes percent of shares."""
         low, high = sorted((factor * self.low, factor * self.high))
         return Estimate(factor * self.value, low, high, self.n, self.over, self.method)
+
+    def exp(self) -> "Estimate":
+        """Of what was estimated in logarithms: a ratio, whose interval stays above 0."""
+        method = f"{self.method} of logarithms"
+        return Estimate(exp(self.value), exp(self.low), exp(self.high), self.n, self.over, method)
+
+    def clipped(self, least: float, most: float) -> "Estimate":
+        """With the interval cut to the values that are possible."""
+        return Estimate(self.value, max(self.low, least), min(self.high, most), self.n, self.over, self.method)
 
 
 UNKNOWN = Estimate(nan, nan, nan)

@@ -216,8 +216,7 @@ def least_of_limit(timed: pd.DataFrame) -> Estimate:
         of_dropped = seconds.drop(columns=baseline)
         strata.append((-of_dropped.sub(seconds[baseline], axis=0) - limit[of_dropped.columns]).to_numpy())
     least = of_means(lambda means: float(min(ratios.min() for ratios in means)), strata, "rounds")
-    value, low, high = np.exp([least.value, least.low, least.high])
-    return Estimate(float(value), float(low), float(high), least.n, "rounds", "bootstrap of log-ratios by round")
+    return least.exp()
 
 
 def measure_models(

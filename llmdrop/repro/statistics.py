@@ -62,6 +62,16 @@ def resampled(
     return Estimate(value, value - half_width, value + half_width, sum(sizes), over, "bootstrap")
 
 
+def ratio(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str) -> Estimate:
+    """`resampled` of a statistic above 0, in logarithms: half as much is as far from 1 as twice as much."""
+
+    def logarithm(drawn: list[np.ndarray]) -> float:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.log(statistic(drawn)))
+
+    return resampled(logarithm, strata, over).exp()
+
+
 def of_means(
     statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
 ) -> Estimate:
@@ -230,9 +240,7 @@ def speed_ratio(rounds: pd.DataFrame, variant: str, baseline: str, column: str =
     what was not timed, or ran out of memory.
     """
     log_ratio = log_seconds(rounds, baseline, column) - log_seconds(rounds, variant, column)
-    estimate = mean_of(log_ratio, "rounds")
-    value, low, high = np.exp([estimate.value, estimate.low, estimate.high])
-    return Estimate(float(value), float(low), float(high), len(log_ratio), "rounds", "bootstrap of log-ratios by round")
+    return mean_of(log_ratio, "rounds").exp()
 
 
 def log_seconds(rounds: pd.DataFrame, variant: str, column: str = "seconds") -> np.ndarray:

@@ -108,9 +108,8 @@ def against_baseline(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for variant in variants:
         for panel, where in panels.items():
-            lost = difference(rows, variant, variants[0], where)
-            ratios = np.exp([lost.value, lost.low, lost.high])
-            found.append((variant, panel, *ratios))
+            ratio = difference(rows, variant, variants[0], where).exp()
+            found.append((variant, panel, ratio.value, ratio.low, ratio.high))
         for task in tasks:
             right = above_unread(rows, variant, task, unread=0)
             found.append((variant, task, right.value, right.low, right.high))

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from .estimate import Estimate
-from .statistics import resampled, wilson
+from .statistics import ratio, resampled, wilson
 
 SETTLED = 0.8  # rank correlation with the final order from which on an order counts as the final one
 FEWEST_RUNS = 3  # of which it is said how alike they are
@@ -111,16 +111,16 @@ def _levels(runs: list[np.ndarray], log_tokens: np.ndarray) -> dict[str, Finding
         means = np.mean([run[:, KINDS.index(kind)].mean(axis=0) for run in drawn], axis=0)
         return float(means @ centered / (centered @ centered))
 
-    ratios = ", ".join(f"{ratio:.2f}" for ratio in highest_ratio(runs, "mlp"))
+    ratios = ", ".join(f"{highest:.2f}" for highest in highest_ratio(runs, "mlp"))
     share = 100 * np.mean([(run[:, 0] < run[:, 1]).mean(axis=0) for run in runs], axis=0)
     by_tokens = ", ".join(f"{10**log:,.0f} {percent:.0f} %" for log, percent in zip(log_tokens, share, strict=True))
     since = f"from {10 ** log_tokens[0]:,.0f} tokens on"
     return {
         "fig07-attn-low-always": Finding(
-            resampled(lambda drawn: max(highest_ratio(drawn, "mlp")), runs, "layers"), f"by run: {ratios}"
+            ratio(lambda drawn: max(highest_ratio(drawn, "mlp")), runs, "layers"), f"by run: {ratios}"
         ),
         "fig07-attn-stays-low": Finding(
-            resampled(lambda drawn: float(np.mean(highest_ratio(drawn, "block"))), runs, "layers"), since
+            ratio(lambda drawn: float(np.mean(highest_ratio(drawn, "block"))), runs, "layers"), since
         ),
         "fig07-attn-low-share": Finding(resampled(percent_below, runs, "layers"), f"by tokens: {by_tokens}"),
         "fig07-mlp-rises": Finding(resampled(lambda drawn: slope(drawn, "mlp"), runs, "layers"), since),
@@ -135,7 +135,7 @@ def _module_0(runs: list[np.ndarray]) -> dict[str, Finding]:
     def least_ratio(drawn: list[np.ndarray]) -> float:
         return float(min((of_0 / run.max(axis=0)).min() for of_0, run in zip(first, drawn, strict=True)))
 
-    estimate = resampled(least_ratio, [run[1:-1] for run in runs], "layers")
+    estimate = ratio(least_ratio, [run[1:-1] for run in runs], "layers")
     return {"fig07-module0-apart": Finding(estimate, f"{len(runs)} runs")}
 
 
@@ -159,7 +159,9 @@ def _orders(runs: list[np.ndarray], tokens: np.ndarray, late: np.ndarray, n: int
         return 100 * float(np.mean(firsts)) / tokens[-1]
 
     by_run = ", ".join(f"{found[is_late].min():.2f}" for found in with_last(runs))
-    findings["fig07-attn-ranking-stable"] = Finding(resampled(lowest, runs, "layers"), f"lowest by run: {by_run}")
+    findings["fig07-attn-ranking-stable"] = Finding(
+        resampled(lowest, runs, "layers").clipped(-1, 1), f"lowest by run: {by_run}"
+    )
     by_run = ", ".join(f"{settled([run]):.1f} %" for run in runs)
     findings["fig07-order-early"] = Finding(resampled(settled, runs, "layers"), f"by run: {by_run}")
 
@@ -186,7 +188,7 @@ def _orders(runs: list[np.ndarray], tokens: np.ndarray, late: np.ndarray, n: int
 
     values = _correlations(together[:, -1])[pairs]
     detail = f"{len(values)} pairs, {values.min():.2f} to {values.max():.2f}"
-    findings["fig07-seeds-agree"] = Finding(resampled(across, [together], "layers"), detail)
+    findings["fig07-seeds-agree"] = Finding(resampled(across, [together], "layers").clipped(-1, 1), detail)
     findings["fig07-seeds-as-training"] = Finding(resampled(within_less_across, [together], "layers"), detail)
     return findings
 

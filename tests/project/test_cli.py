@@ -409,6 +409,12 @@ def test_what_cannot_be_is_said_before_the_model_is_scored(line, says, here, run
     assert says in refused(run(*line.split(), "--device", "cpu"), 1)
 
 
+@pytest.mark.parametrize("line", ["score whole", "plan whole --attn 1", "drop whole out --attn 1"])
+def test_a_text_that_is_not_there_is_found_before_the_model_is_loaded(line, here, run, monkeypatch):
+    monkeypatch.setattr(llmdrop, "load_model", None)
+    assert "unknown calibration 'xsumm'" in refused(run(*line.split(), "--calibration", "xsumm"), 1)
+
+
 def test_where_nothing_may_be_written_is_found_before_the_long_part(here, run, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != here)  # root may write anywhere
     monkeypatch.setattr(llmdrop, "load_model", None)

@@ -13,7 +13,7 @@ import pytest
 from llmdrop.repro import statistics
 from llmdrop.repro.estimate import Estimate
 from llmdrop.repro.paper import verdict
-from llmdrop.repro.statistics import difference, gamma_gap, kept, mean_of, remaining_loss, speed_ratio
+from llmdrop.repro.statistics import difference, gamma_gap, kept, mean_of, ratio, remaining_loss, speed_ratio
 
 RUNS = 250
 TEXTS = ["news", "plots", "paragraphs", "code"]
@@ -112,6 +112,18 @@ def seeds(random) -> Estimate:
     return mean_of(random.normal(1, 1, 5), "seeds")
 
 
+def ratio_of_layers(random) -> Estimate:
+    """Importance of attention over that of the MLPs, mean over 30 layers, of which a few have most of it."""
+    shared = random.normal(0, 0.4, 30)
+    layers = np.exp(random.normal(0, 0.6, (30, 2)) + shared[:, None]) * [0.5, 1]
+
+    def of_means(drawn: list[np.ndarray]) -> float:
+        attn, mlp = drawn[0].mean(axis=0)
+        return attn / mlp
+
+    return ratio(of_means, [layers], "layers")
+
+
 def gammas(random) -> Estimate:
     values = {}
     for text in TEXTS:
@@ -135,6 +147,7 @@ CASES: dict[str, tuple[Callable, float]] = {
     "clusters": (clustered, 0.2),
     "speed": (speed, 1.2),
     "seeds": (seeds, 1.0),
+    "ratio": (ratio_of_layers, 0.5),
     "gamma": (gammas, 1.3 / 30 - 0.4 / 15),
 }
 
@@ -174,3 +187,13 @@ def test_agreement_on_a_few_questions_is_not_certain():
     same = {"baseline": np.ones(10), "variant": np.ones(10)}
     estimate = difference(rows_of({"piqa": same}, "acc"), "variant", "baseline", "piqa")
     assert estimate.value == 0 and estimate.low < -0.2 and estimate.high > 0.2
+
+
+def test_a_ratio_is_above_nothing_and_a_correlation_at_most_one():
+    few = np.array([[0.1, 1.0], [0.1, 1.0], [4.0, 5.0]])
+    estimate = ratio(lambda drawn: drawn[0][:, 0].mean() / drawn[0][:, 1].mean(), [few], "layers")
+    assert estimate.value == pytest.approx(4.2 / 7) and 0 < estimate.low < 0.1 and estimate.high > 1
+    assert estimate.method == "bootstrap of logarithms"
+    assert np.isnan(ratio(lambda drawn: -1.0, [few], "layers").value)
+    sure = Estimate(0.9, 0.5, 1.3, 3, "layers").clipped(-1, 1)
+    assert (sure.value, sure.low, sure.high) == (0.9, 0.5, 1)

@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -628,3 +631,23 @@ def test_consistency_of_one_run():
     assert found["fig07-seeds-agree"].detail.startswith("runs: 1;")
     intervals = [finding.estimate for finding in found.values() if finding.estimate is not None]
     assert all(math.isfinite(estimate.low) for estimate in intervals)
+
+
+def test_the_search_over_shapes_is_stored_and_written_as_a_table(mirror, tmp_path):
+    """benchmarks/training_shapes.py as a program, as docs/profiles.md gives it, with a smaller text and model."""
+    text = {"sources": ["xsum"], "vocabulary": 300, "seq_len": 16, "n_valid": 4, "data_dir": str(mirror)}
+    profile = {"TEXT": text, "RECIPE": {"steps": 2, "lr": 1e-3}}
+    (tmp_path / "small.yaml").write_text(json.dumps({"fig07_checkpoints": profile}))
+    script = Path(__file__).parents[2] / "benchmarks" / "training_shapes.py"
+    options = ["--shapes", "2x16x8x2", "2x24x8x2", "--minutes", "0.01", "--profile", tmp_path / "small.yaml"]
+    command = [sys.executable, script, *options, "--out", tmp_path, "--jobs", "2"]
+    environment = os.environ | {"LLMDROP_BUILD": str(tmp_path / "build"), "PYTHONPATH": str(script.parents[1])}
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        tables.append((tmp_path / "fig07_shapes.csv").read_text())
+    assert tables[0] == tables[1] and "measuring" not in done.stdout
+    table = pd.read_csv(tmp_path / "fig07_shapes.csv")
+    assert sorted(table["width"]) == [16, 24] and table["loss"].is_monotonic_increasing
+    assert ((table["loss_low"] < table["loss"]) & (table["tokens"] > 0)).all()

@@ -38,6 +38,7 @@ def measure_speed(
     decoding: str = "eager",
     timed_steps: int | None = None,
     warm_up: bool = True,
+    prefill: bool = True,
     seed: int = 0,
 ) -> dict:
     """Time prefill and cached greedy decoding, apart and together, in eval mode.
@@ -52,6 +53,8 @@ def measure_speed(
     no step waits for Python).
     timed_steps: decode and time only so many steps, in four stretches evenly over the new tokens, and scale to all of
     them; in between, the cache is filled at random. Bytes, and so time, grow linearly with the context. None: all.
+    prefill: False fills the cache at random from the start, and times decoding alone; seconds and prefill_seconds are
+    NaN.
 
     Returns, for the whole batch: seconds, prefill_seconds, decode_seconds (medians over repeats), all_prefill_seconds
     and all_decode_seconds (lists), spread (range of the totals over their median), generated_tokens, tokens_per_second
@@ -81,7 +84,7 @@ def measure_speed(
     with ExitStack() as undo:
         undo.enter_context(eval_mode(model))
         generation.get_ready(decoding, warm_up)
-        runs = pd.DataFrame([generation.timed(stretches) for _ in range(repeats)])
+        runs = pd.DataFrame([generation.timed(stretches, prefill) for _ in range(repeats)])
 
     total = runs["prefill_seconds"] + runs["decode_seconds"]
     decode_seconds = float(runs["decode_seconds"].median())
@@ -188,14 +191,14 @@ class _Generation:
         for _ in range(min(3, self.new_tokens)):
             self.step(past)
 
-    def timed(self, stretches: list[tuple[int, int]]) -> dict:
-        """One generation: prefill_seconds, decode_seconds (scaled to all steps), kv_bytes."""
+    def timed(self, stretches: list[tuple[int, int]], prefill: bool) -> dict:
+        """One generation: prefill_seconds (NaN without one), decode_seconds (scaled to all steps), kv_bytes."""
         past = self.empty_cache()
         n_steps = sum(steps for _, steps in stretches)
-        skips = n_steps < self.new_tokens
+        skips = n_steps < self.new_tokens or not prefill
         start = self.clock()
-        self.token.copy_(self.next_token(self.prompt, past))
-        prefill_seconds = self.clock() - start
+        self.token.copy_(self.next_token(self.prompt if prefill else self.prompt[:, :1], past))
+        prefill_seconds = self.clock() - start if prefill else np.nan
         decode_seconds = 0.0
         for position, steps in stretches:
             if skips:
@@ -255,7 +258,9 @@ def _seek(cache: Cache, position: int) -> None:
     """Make the cache as long as after `position` tokens; what a dynamic one lacks is random."""
     for layer in cache.layers:
         if layer.is_sliding:
-            raise ValueError("timed_steps and CUDA graphs skip in the cache, which a model's own windows forbid")
+            raise ValueError(
+                "timed_steps, prefill=False and CUDA graphs skip in the cache, which a model's own windows forbid"
+            )
         length = position
         if hasattr(layer, "held"):  # a window of llmdrop.compress.windows
             layer.seen = position
@@ -291,27 +296,38 @@ def in_rounds(runs: Mapping[str, Callable[[int], dict]], rounds: int) -> pd.Data
 
 
 def time_rounds(
-    models: Mapping[str, Callable[[], AbstractContextManager[nn.Module]]], rounds: int = 3, **settings
+    models: Mapping[str, Callable[[], AbstractContextManager[nn.Module]]],
+    rounds: int = 3,
+    prefills: int | None = None,
+    **settings,
 ) -> pd.DataFrame:
     """`measure_speed` of several models in turn, `rounds` times over.
 
     models: by name, functions that give a context manager, which yields the model as it is to be timed. settings: of
-    `measure_speed`, except repeats and warm_up. A model warms up in the first round. A compiled step is made once a
-    model, so there the rounds of a model follow each other.
+    `measure_speed`, except repeats, warm_up and prefill. A model warms up in the first round. A compiled step is made
+    once a model, so there the rounds of a model follow each other.
+    prefills: in so many rounds, evenly spread from the first, the prefill is timed as well; the rounds after them take
+    it over, and time decoding alone (None: in all). With few of many decode steps timed, nearly all of the time goes
+    into prefills, which are a small part of a long generation.
 
     Returns a row per name and round: name, round, status ("ok" or "out of memory"), largest_batch (batch_size, or the
     largest of its halves that fits; 0 if none), then MEASURED, as from `measure_speed`, but for peak_bytes as if what
     is dropped were freed. The numbers of a model that does not fit are NaN; the others go on.
     """
     is_eager = settings.get("decoding", "eager") == "eager"
+    if prefills is not None and not (1 <= prefills <= rounds and is_eager):
+        raise ValueError(f"{prefills=} must be at least 1 and at most the {rounds} rounds, with decoding='eager'")
+    n_prefills = prefills or rounds
+    with_prefill = {k * rounds // n_prefills for k in range(n_prefills)}
     coming: dict[str, list[dict]] = {name: [] for name in models}  # rows that are measured already
 
     def run(name: str, turn: int) -> dict:
         if not coming[name]:
             # making a compiled step warms up all but the first
             warm_up = turn == 0 if is_eager else name == next(iter(models))
+            once = {"repeats": 1, "prefill": turn in with_prefill} if is_eager else {"repeats": rounds}
             with models[name]() as model:
-                rows = _timed_rows(model, repeats=1 if is_eager else rounds, warm_up=warm_up, **settings)
+                rows = _timed_rows(model, warm_up=warm_up, **once, **settings)
             does_fit = rows[0]["status"] == "ok"
             coming[name] = rows if does_fit else rows * rounds  # what does not fit is not tried again
         return coming[name].pop(0)
@@ -323,6 +339,9 @@ def time_rounds(
         rows.loc[failed, "status"] = "out of memory"
         rows.loc[failed, "largest_batch"] = rows.loc[failed, "largest_batch"].min()
         rows.loc[failed, MEASURED] = np.nan
+    if prefills is not None:
+        rows["prefill_seconds"] = rows.groupby("name")["prefill_seconds"].ffill()
+        rows["seconds"] = rows["prefill_seconds"] + rows["decode_seconds"]
     return rows
 
 

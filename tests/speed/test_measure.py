@@ -1,5 +1,6 @@
 """KV-cache formula against real caches, timings that hang together, and the paper's models by shape."""
 
+import math
 from contextlib import contextmanager
 from functools import partial
 
@@ -226,6 +227,48 @@ def test_rounds_take_turns():
     for runs, rounds in (({"a": run("a")}, 0), ({}, 1)):
         with pytest.raises(ValueError, match="at least 1 round and 1 run"):
             in_rounds(runs, rounds)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_decoding_alone_is_timed_at_the_same_contexts(cache):
+    model = tiny("llama", "sdpa")
+    seen = calls(model, cache=cache, repeats=1, warm_up=False, prefill=False)
+    assert [c[:2] for c in seen] == [(1, 0)] + [(1, 16 + k) for k in range(8)]
+    seen = calls(model, cache=cache, repeats=1, warm_up=False, prefill=False, timed_steps=4)
+    assert [c[:2] for c in seen] == [(1, 0), (1, 16), (1, 18), (1, 20), (1, 22)]
+    alone = measure_speed(model, **SIZES, cache=cache, prefill=False)
+    assert math.isnan(alone["seconds"]) and math.isnan(alone["prefill_seconds"]) and alone["decode_seconds"] > 0
+    with_prefill = measure_speed(model, **SIZES, cache=cache)
+    for fact in ("kv_bytes", "decode_bytes", "weight_bytes", "generated_tokens"):
+        assert alone[fact] == with_prefill[fact]
+
+
+def test_prefills_in_some_rounds(monkeypatch):
+    """Each is taken over by the rounds after it; what decoding takes is of each round."""
+    told = []
+
+    def measured(model, batch_size, **settings):
+        told.append((settings["prefill"], settings["warm_up"]))
+        prefill = 100.0 * len(told) if settings["prefill"] else float("nan")
+        seconds = {"all_prefill_seconds": [prefill], "all_decode_seconds": [float(len(told))]}
+        return dict.fromkeys(speed_module.MEASURED, 1) | seconds
+
+    monkeypatch.setattr(speed_module, "measure_speed", measured)
+    models = {
+        "whole": partial(dropped, tiny("llama"), DropPlan()),
+        "half": partial(dropped, tiny("llama"), DropPlan([1])),
+    }
+    rows = time_rounds(models, 5, prefills=2)
+    assert told == [(turn in (0, 2), turn == 0) for turn in range(5) for _ in models]
+    assert rows["prefill_seconds"].tolist() == [100, 200, 100, 200, 500, 600, 500, 600, 500, 600]
+    assert rows["decode_seconds"].tolist() == list(range(1, 11))
+    assert (rows["seconds"] == rows["prefill_seconds"] + rows["decode_seconds"]).all()
+    told.clear()
+    rows = time_rounds(models, 3, prefills=3)
+    assert all(prefill for prefill, _ in told) and rows["prefill_seconds"].tolist() == [100, 200, 300, 400, 500, 600]
+    for prefills, settings in ((0, {}), (6, {}), (2, {"cache": "static", "decoding": "compiled"})):
+        with pytest.raises(ValueError, match=f"prefills={prefills} must be at least 1 and at most the 5 rounds"):
+            time_rounds(models, 5, prefills, **settings)
 
 
 def test_speedups_are_of_one_round():

@@ -272,8 +272,9 @@ def test_the_cache_layer_by_itself():
     assert layer.get_seq_length() == 0 and layer.held().tolist() == []
 
 
+@pytest.mark.parametrize("prefill", [True, False])
 @pytest.mark.parametrize("prompt_len", [4, 30])  # shorter and longer than a window
-def test_timing_skips_on_in_windows(prompt_len):
+def test_timing_skips_on_in_windows(prompt_len, prefill):
     model, seen = tiny("llama", "sdpa", num_hidden_layers=3), []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length(1)), with_kwargs=True
@@ -282,5 +283,5 @@ def test_timing_skips_on_in_windows(prompt_len):
     with windowed(model, [0, 1], 8, 2):
         every = measure_speed(model, **size)["kv_bytes"]
         del seen[:]
-        assert measure_speed(model, **size, timed_steps=4)["kv_bytes"] == every
+        assert measure_speed(model, **size, prefill=prefill, timed_steps=4)["kv_bytes"] == every
     assert seen == [0, *(prompt_len + 32 * k // 8 for k in (1, 3, 5, 7))]

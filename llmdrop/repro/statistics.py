@@ -21,15 +21,21 @@ HEADLINE_METRICS = ("nats", "acc_norm", "acc", "exact_match", "exact_match,stric
 
 
 def resampled(
-    statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
+    statistic: Callable[[list[np.ndarray]], float],
+    strata: Sequence[np.ndarray],
+    over: str,
+    value: float | None = None,
+    freedom: int | None = None,
 ) -> Estimate:
     """A statistic with its interval: Student's t around it, with the standard error of a bootstrap.
 
     strata: arrays [n_units, ...], each drawn on its own with replacement: the samples of each text, the questions of
     each task, the rounds. statistic: of the list of the drawn arrays. value: where it is not the statistic of these
-    strata. Percentiles of a bootstrap are too narrow below twenty units and end at the extremes of three; its standard
-    error is low by sqrt((n - 1) / n), which is put right by the smallest stratum, and a skewed one makes the interval
-    wider. NaN for a stratum of one unit, and where the statistic is undefined in more than MOST_UNDEFINED of the draws.
+    strata. freedom: degrees of it (None: of all units), where a few units have most of the spread.
+
+    Percentiles of a bootstrap are too narrow below twenty units and end at the extremes of three; its standard error is
+    low by sqrt((n - 1) / n), which is put right by the smallest stratum, and a skewed one makes the interval wider. NaN
+    for a stratum of one unit, and where the statistic is undefined in more than MOST_UNDEFINED of the draws.
     """
     strata = [np.asarray(stratum, float) for stratum in strata]
     sizes = [len(stratum) for stratum in strata]
@@ -55,7 +61,7 @@ def resampled(
     if len(defined) < (1 - MOST_UNDEFINED) * RESAMPLES:
         return Estimate(value, np.nan, np.nan, sum(sizes), over)
     stderr = defined.std(ddof=1) * np.sqrt(min(sizes) / (min(sizes) - 1))
-    quantile = scipy.stats.t.ppf(0.975, sum(sizes) - len(sizes))
+    quantile = scipy.stats.t.ppf(0.975, freedom or sum(sizes) - len(sizes))
     if stderr > 1e-12 * abs(value):  # Hall 1992: how far a long tail moves the quantiles of t; here to both sides
         quantile += abs(scipy.stats.skew(defined)) * (2 * quantile**2 + 1) / 6
     half_width = float(quantile * stderr)
@@ -73,14 +79,18 @@ def ratio(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.nd
 
 
 def of_means(
-    statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str, value: float | None = None
+    statistic: Callable[[list[np.ndarray]], float],
+    strata: Sequence[np.ndarray],
+    over: str,
+    value: float | None = None,
+    freedom: int | None = None,
 ) -> Estimate:
     """`resampled` of what depends on the means over units only: statistic gets the list of these, [...] each."""
 
     def of_units(drawn: list[np.ndarray]) -> float:
         return float(statistic([units.mean(axis=0) for units in drawn]))
 
-    return resampled(of_units, strata, over, value)
+    return resampled(of_units, strata, over, value, freedom)
 
 
 def mean_of(values: Sequence[float] | np.ndarray | pd.Series, over: str) -> Estimate:
@@ -262,12 +272,14 @@ def gamma(avg_baseline: float, avg: float, speedup: float) -> float:
     return (avg_baseline - avg) / percent if percent > 1e-9 else np.nan
 
 
-def gamma_gap(
+def loss_beyond_gamma(
     rows: pd.DataFrame, rounds: pd.DataFrame, variant: str, other: str, baseline: str, where: Sequence[str]
 ) -> Estimate:
-    """γ of one variant less that of another: in points per percent of tasks, in nats per percent of texts.
+    """What another variant loses more than this one's γ would make it lose at its speedup: points, of texts nats.
 
-    rows: from `quality`; rounds: from `timing`. Items and rounds are drawn together, each by itself.
+    Above 0 where this one's γ is smaller. Unlike the other's γ it has bounds where the other is hardly faster; NaN
+    where this one is not. rows: from `quality`; rounds: from `timing`. Items and rounds are drawn together, each by
+    itself.
     """
     strata, doubtful, over = _paired(rows, [variant, other, baseline], where, None)
     scale = -1.0 if over == "samples" else 100.0  # what is lost: nats more, points less
@@ -277,10 +289,12 @@ def gamma_gap(
         *of_items, of_rounds = means
         average = scale * np.mean(of_items, axis=0)
         speedup = np.exp(of_rounds[2] - of_rounds)
-        return gamma(average[2], average[0], speedup[0]) - gamma(average[2], average[1], speedup[1])
+        at_gamma = gamma(average[2], average[0], speedup[0]) * 100 * (speedup[1] - 1)
+        return float(average[2] - average[1] - at_gamma)
 
-    value = float(statistic([stratum.mean(axis=0) for stratum in [*strata, seconds]]))
-    estimate = of_means(statistic, [*doubtful, seconds], f"{over} and rounds", value)
+    value = statistic([stratum.mean(axis=0) for stratum in [*strata, seconds]])
+    freedom = len(seconds) // 2  # rounds have most of the spread, and those that something disturbs most of theirs
+    estimate = of_means(statistic, [*doubtful, seconds], f"{over} and rounds", value, freedom)
     n = sum(map(len, strata))
     return Estimate(value, estimate.low, estimate.high, n, estimate.over, "paired bootstrap")
 

@@ -186,22 +186,27 @@ def test_speed_ratio():
         statistics.speed_ratio(out_of_memory, "Attn-8", "Baseline")
 
 
-def test_gamma_gap():
+def test_loss_beyond_gamma():
     rows = right_or_wrong()
     more = rows[rows["variant"] == "dropped"].assign(variant="other")
     more.loc[more["item"] < 3, "value"] = 0
     rows = pd.concat([rows, more], ignore_index=True)
+    both = ["piqa", "openbookqa"]
     rounds = rounds_of({"whole": [1.5] * 5, "dropped": [1.0] * 5, "other": [1.2] * 5})
-    gap = statistics.gamma_gap(rows, rounds, "other", "dropped", "whole", ["piqa", "openbookqa"])
-    assert gap.value == pytest.approx(22.5 / 25 - 15 / 50)
-    assert gap.low < gap.value < gap.high and gap.over == "questions and rounds"
+    beyond = statistics.loss_beyond_gamma(rows, rounds, "dropped", "other", "whole", both)
+    assert beyond.value == pytest.approx(22.5 - 15 / 50 * 25)
+    assert beyond.low < beyond.value < beyond.high and beyond.over == "questions and rounds"
     slower = rounds_of({"whole": [1.5] * 5, "dropped": [1.6] * 5, "other": [1.2] * 5})
-    undefined = statistics.gamma_gap(rows, slower, "other", "dropped", "whole", ["piqa"])
+    undefined = statistics.loss_beyond_gamma(rows, slower, "dropped", "other", "whole", ["piqa"])
     assert np.isnan([undefined.value, undefined.low]).all()
+    hardly_faster = rounds_of({"whole": [1.5] * 5, "dropped": [1.0] * 5, "other": [1.49, 1.51, 1.5, 1.48, 1.52]})
+    steady = statistics.loss_beyond_gamma(rows, hardly_faster, "dropped", "other", "whole", both)
+    assert steady.value == pytest.approx(22.5, abs=0.2)
+    assert steady.high - steady.low == pytest.approx(beyond.high - beyond.low, rel=0.5)
     of_texts = losses()
     rounds = rounds_of({"whole": [1.5] * 5, "cosine": [1.0] * 5, "better": [1.2] * 5})
-    gap = statistics.gamma_gap(of_texts, rounds, "cosine", "better", "whole", ["news", "code"])
-    assert gap.value == pytest.approx(0.2 / 50 - 0.1 / 25, abs=0.001) and gap.over == "samples and rounds"
+    beyond = statistics.loss_beyond_gamma(of_texts, rounds, "better", "cosine", "whole", ["news", "code"])
+    assert beyond.value == pytest.approx(0.2 - 0.1 / 25 * 50, abs=0.01) and beyond.over == "samples and rounds"
 
 
 def test_gamma():

@@ -44,6 +44,22 @@ def resampled(
     if min(sizes) < 2:
         return Estimate(value, np.nan, np.nan, sum(sizes), over)
 
+    drawn = _bootstrap(statistic, strata)
+    defined = drawn[np.isfinite(drawn)]
+    if len(defined) < (1 - MOST_UNDEFINED) * RESAMPLES:
+        return Estimate(value, np.nan, np.nan, sum(sizes), over)
+    stderr = defined.std(ddof=1) * np.sqrt(min(sizes) / (min(sizes) - 1))
+    quantile = scipy.stats.t.ppf(0.975, freedom or sum(sizes) - len(sizes))
+    if stderr > 1e-12 * abs(value):  # Hall 1992: how far a long tail moves the quantiles of t; here to both sides
+        quantile += abs(scipy.stats.skew(defined)) * (2 * quantile**2 + 1) / 6
+    half_width = float(quantile * stderr)
+    return Estimate(value, value - half_width, value + half_width, sum(sizes), over, "bootstrap")
+
+
+def _bootstrap(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray]) -> np.ndarray:
+    """The statistic of RESAMPLES draws of every stratum, the same draws every time."""
+    sizes = [len(stratum) for stratum in strata]
+
     def of_drawn(*numbers: np.ndarray, axis: int) -> np.ndarray:
         of_draws = [of_stratum.astype(int).reshape(-1, of_stratum.shape[axis]) for of_stratum in numbers]
         found = [
@@ -57,15 +73,7 @@ def resampled(
     with warnings.catch_warnings():  # of a statistic that is undefined in some draws
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         result = scipy.stats.bootstrap(numbers, of_drawn, **options, method="percentile", rng=np.random.default_rng(0))
-    defined = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
-    if len(defined) < (1 - MOST_UNDEFINED) * RESAMPLES:
-        return Estimate(value, np.nan, np.nan, sum(sizes), over)
-    stderr = defined.std(ddof=1) * np.sqrt(min(sizes) / (min(sizes) - 1))
-    quantile = scipy.stats.t.ppf(0.975, freedom or sum(sizes) - len(sizes))
-    if stderr > 1e-12 * abs(value):  # Hall 1992: how far a long tail moves the quantiles of t; here to both sides
-        quantile += abs(scipy.stats.skew(defined)) * (2 * quantile**2 + 1) / 6
-    half_width = float(quantile * stderr)
-    return Estimate(value, value - half_width, value + half_width, sum(sizes), over, "bootstrap")
+    return result.bootstrap_distribution
 
 
 def ratio(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str) -> Estimate:
@@ -91,6 +99,22 @@ def of_means(
         return float(statistic([units.mean(axis=0) for units in drawn]))
 
     return resampled(of_units, strata, over, value, freedom)
+
+
+def counted(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str) -> Estimate:
+    """A whole number that follows from means over units, as how many of the layers that score lowest are deep.
+
+    The interval's ends are whole numbers, too: percentiles of the bootstrap. (What is nearly always the same has a
+    spread and a skew that mean nothing to Student's t.)
+    """
+
+    def of_units(drawn: list[np.ndarray]) -> float:
+        return float(statistic([units.mean(axis=0) for units in drawn]))
+
+    value = of_units(strata)
+    low, high = np.percentile(_bootstrap(of_units, strata), [2.5, 97.5], method="closest_observation")
+    n = sum(len(stratum) for stratum in strata)
+    return Estimate(value, min(float(low), value), max(float(high), value), n, over, "percentiles of a bootstrap")
 
 
 def mean_of(values: Sequence[float] | np.ndarray | pd.Series, over: str) -> Estimate:

@@ -13,7 +13,16 @@ import pytest
 from llmdrop.repro import statistics
 from llmdrop.repro.estimate import Estimate
 from llmdrop.repro.paper import verdict
-from llmdrop.repro.statistics import difference, kept, loss_beyond_gamma, mean_of, ratio, remaining_loss, speed_ratio
+from llmdrop.repro.statistics import (
+    counted,
+    difference,
+    kept,
+    loss_beyond_gamma,
+    mean_of,
+    ratio,
+    remaining_loss,
+    speed_ratio,
+)
 
 RUNS = 250
 TEXTS = ["news", "plots", "paragraphs", "code"]
@@ -124,6 +133,14 @@ def ratio_of_layers(random) -> Estimate:
     return ratio(of_means, [layers], "layers")
 
 
+def deep_layers(random) -> Estimate:
+    """How many of the 8 layers that score lowest on 16 samples are among the last 15; two are as good as equal."""
+    deep = np.linspace(0.2, 0.6, 5)
+    truth = np.r_[0.61, np.linspace(1, 2, 11), np.linspace(0.1, 0.5, 3), deep, np.linspace(1, 2, 10)]
+    samples = truth * random.lognormal(0, 0.2, (16, 30))
+    return counted(lambda means: np.sum(means[0].argsort()[:8] >= 15), [samples], "samples")
+
+
 def gammas(random) -> Estimate:
     values = {}
     for text in TEXTS:
@@ -148,6 +165,7 @@ CASES: dict[str, tuple[Callable, float]] = {
     "speed": (speed, 1.2),
     "seeds": (seeds, 1.0),
     "ratio": (ratio_of_layers, 0.5),
+    "count": (deep_layers, 5.0),
     "gamma": (gammas, 1.3 - 0.4 / 15 * 30),
 }
 
@@ -197,3 +215,11 @@ def test_a_ratio_is_above_nothing_and_a_correlation_at_most_one():
     assert np.isnan(ratio(lambda drawn: -1.0, [few], "layers").value)
     sure = Estimate(0.9, 0.5, 1.3, 3, "layers").clipped(-1, 1)
     assert (sure.value, sure.low, sure.high) == (0.9, 0.5, 1)
+
+
+def test_what_is_nearly_always_the_same_number_has_a_narrow_interval():
+    scores = np.tile(np.arange(10.0), (40, 1))
+    scores[:2, 3] += 15  # layer 4 is before layer 3 where these two are drawn often
+    estimate = counted(lambda means: np.sum(means[0].argsort()[:4] >= 4), [scores], "samples")
+    assert (estimate.value, estimate.low, estimate.high) == (0, 0, 1)
+    assert verdict("below", 2, estimate) == "holds" and verdict("above", 1, estimate) == "differs"

@@ -86,6 +86,11 @@ def ratio(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.nd
     return resampled(logarithm, strata, over).exp()
 
 
+def _of_units(statistic: Callable[[list[np.ndarray]], float]) -> Callable[[list[np.ndarray]], float]:
+    """A statistic of means over units, as one of the units."""
+    return lambda drawn: float(statistic([units.mean(axis=0) for units in drawn]))
+
+
 def of_means(
     statistic: Callable[[list[np.ndarray]], float],
     strata: Sequence[np.ndarray],
@@ -94,11 +99,7 @@ def of_means(
     freedom: int | None = None,
 ) -> Estimate:
     """`resampled` of what depends on the means over units only: statistic gets the list of these, [...] each."""
-
-    def of_units(drawn: list[np.ndarray]) -> float:
-        return float(statistic([units.mean(axis=0) for units in drawn]))
-
-    return resampled(of_units, strata, over, value, freedom)
+    return resampled(_of_units(statistic), strata, over, value, freedom)
 
 
 def counted(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str) -> Estimate:
@@ -107,10 +108,7 @@ def counted(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.
     The interval's ends are whole numbers, too: percentiles of the bootstrap. (What is nearly always the same has a
     spread and a skew that mean nothing to Student's t.)
     """
-
-    def of_units(drawn: list[np.ndarray]) -> float:
-        return float(statistic([units.mean(axis=0) for units in drawn]))
-
+    of_units = _of_units(statistic)
     value = of_units(strata)
     low, high = np.percentile(_bootstrap(of_units, strata), [2.5, 97.5], method="closest_observation")
     n = sum(len(stratum) for stratum in strata)

@@ -8,7 +8,7 @@ TARGETS := help setup reproduce smoke test families drop study evaluate serve la
 .PHONY: $(TARGETS)
 
 # What a target takes on its command line. `make help` lists it; anything else is refused, not ignored.
-TAKES_reproduce := PROFILE ONLY FRESH MODEL DEVICE DATA_DIR LIMIT JOBS
+TAKES_reproduce := PROFILE ONLY FRESH MODEL DEVICE DATA_DIR TASKS LIMIT JOBS
 TAKES_smoke := $(filter-out PROFILE,$(TAKES_reproduce))
 TAKES_report := PROFILE
 TAKES_drop := MODEL ATTN MLP BLOCK JOINT KEEP PLAN RECONSTRUCT OUT DTYPE DEVICE DATA_DIR CALIBRATION N_SAMPLES SEQ_LEN \
@@ -51,7 +51,7 @@ help: ## this list
 	@echo "  PROFILE=smoke|embedded|full|beyond|pretrain|pretrain_gpu|paper|geometry   which models, data and sizes (default: embedded)"
 	@echo "  ONLY=fig05[,tab06]   only the notebooks whose names start so"
 	@echo "  FRESH=1              put the stored measurements aside and measure everything again"
-	@echo "  MODEL= DEVICE= DATA_DIR= LIMIT=   override those parameters in every notebook that has them"
+	@echo "  MODEL= DEVICE= DATA_DIR= TASKS=piqa,openbookqa LIMIT=   override those parameters in every notebook that has them"
 	@echo "  ATTN=8 or 40%, MLP=, BLOCK=   how many to drop, or what share; KEEP=0,29: layers of which nothing is dropped"
 	@echo "  the others of make drop, study, evaluate and serve   options of llmdrop, which says what they are: llmdrop drop --help"
 	@echo "  JOBS=1   one notebook at a time (smoke, embedded, beyond: two, where there are two cores)"
@@ -79,7 +79,7 @@ LIBRARY := $(wildcard llmdrop/*.py llmdrop/*/*.py llmdrop/repro/*.mplstyle llmdr
 PROFILE_FILE := notebooks/profiles/$(PROFILE).yaml
 DONE := build/notebooks/$(PROFILE)
 RESULTS = $${LLMDROP_BUILD:-build}/results
-OVERRIDES = $(foreach name,MODEL DEVICE DATA_DIR LIMIT,--set '$(name)=$($(name))')
+OVERRIDES = $(foreach name,MODEL DEVICE DATA_DIR TASKS LIMIT,--set '$(name)=$($(name))')
 SELECT = $(PY) notebooks/run.py plan $(PROFILE_FILE) $(DONE) --only '$(ONLY)' $(OVERRIDES)
 REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.

@@ -1,9 +1,11 @@
 """What Figure 7 says of a training run, as estimates: how soon its final order of layers is there, and how it comes.
 
-Layer 0 stands apart in that figure, and is left out of all but the claim about it. Intervals are over layers: the drawn
-ones of every run, so that one run has them, too. What is said of losses has intervals over windows of held-out text.
+Layer 0 stands apart in that figure, and is left out of all but the claim about it. With MANY_RUNS or more runs, a claim
+on scores is about their mean, with an interval over them (seeds): what another run would show. Fewer runs have an
+interval over their own layers. What is said of losses has intervals over windows of held-out text.
 """
 
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -12,10 +14,11 @@ import pandas as pd
 from scipy import stats
 
 from .estimate import Estimate
-from .statistics import ratio, resampled, wilson
+from .statistics import mean_of, ratio, resampled, wilson
 
 SETTLED = 0.8  # rank correlation with the final order from which on an order counts as the final one
 FEWEST_RUNS = 3  # of which it is said how alike they are
+MANY_RUNS = 5  # enough to say what another one would show: three may well agree by chance
 KINDS = ("attn", "mlp", "block")
 
 
@@ -95,47 +98,57 @@ def _correlations(scores: np.ndarray) -> np.ndarray:
         return np.corrcoef(ranks, rowvar=False)
 
 
+def _of_runs(
+    of_run: Callable[[np.ndarray], float],
+    runs: Sequence[np.ndarray],
+    of_few: Callable[[Sequence[float]], float] = np.mean,
+    positive: bool = False,
+) -> Estimate:
+    """A number of each run: its mean, with an interval over seeds; of fewer than MANY_RUNS, `of_few` over layers.
+
+    runs: [n_layers, ...] each. positive: a ratio above 0, taken in logarithms.
+    """
+    if len(runs) >= MANY_RUNS:
+        values = [of_run(run) for run in runs]
+        return mean_of(np.log(values), "seeds").exp() if positive else mean_of(values, "seeds")
+    interval = ratio if positive else resampled
+    return interval(lambda drawn: float(of_few([of_run(run) for run in drawn])), runs, "layers")
+
+
 def _levels(runs: list[np.ndarray], log_tokens: np.ndarray) -> dict[str, Finding]:
     """The claims on how high late scores are. runs: [n_layers, kinds, n_late] each."""
 
-    def highest_ratio(drawn: list[np.ndarray], other: str) -> list[float]:
-        k = KINDS.index(other)
-        return [float((run[:, 0].mean(axis=0) / run[:, k].mean(axis=0)).max()) for run in drawn]
+    def highest_ratio(run: np.ndarray, other: str) -> float:
+        means = run.mean(axis=0)
+        return float((means[0] / means[KINDS.index(other)]).max())
 
-    def percent_below(drawn: list[np.ndarray]) -> float:
-        return 100 * float(np.mean([(run[:, 0] < run[:, 1]).mean() for run in drawn]))
+    def percent_below(run: np.ndarray) -> float:
+        return 100 * float((run[:, 0] < run[:, 1]).mean())
 
     centered = log_tokens - log_tokens.mean()
 
-    def slope(drawn: list[np.ndarray], kind: str) -> float:
-        means = np.mean([run[:, KINDS.index(kind)].mean(axis=0) for run in drawn], axis=0)
-        return float(means @ centered / (centered @ centered))
+    def slope(run: np.ndarray, kind: str) -> float:
+        return float(run[:, KINDS.index(kind)].mean(axis=0) @ centered / (centered @ centered))
 
-    ratios = ", ".join(f"{highest:.2f}" for highest in highest_ratio(runs, "mlp"))
+    ratios = ", ".join(f"{highest_ratio(run, 'mlp'):.2f}" for run in runs)
     share = 100 * np.mean([(run[:, 0] < run[:, 1]).mean(axis=0) for run in runs], axis=0)
     by_tokens = ", ".join(f"{10**log:,.0f} {percent:.0f} %" for log, percent in zip(log_tokens, share, strict=True))
     since = f"from {10 ** log_tokens[0]:,.0f} tokens on"
     return {
         "fig07-attn-low-always": Finding(
-            ratio(lambda drawn: max(highest_ratio(drawn, "mlp")), runs, "layers"), f"by run: {ratios}"
+            _of_runs(lambda run: highest_ratio(run, "mlp"), runs, np.max, positive=True), f"by run: {ratios}"
         ),
-        "fig07-attn-stays-low": Finding(
-            ratio(lambda drawn: float(np.mean(highest_ratio(drawn, "block"))), runs, "layers"), since
-        ),
-        "fig07-attn-low-share": Finding(resampled(percent_below, runs, "layers"), f"by tokens: {by_tokens}"),
-        "fig07-mlp-rises": Finding(resampled(lambda drawn: slope(drawn, "mlp"), runs, "layers"), since),
-        "fig07-block-rises": Finding(resampled(lambda drawn: slope(drawn, "block"), runs, "layers"), since),
+        "fig07-attn-stays-low": Finding(_of_runs(lambda run: highest_ratio(run, "block"), runs, positive=True), since),
+        "fig07-attn-low-share": Finding(_of_runs(percent_below, runs), f"by tokens: {by_tokens}"),
+        "fig07-mlp-rises": Finding(_of_runs(lambda run: slope(run, "mlp"), runs), since),
+        "fig07-block-rises": Finding(_of_runs(lambda run: slope(run, "block"), runs), since),
     }
 
 
 def _module_0(runs: list[np.ndarray]) -> dict[str, Finding]:
     """How far module 0 stands above the highest between the first and the last. runs: with layer 0, late."""
-    first = [run[0] for run in runs]
-
-    def least_ratio(drawn: list[np.ndarray]) -> float:
-        return float(min((of_0 / run.max(axis=0)).min() for of_0, run in zip(first, drawn, strict=True)))
-
-    estimate = ratio(least_ratio, [run[1:-1] for run in runs], "layers")
+    others = [run[1:-1] / run[0] for run in runs]
+    estimate = _of_runs(lambda run: float(1 / run.max()), others, np.min, positive=True)
     return {"fig07-module0-apart": Finding(estimate, f"{len(runs)} runs")}
 
 
@@ -144,26 +157,24 @@ def _orders(runs: list[np.ndarray], tokens: np.ndarray, late: np.ndarray, n: int
     findings = {}
     is_late = np.flatnonzero(late)[:-1]  # the last agrees with itself
 
-    def with_last(drawn: list[np.ndarray]) -> list[np.ndarray]:
-        return [_correlations(run)[-1] for run in drawn]
+    def with_last(run: np.ndarray) -> np.ndarray:
+        return _correlations(run)[-1]
 
-    def lowest(drawn: list[np.ndarray]) -> float:
-        return float(min(found[is_late].min() for found in with_last(drawn)))
+    def lowest(run: np.ndarray) -> float:
+        return float(with_last(run)[is_late].min())
 
-    def settled(drawn: list[np.ndarray]) -> float:
-        """Percent of the tokens at the first checkpoint from which on all agree with the last, mean over runs."""
-        firsts = []
-        for found in with_last(drawn):
-            unlike = np.flatnonzero(~(found >= SETTLED))
-            firsts.append(tokens[min(unlike[-1] + 1, len(tokens) - 1)] if len(unlike) else tokens[0])
-        return 100 * float(np.mean(firsts)) / tokens[-1]
+    def settled(run: np.ndarray) -> float:
+        """Percent of the tokens at the first checkpoint from which on all agree with the last."""
+        unlike = np.flatnonzero(~(with_last(run) >= SETTLED))
+        first = tokens[min(unlike[-1] + 1, len(tokens) - 1)] if len(unlike) else tokens[0]
+        return 100 * float(first) / tokens[-1]
 
-    by_run = ", ".join(f"{found[is_late].min():.2f}" for found in with_last(runs))
+    by_run = ", ".join(f"{lowest(run):.2f}" for run in runs)
     findings["fig07-attn-ranking-stable"] = Finding(
-        resampled(lowest, runs, "layers").clipped(-1, 1), f"lowest by run: {by_run}"
+        _of_runs(lowest, runs, np.min).clipped(-1, 1), f"lowest by run: {by_run}"
     )
-    by_run = ", ".join(f"{settled([run]):.1f} %" for run in runs)
-    findings["fig07-order-early"] = Finding(resampled(settled, runs, "layers"), f"by run: {by_run}")
+    by_run = ", ".join(f"{settled(run):.1f} %" for run in runs)
+    findings["fig07-order-early"] = Finding(_of_runs(settled, runs), f"by run: {by_run}")
 
     fewest = []
     for run in runs:
@@ -184,7 +195,7 @@ def _orders(runs: list[np.ndarray], tokens: np.ndarray, late: np.ndarray, n: int
 
     def within_less_across(drawn: list[np.ndarray]) -> float:
         of_runs = [drawn[0][:, :, k] for k in range(len(runs))]
-        return float(np.mean([found[is_late].mean() for found in with_last(of_runs)])) - across(drawn)
+        return float(np.mean([with_last(run)[is_late].mean() for run in of_runs])) - across(drawn)
 
     values = _correlations(together[:, -1])[pairs]
     detail = f"{len(values)} pairs, {values.min():.2f} to {values.max():.2f}"

@@ -624,6 +624,22 @@ def test_what_falls_does_not_rise_and_late_disorder_counts(tmp_path):
         training_claims.consistency(scores, 2, 500)
 
 
+def test_many_runs_speak_for_the_next_one():
+    """With five runs the claims are about their mean, over seeds; four have an interval over layers."""
+    scores = pd.concat([trained().query("run == 'a'").assign(run=run) for run in "abcde"])
+    attention = (scores["kind"] == "attn") & (scores["layer"] > 0)
+    for i, run in enumerate("abcde"):
+        scores.loc[attention & (scores["run"] == run), "score"] *= 1 + 0.1 * i
+    found = training_claims.consistency(scores, 2, 100)["fig07-attn-low-always"].estimate
+    highest = 2.045 / 4.045 * np.array([1, 1.1, 1.2, 1.3, 1.4])
+    assert found.value == pytest.approx(np.exp(np.log(highest).mean())) and (found.over, found.n) == ("seeds", 5)
+    t = 2.776 * np.log(highest).std(ddof=1) / math.sqrt(5)  # Student's, 4 degrees of freedom
+    assert np.log(found.high / found.value) == pytest.approx(t, rel=0.15)
+
+    few = training_claims.consistency(scores[scores["run"] != "e"], 2, 100)["fig07-attn-low-always"].estimate
+    assert few.value == pytest.approx(highest[3]) and few.over == "layers"
+
+
 def test_consistency_of_one_run():
     found = training_claims.consistency(trained().query("run == 'a'"), 2, 100)
     alone = {claim for claim, finding in found.items() if finding.estimate is None}

@@ -34,7 +34,8 @@ CELLS = {  # parameters, measure
 COMMAND_LINE = "import sys; print('llmdrop', *sys.argv[1:])"
 REPORT = "import sys, pathlib as p; (p.Path(sys.argv[3]) / 'index.html').touch()"
 # not ours: FRESH=1 would put the measurements of another build folder aside
-FOREIGN = set("LLMDROP_BUILD MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR TASKS LIMIT ONLY FRESH PROFILE JOBS".split())
+FOREIGN = set("LLMDROP_BUILD MAKEFLAGS MFLAGS MAKELEVEL MODEL DEVICE DATA_DIR TASKS".split())
+FOREIGN |= set("LIMIT ONLY FRESH PROFILE JOBS".split())
 
 
 def test_settings_of_a_profile_and_of_a_notebook_are_put_together():

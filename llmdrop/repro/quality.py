@@ -7,9 +7,11 @@ differences and intervals are computed from these later, without the model (`llm
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,18 +77,17 @@ def quality(
     questions = questions or {}
     if not variants:
         raise ValueError("no variants to measure; Variant() is the whole model")
-    places = [*texts, *tasks, *questions]
-    twice = sorted({name for name in places if places.count(name) > 1})
+    names = [*texts, *tasks, *questions]
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} names several of texts, tasks and questions; give each a name of its own")
     shots = num_fewshot if isinstance(num_fewshot, Mapping) else dict.fromkeys(tasks, num_fewshot)
     # every task is known to be there before anything runs
     task_digests = {task: task_digest(task, data_dir, shots.get(task)) for task in tasks}
-    store = store or Store()
     of_model = model_key(model, batch_size)
     of_pass = of_model | {"batch_size": None}  # a sweep's numbers do not depend on it
     of_tokenizer = {"tokenizer": tokenizer_digest(tokenizer)} if tasks or questions else {}
-    rows: list[tuple] = []
+    places: list[_Place] = []
 
     for name, text in texts.items():
         items = text_items(text)
@@ -97,9 +98,7 @@ def quality(
             return [{"nats": (-row).tolist(), "tokens": counts} for row in sums]
 
         key = of_pass | {"version": sweep.VERSION, "text": text.digest}
-        for variant, loss in _measured(store, "losses", model, variants, key, name, losses).items():
-            for item, (nats, n) in enumerate(zip(loss["nats"], loss["tokens"], strict=True)):
-                rows.append((variant, name, "nats", item, nats / n, n))
+        places.append(_Place(name, "losses", key, name, losses, _text_rows))
 
     for task in tasks:
 
@@ -116,14 +115,7 @@ def quality(
             "seed": None if limit is None else seed,
         }
         slug = task if limit is None else f"{task}-{limit}"
-        for variant, records in _measured(store, "questions", model, variants, key, slug, answered).items():
-            for item, record in enumerate(records):
-                metrics = dict(record["metrics"])
-                if record["gold"] is not None and record["loglikelihoods"]:
-                    metrics["choice"] = choice(record)
-                if not metrics:
-                    raise ValueError(f"{task} has no metric of a single question; measure it with llmdrop.evaluate")
-                rows += [(variant, task, metric, item, value, 1) for metric, value in metrics.items()]
+        places.append(_Place(task, "questions", key, slug, answered, partial(_question_rows, task)))
 
     for name, asked in questions.items():
 
@@ -131,9 +123,37 @@ def quality(
             return greedy_matches(model, tokenizer, plans, asked.prompts, asked.targets)
 
         key = of_pass | of_tokenizer | {"version": [sweep.VERSION, generation.VERSION], "questions": asked.digest}
-        for variant, values in _measured(store, "matches", model, variants, key, name, matches).items():
-            rows += [(variant, name, "match", item, value, 1) for item, value in enumerate(values)]
+        places.append(_Place(name, "matches", key, name, matches, _match_rows))
+
+    measured = _measured(store or Store(), model, variants, places)
+    rows = [
+        (variant, place.name, *row) for place in places for variant in variants for row in measured[place.name, variant]
+    ]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _text_rows(loss: Mapping) -> list[tuple]:
+    """(metric, item, value, n) of every sample."""
+    samples = zip(loss["nats"], loss["tokens"], strict=True)
+    return [("nats", item, nats / n, n) for item, (nats, n) in enumerate(samples)]
+
+
+def _question_rows(task: str, records: Sequence[Mapping]) -> list[tuple]:
+    """(metric, item, value, n) of every question and metric."""
+    rows = []
+    for item, record in enumerate(records):
+        metrics = dict(record["metrics"])
+        if record["gold"] is not None and record["loglikelihoods"]:
+            metrics["choice"] = choice(record)
+        if not metrics:
+            raise ValueError(f"{task} has no metric of a single question; measure it with llmdrop.evaluate")
+        rows += [(metric, item, value, 1) for metric, value in metrics.items()]
+    return rows
+
+
+def _match_rows(values: Sequence[int]) -> list[tuple]:
+    """(metric, item, value, n) of every prompt."""
+    return [("match", item, value, 1) for item, value in enumerate(values)]
 
 
 def choice(question: Mapping) -> float:
@@ -170,8 +190,7 @@ def answers(
         "stop": list(stop),
         "max_new_tokens": max_new_tokens,
     }
-    store = store or Store()
-    written = {}
+    written: dict[tuple[str, str], list] = {}
     for windowed in (False, True):
         size = 1 if windowed else batch_size
 
@@ -179,8 +198,9 @@ def answers(
             return [generate(model, tokenizer, prompts, max_new_tokens, stop, size)]
 
         some = {label: variant for label, variant in variants.items() if (variant.windows is not None) == windowed}
-        written |= _measured(store, "answers", model, some, key, name, write, together=False)
-    rows = [(variant, k, text) for variant in variants for k, text in enumerate(written[variant])]
+        place = _Place(name, "answers", key, name, write, list)
+        written |= _measured(store or Store(), model, some, [place], together=False)
+    rows = [(variant, k, text) for variant in variants for k, text in enumerate(written[name, variant])]
     return pd.DataFrame(rows, columns=["variant", "item", "answer"])
 
 
@@ -199,44 +219,76 @@ def training_losses(model: nn.Module, variant: Variant, store: Store | None = No
     return (store or Store()).get("training", key, compute, slug, facts)
 
 
-def _measured(
-    store: Store,
-    kind: str,
-    model: nn.Module,
-    variants: Mapping[str, Variant],
-    key: dict,
-    slug: str,
-    measure: Callable[[Sequence[DropPlan]], list],
-    together: bool = True,
-) -> dict:
-    """{variant: value}, each stored under `key` and its own. measure(plans) gives one value per plan of the model.
+@dataclass(frozen=True)
+class _Place:
+    """Where variants are measured: a text, a task, a set of questions or of prompts.
 
-    Variants that only drop sublayers are measured in one call, which shares what their plans share (unless
-    together=False); the others one by one, as they are applied.
+    kind, key, slug: of the results store. measure: one value per plan of the model, as it is then. rows: what a value
+    says, item by item.
     """
-    names = sorted(variants, key=lambda name: not variants[name].is_plan_only)  # the sweep is stored before the others
 
-    def compute(missing: list[int]) -> Iterator:
-        swept = [i for i in missing if together and variants[names[i]].is_plan_only]
-        values = dict(zip(swept, measure([variants[names[i]].plan for i in swept]), strict=True)) if swept else {}
-        for i in missing:
-            if i in values:
-                yield values[i]
-                continue
-            with variants[names[i]].applied(model):
-                yield measure([DropPlan()])[0]
+    name: str
+    kind: str
+    key: dict
+    slug: str
+    measure: Callable[[Sequence[DropPlan]], list]
+    rows: Callable[[Any], list]
 
-    entries = []
-    for name in names:
-        variant = variants[name]
+    def entry(self, model: nn.Module, variant: Variant) -> Entry:
         own = {"variant": variant.key}
         fits = [part.batch_size for part in (variant.reconstruction, variant.mask) if part is not None]
-        if fits and key["dtype"] != "float32":  # 16-bit sums depend on it
+        if fits and self.key["dtype"] != "float32":  # 16-bit sums depend on it
             own["fit_batch_sizes"] = fits
-        entries.append(Entry(key | own, f"{model_name(model)}-{variant.label}-{slug}"))
-    facts = partial(provenance, model, weights=key["weights"])
-    values = dict(zip(names, store.get_many(kind, entries, compute, facts), strict=True))
-    return {name: values[name] for name in variants}
+        return Entry(self.key | own, f"{model_name(model)}-{variant.label}-{self.slug}")
+
+    def facts(self, model: nn.Module) -> Callable[[], dict]:
+        return partial(provenance, model, weights=self.key["weights"])
+
+
+def _measured(
+    store: Store, model: nn.Module, variants: Mapping[str, Variant], places: Sequence[_Place], together: bool = True
+) -> dict[tuple[str, str], list]:
+    """{(place, variant): its rows}, from values that are each stored under the place's key and the variant's own.
+
+    Variants that only drop sublayers are measured in one call for each place, which shares what their plans share
+    (unless together=False), and stored first. Each of the others is applied once, for all places where it was not
+    measured yet: what it fits or trains may take longer than to measure it.
+    """
+    rows = {}
+    swept = {name: variant for name, variant in variants.items() if together and variant.is_plan_only}
+    plans = [variant.plan for variant in swept.values()]
+    for place in places:
+
+        def sweep_missing(missing: list[int], place=place) -> list:
+            return place.measure([plans[i] for i in missing])
+
+        entries = [place.entry(model, variant) for variant in swept.values()]
+        found = store.get_many(place.kind, entries, sweep_missing, place.facts(model))
+        rows |= {(place.name, name): place.rows(value) for name, value in zip(swept, found, strict=True)}
+    for name in [name for name in variants if name not in swept]:
+        of_places = _changed(store, model, variants[name], places)
+        rows |= {(place, name): of_place for place, of_place in of_places.items()}
+    return rows
+
+
+def _changed(store: Store, model: nn.Module, variant: Variant, places: Sequence[_Place]) -> dict[str, list]:
+    """{place: rows} of one variant, applied where the first value is missing and undone after the last place."""
+    rows = {}
+    with ExitStack() as undo:
+        applied = False
+
+        def measure(missing: list[int], place: _Place) -> list:
+            nonlocal applied
+            if not applied:
+                undo.enter_context(variant.applied(model))
+                applied = True
+            return place.measure([DropPlan()])
+
+        for place in places:
+            entries = [place.entry(model, variant)]
+            (value,) = store.get_many(place.kind, entries, partial(measure, place=place), place.facts(model))
+            rows[place.name] = place.rows(value)
+    return rows
 
 
 def _digest(value) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer, random_ids, tiny
 
 from llmdrop import Calibration, DropPlan, Store, evaluate, load_calibration, perplexity, weights_digest
+from llmdrop.anatomy import find_anatomy
 from llmdrop.compress.four_bits import FourBits
 from llmdrop.compress.healing import Healing
 from llmdrop.compress.reconstruction import Reconstruction
@@ -304,6 +305,33 @@ def test_equal_variants_are_measured_once(store, model, spy):
     rows = quality(model, None, twice, {"one": TEXTS["one"]}, store=store)
     assert spy.take() == [("loglikelihoods", 2)]
     assert list(values(rows, "one", "one")) == list(values(rows, "other", "one"))
+
+
+def test_what_is_fitted_or_trained_is_so_once_for_all_places(store, model, tokenizer, spy):
+    """Two texts, a task and prompts; a place that is stored already is not a reason to apply a variant again."""
+    everything(model, tokenizer, variants(), store, tasks=[], questions={})
+    changed = [variant.label for variant in variants().values() if not variant.is_plan_only]
+    assert spy.applied == changed
+    spy.take()
+    everything(model, tokenizer, variants(), store)
+    assert spy.applied == changed
+    assert spy.take() == [("ask", 3), ("greedy_matches", 3)] + [("ask", 1), ("greedy_matches", 1)] * len(changed)
+
+
+@pytest.mark.parametrize("fails", ["loglikelihoods", "greedy_matches"])
+def test_a_failure_restores_the_model(store, model, tokenizer, monkeypatch, fails):
+    """Whatever fails, in whichever place, also where the variant was applied for an earlier one."""
+    before = weights_digest(model)
+
+    def failing(*arguments, **settings):
+        raise RuntimeError("out of memory")
+
+    for name, variant in variants().items():
+        with monkeypatch.context() as patch:
+            patch.setattr(quality_module, fails, failing)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                everything(model, tokenizer, {name: variant}, store, tasks=[])
+        assert weights_digest(model) == before and find_anatomy(model).n_layers == 5 and not find_anatomy(model).plan
 
 
 @pytest.mark.parametrize("failing", ["reconstructed", "mask", "windows"])

@@ -22,6 +22,7 @@ NAMES = {
     "method": "Method",
     "source": "Source",
     "arc_challenge": "ARC-C",
+    "arc_easy": "ARC-E",
     "boolq": "BoolQ",
     "commonsense_qa": "CSQA",
     "hellaswag": "HellaSwag",

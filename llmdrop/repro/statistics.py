@@ -5,7 +5,7 @@ Every interval is that of `resampled`. `tests/repro/test_coverage.py` simulates 
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -125,16 +125,19 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
 
     Raises ValueError for a task that has none of them.
     """
-    known = rows[rows["metric"].isin(HEADLINE_METRICS)]
-    absent = sorted(set(rows["where"]) - set(known["where"]))
-    if absent:
-        metrics = sorted(set(rows.loc[rows["where"].isin(absent), "metric"]))
-        raise ValueError(
-            f"{', '.join(absent)} is measured by {', '.join(metrics)}; averages and tables take one of "
-            f"{', '.join(HEADLINE_METRICS)}. Leave it out, or show it by its own metric"
-        )
-    rank = known["metric"].map(HEADLINE_METRICS.index)
-    return known[rank == rank.groupby(known["where"]).transform("min")]
+    metrics = rows.groupby("where", sort=False)["metric"].unique()
+    chosen = {where: _headline_metric(where, measured) for where, measured in metrics.items()}
+    return rows[rows["metric"] == rows["where"].map(chosen)]
+
+
+def _headline_metric(where: str, measured: Iterable[str]) -> str:
+    for metric in HEADLINE_METRICS:
+        if metric in measured:
+            return metric
+    raise ValueError(
+        f"{where} is measured by {', '.join(sorted(measured))}; averages and tables take one of "
+        f"{', '.join(HEADLINE_METRICS)}. Leave it out, or show it by its own metric"
+    )
 
 
 def items(rows: pd.DataFrame, variant: str, where: str, metric: str | None = None) -> pd.DataFrame:
@@ -143,7 +146,8 @@ def items(rows: pd.DataFrame, variant: str, where: str, metric: str | None = Non
     Raises ValueError for a variant that was not measured there, or not by that metric.
     """
     part = rows[(rows["variant"] == variant) & (rows["where"] == where)]
-    part = headline(part) if metric is None else part[part["metric"] == metric]
+    if len(part):
+        part = part[part["metric"] == (metric or _headline_metric(where, part["metric"].unique()))]
     if part.empty:
         by = "" if metric is None else f" by {metric!r}"
         measured = ", ".join(dict.fromkeys(rows["variant"]))

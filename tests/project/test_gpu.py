@@ -181,9 +181,9 @@ def data_dir():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model as deep as SmolLM2, whose tokenizer has a chat template."""
+    """A model of more layers than any plan of these steps drops, whose tokenizer has a chat template."""
     folder = tmp_path_factory.mktemp("model")
-    shape = {"num_hidden_layers": 30, "vocab_size": len(TOKENIZER), "max_position_embeddings": 2048}
+    shape = {"num_hidden_layers": 13, "vocab_size": len(TOKENIZER), "max_position_embeddings": 2048}
     tiny("llama", **shape).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return str(folder)
@@ -225,6 +225,8 @@ def test_what_is_found_on_the_pretended_gpu_holds(monkeypatch):
     import gpu_checks
 
     monkeypatch.setattr(device_cases, "cases", lambda acts: [("llama", act) for act in acts[:4]])
+    monkeypatch.setattr(device_cases, "FAMILIES", ["llama"])  # test_device has them all
+    monkeypatch.setattr(gpu_checks, "NEW_TOKENS", 4)
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     with pretended_gpus():
         rows = {row["check"]: row for row in gpu_checks.run_all("cuda")}

@@ -15,11 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-import papermill
 import yaml
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+
+sys.modules["rfc3987_syntax"] = None  # jsonschema's grammar of IRIs: a second to import, and notebooks have none
+import papermill  # noqa: E402
 
 SECTIONS = ("about", "common", "needs")  # of a profile; every other name in it is a notebook
 NEEDS = ["minutes", "disk_gb", "download_gb", "gpu_gb"]

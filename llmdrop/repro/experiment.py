@@ -1,5 +1,6 @@
 """What most notebooks begin with: a model, the text it is scored on, its scores, and what variants of it are asked."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -147,6 +148,18 @@ class Experiment:
         sources = settings.fit_sources
         return mixture(sources, self.tokenizer, n_samples, seq_len, settings.seed, self.data_dir, skip)
 
+    @property
+    def _before_search(self) -> int:
+        """Samples of `search_len` that the text to fit on may share documents or tokens with."""
+        settings = self.settings
+        return max(5 * settings.fit_samples, math.ceil(settings.fit_samples * settings.seq_len / settings.search_len))
+
+    def training_text(self, n_samples: int, seq_len: int) -> Calibration:
+        """Text of all kinds to train on, so many samples of each source: nothing that is fitted or searched on."""
+        before = self._before_search + 1
+        skip = max(before, math.ceil(before * self.settings.search_len / seq_len))
+        return self.mixture(n_samples, seq_len, skip)
+
     @cached_property
     def chooser(self) -> Chooser:
         """Chooses layers on a mixture of text; the paper's method on the calibration, as everywhere."""
@@ -155,7 +168,7 @@ class Experiment:
         return Chooser(
             self.model,
             text=self.mixture(settings.fit_samples, settings.seq_len),
-            search_text=self.mixture(1, settings.search_len, skip=5 * settings.fit_samples),
+            search_text=self.mixture(1, settings.search_len, skip=self._before_search),
             long_text=mixture(settings.long_sources, self.tokenizer, *sizes, settings.seed, self.data_dir),
             batch_size=settings.batch_size,
             speed=settings.predicted,

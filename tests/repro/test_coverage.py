@@ -188,7 +188,8 @@ def test_equivalence_is_wrong_at_most_one_time_in_twenty(truth, wrong):
     """At the margin neither verdict comes about by chance; at 0 and far out the right one does, mostly."""
     random = np.random.default_rng(1)
     found = []
-    for _ in range(RUNS):
+    at_the_margin = abs(truth - 0.05) < 0.01
+    for _ in range(RUNS if at_the_margin else 60):
         values = {}
         for text in TEXTS:
             whole = random.normal(3, 1, 16)
@@ -196,7 +197,7 @@ def test_equivalence_is_wrong_at_most_one_time_in_twenty(truth, wrong):
         found.append(verdict("within", 0.05, difference(rows_of(values, "nats"), "dropped", "whole", TEXTS)))
     assert np.mean([one == wrong for one in found]) <= 0.05
     right = "holds" if wrong == "differs" else "differs"
-    if abs(truth - 0.05) > 0.01:
+    if not at_the_margin:
         assert np.mean([one == right for one in found]) > 0.9
 
 

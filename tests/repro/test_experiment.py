@@ -1,6 +1,7 @@
 """An experiment is what the library's own functions give with its settings, and refuses a setting that it has not."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -69,6 +70,33 @@ def test_layers_are_chosen_on_a_mixture_and_by_the_papers_method_on_the_calibrat
     assert chooser.long_text.digest == mixture(["multilexsum"], tokenizer, 2, 40, seed=3).digest
     assert chooser.paper_text is experiment.calibration
     assert chooser.speed == Settings().predicted
+
+
+def runs(text, n_tokens: int = 24) -> set[tuple[int, ...]]:
+    """All runs of so many tokens."""
+    return {
+        tuple(sample[first : first + n_tokens])
+        for sample in text.input_ids.tolist()
+        for first in range(len(sample) - n_tokens + 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "n_samples", "seq_len"),
+    [
+        ({}, 10, 256),
+        ({"search_len": 32}, 4, 64),
+        ({"seq_len": 64}, 2, 384),
+        ({"fit_samples": 2, "seq_len": 1024}, 4, 32),
+    ],
+)
+def test_what_is_fitted_searched_and_trained_on_is_not_the_same(experiment, smollm2, changed, n_samples, seq_len):
+    """Whatever the lengths; and there is enough packaged text for the sizes that notebooks take."""
+    real = replace(experiment, tokenizer=smollm2[1], settings=Settings(**changed))
+    chooser = real.chooser
+    texts = [chooser.text, chooser.search_text, real.training_text(n_samples, seq_len)]
+    for one, other in combinations([runs(text) for text in texts], 2):
+        assert not one & other
 
 
 def test_quality_is_stored_under_the_same_keys_as_by_the_function(experiment):

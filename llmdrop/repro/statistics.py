@@ -394,6 +394,8 @@ def against(rows: pd.DataFrame, base: str = "Baseline") -> pd.DataFrame:
         base_values = rows[(rows["measure"] == measure) & (rows["model"] == base)].set_index("item")["value"]
         differences = (base_values - values).to_numpy(float)
         mean = wilson(values.sum(), len(values)) if values.isin([0, 1]).all() else mean_of(values, "questions")
+        if values.between(0, 1).all():  # shares, of which there are no more than all
+            mean = mean.clipped(0, 1)
         lost = mean_of(differences, "questions")
         row = {"model": model, "measure": measure, "n": len(values)}
         row |= {"value": mean.value, "low": mean.low, "high": mean.high}

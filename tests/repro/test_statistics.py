@@ -313,6 +313,16 @@ def test_p_counts_signs():
     assert table.loc["a", "p"] == pytest.approx(2 / 2**5)  # all five of one sign, either way
 
 
+def test_against_of_shares_stays_between_none_and_all():
+    values = [1.0, 1.0, 0.9, 0.2, 0.0, 0.1]
+    models = ["Baseline"] * 3 + ["a"] * 3
+    rows = pd.DataFrame({"model": models, "measure": "new", "item": [0, 1, 2] * 2, "value": values})
+    table = statistics.against(rows).set_index("model")
+    assert table.loc["Baseline", "high"] == 1 and table.loc["a", "low"] == 0
+    unlimited = statistics.against(rows.assign(value=10 * rows["value"])).set_index("model")
+    assert unlimited.loc["Baseline", "high"] > 10 and unlimited.loc["a", "low"] < 0
+
+
 def test_against_of_one_item_knows_no_spread():
     rows = pd.DataFrame({"model": ["Baseline", "a"], "measure": "m", "item": 0, "value": [1, 0]})
     row = statistics.against(rows).set_index("model").loc["a"]

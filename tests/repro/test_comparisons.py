@@ -222,7 +222,7 @@ def test_measured_speed_is_joined_in_the_order_of_the_contenders():
 
 
 def test_remaining_as_timed():
-    """Only what is surely faster than the paper's method counts; where nothing is, all of the loss is left."""
+    """Where the clock does not say what is as fast as the paper's method, the interval holds both answers."""
     drops = Contender("drops and windows", "as fast for 1", 2, Variant(DropPlan(attn=[1]), windows=Windows((2, 3), 4)))
     contenders = [COSINE, WINDOWS, drops]
     names = [contender.name for contender in contenders]
@@ -230,12 +230,23 @@ def test_remaining_as_timed():
     whole = [1.0, 2.0, 1.5]
     measured = rows({BASELINE: whole} | {name: list(np.add(whole, row)) for name, row in zip(names, lost, strict=True)})
     seconds = {BASELINE: [2.0, 2.1, 2.05], COSINE.name: [1.0, 1.1, 1.05], drops.name: [0.9, 0.98, 0.95]}
+    sure = timed(seconds | {WINDOWS.name: [1.2, 1.3, 1.25]})
+    share = remaining_as_timed(measured, sure, contenders, [2])
+    assert share.value == pytest.approx(0.55 / 2.1) and share.low < share.value < share.high < 0.35
+    assert share.over == "samples and rounds"
+
     unsure = timed(seconds | {WINDOWS.name: [0.8, 1.3, 1.0]})
     assert as_fast_as_timed(unsure, contenders, 2) == [drops]
-    share = remaining_as_timed(measured, unsure, contenders, [2])
-    assert share.value == pytest.approx(0.55 / 2.1) and share.low < share.value < share.high and share.over == "samples"
+    assert as_fast_as_timed(unsure, contenders, 2, "high") == [WINDOWS, drops]
+    both = remaining_as_timed(measured, unsure, contenders, [2])
+    assert both.value == pytest.approx(0.65 / 6.3) and both.low < both.value and both.high == share.high
+
+    perhaps = timed(seconds | {WINDOWS.name: [1.2, 1.3, 1.25], drops.name: [0.8, 1.3, 1.0]})
+    share = remaining_as_timed(measured, perhaps, contenders, [2])
+    assert share.value == pytest.approx(0.55 / 2.1) and share.high == 1
     slow = timed(seconds | {WINDOWS.name: [1.2, 1.3, 1.25], drops.name: [1.2, 1.3, 1.25]})
-    assert remaining_as_timed(measured, slow, contenders, [2]).value == 1
+    share = remaining_as_timed(measured, slow, contenders, [2])
+    assert (share.value, share.low, share.high) == (1, 1, 1)
 
 
 def test_frontier_gain_is_that_of_the_size_with_the_least():

@@ -28,6 +28,7 @@ INTERVALS += ("questions and rounds", "samples and rounds", "seeds or layers")
 TESTS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le, "within": None}
 _SYMBOLS = {"above": "> ", "at least": "≥ ", "below": "< ", "at most": "≤ ", "within": "within ± "}
 _MOST_NEEDED = 1_000_000  # more than anyone measures
+_UNEVEN = 4  # times as wide on one side as on the other
 
 
 def table(name: str) -> pd.DataFrame:
@@ -160,19 +161,31 @@ def _judged(row: dict, estimate: Estimate | None, profile: str, was_run: bool) -
 
 
 def _needed(test: str, limit: float, estimate: Estimate) -> str:
-    """About how many more of what the interval is over would decide: its width falls with the root of their number."""
+    """About how many more of what the interval is over would decide: its width falls with the root of their number.
+
+    No number where that says nothing: a model has only so many layers, and an interval that is much wider on one side
+    comes from a jump (another model is the best one), not from many small differences.
+    """
+    if estimate.over == "layers":
+        return "more SEEDS, or a model of more layers"
     limits = (-limit, limit) if test == "within" else (limit,)
     inside = [end for end in limits if estimate.low <= end <= estimate.high]
     nearest = min(inside, key=lambda end: abs(estimate.value - end))
     distance = abs(estimate.value - nearest)
-    width = estimate.value - estimate.low if nearest < estimate.value else estimate.high - estimate.value
+    width, other_width = estimate.value - estimate.low, estimate.high - estimate.value
+    if nearest >= estimate.value:
+        width, other_width = other_width, width
+    if width > _UNEVEN * other_width:
+        return f"more {estimate.over}; so uneven an interval does not tell how many"
     more = math.inf
     if distance > 0:
         more = math.ceil((estimate.n or 1) * ((width / distance) ** 2 - 1))
     if more > _MOST_NEEDED:
         return f"more than {_MOST_NEEDED:,} more {estimate.over}: what was measured is at the limit"
+    if more <= 1:
+        return f"one more {estimate.over.removesuffix('s')}"
     unit = 10 ** max(0, len(str(more)) - 2)  # two digits are enough
-    return f"about {max(1, math.ceil(more / unit)) * unit:,} more {estimate.over}"
+    return f"about {math.ceil(more / unit) * unit:,} more {estimate.over}"
 
 
 def limit_text(row: dict | pd.Series) -> str:

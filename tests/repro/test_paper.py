@@ -400,9 +400,8 @@ def test_a_limit_within_the_interval_is_never_decided(test, one, other, limit):
     found = paper.verdict(test, limit, Estimate((low + high) / 2, low, high))
     if any(low < end < high for end in limits):
         assert found == "undecided"
-        assert re.fullmatch(
-            r"(about|more than) [\d,]+ more questions.*", paper._needed(test, limit, _interval(low, high))
-        )
+        needed = paper._needed(test, limit, _interval(low, high))
+        assert re.fullmatch(r"(about|more than) [\d,]+ more questions.*|one more question", needed)
 
 
 def _interval(low, high, n=100):
@@ -415,6 +414,17 @@ def test_what_is_needed_follows_from_width_and_distance():
     assert paper._needed("below", 0.0, _interval(-3, 5)) == "about 1,500 more questions"
     assert paper._needed("within", 2.0, _interval(-3, 5)) == "about 1,500 more questions"  # 1 from 2, half-width 4
     assert paper._needed("above", 0.0, _interval(-5, 5)).startswith("more than 1,000,000 more questions")
+    assert paper._needed("above", 0.0, _interval(-0.01, 5)) == "one more question"
+
+
+def test_what_is_needed_has_no_number_where_the_width_tells_none():
+    """More of a model's layers cannot be had, and a jump does not shrink with the root of a number."""
+    jump = Estimate(0.15, 0.14, 1.0, 24, "samples and rounds", "paired bootstrap")
+    assert paper._needed("below", 0.33, jump) == "more samples and rounds; so uneven an interval does not tell how many"
+    upwards = Estimate(-0.15, -1.0, -0.14, 24, "samples", "bootstrap")
+    assert paper._needed("above", -0.33, upwards) == "more samples; so uneven an interval does not tell how many"
+    over_layers = Estimate(0.5, 0.0, 1.0, 16, "layers", "bootstrap")
+    assert paper._needed("above", 0.4, over_layers) == "more SEEDS, or a model of more layers"
 
 
 def half(value, width, over="questions", n=400):

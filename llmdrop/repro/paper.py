@@ -172,10 +172,9 @@ def _needed(test: str, limit: float, estimate: Estimate) -> str:
     inside = [end for end in limits if estimate.low <= end <= estimate.high]
     nearest = min(inside, key=lambda end: abs(estimate.value - end))
     distance = abs(estimate.value - nearest)
-    width, other_width = estimate.value - estimate.low, estimate.high - estimate.value
-    if nearest >= estimate.value:
-        width, other_width = other_width, width
-    if width > _UNEVEN * other_width:
+    below, above = estimate.value - estimate.low, estimate.high - estimate.value
+    width = below if nearest < estimate.value else above
+    if width > _UNEVEN * min(below, above):
         return f"more {estimate.over}; so uneven an interval does not tell how many"
     more = math.inf
     if distance > 0:

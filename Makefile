@@ -1,4 +1,4 @@
-# One target per notebook; measurements live in the results store (build/results) and are never made twice.
+# What people type. Measurements live in the results store (build/results) and are never made twice.
 # Needs GNU make, bash and Python 3.10 or later; everything else goes into .venv.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -75,7 +75,6 @@ $(STAMP): pyproject.toml constraints.txt
 
 # -- notebooks --------------------------------------------------------------------------------------------------------
 NAMES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb))
-LIBRARY := $(wildcard llmdrop/*.py llmdrop/*/*.py llmdrop/repro/*.mplstyle llmdrop/repro/published/*)
 PROFILE_FILE := notebooks/profiles/$(PROFILE).yaml
 DONE := build/notebooks/$(PROFILE)
 RESULTS = $${LLMDROP_BUILD:-build}/results
@@ -91,27 +90,18 @@ GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(and $(filter-out full pretrain,$(PACKAGED)),$(filter-out 1,$(CORES))),2,1))
 
-# plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed.
-# The notebooks are made by a second make, so that one failing neither stops the others nor the report.
+# plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed;
+# all executes the notebooks that something changed for. One that fails stops neither the others nor the report.
 reproduce: $(STAMP) ## every table and figure of PROFILE, into figures/PROFILE
 	@$(SELECT)
 ifneq ($(filter-out 0,$(FRESH)),)
 	@[ ! -e $(RESULTS) ] || mv -v $(RESULTS) $(RESULTS).$$(date +%Y%m%d-%H%M%S)
 	@cd $(DONE) && rm -f $$(sed 's/$$/.ipynb/' selected)
 endif
-	@status=0; names=$$(tr '\n' ' ' < $(DONE)/selected); \
-	set -- $$names; jobs=$$(( $$# < $(JOBS) ? $$# : $(JOBS) )); \
-	$(OFFLINE) $(MAKE) -k $(if $(GIVEN),,-j$$jobs) --no-print-directory JOBS=$$jobs SELECTED="$$names" $$(printf '$(DONE)/%s.ipynb ' $$names) || status=1; \
+	@status=0; \
+	$(OFFLINE) $(PY) notebooks/run.py all $(PROFILE_FILE) $(DONE) --stamp $(STAMP) --jobs $(JOBS) || status=1; \
 	$(REPORT) || status=1; \
-	for name in $$names; do [ ! -e $(DONE)/$$name.failed.ipynb ] || echo "failed: $$name" >&2; done; \
 	exit $$status
-
-$(NAMES:%=$(DONE)/%.ipynb): $(DONE)/%.ipynb: notebooks/%.ipynb $(DONE)/%.params.json $(PROFILE_FILE) \
-		notebooks/run.py $(LIBRARY) $(STAMP)
-	@$(PY) notebooks/run.py run $< $@ --params $(@:.ipynb=.params.json) --among '$(SELECTED)' --jobs $(JOBS)
-
-$(NAMES:%=$(DONE)/%.params.json):
-	@$(SELECT)
 
 smoke: ## reproduce with a few samples each, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke

@@ -181,10 +181,15 @@ def reproduce(folder: Path, arguments: list[str]) -> dict:
     before = cpu_seconds()
     status = subprocess.run(command, cwd=folder, env=environment).returncode
     took = {"cpu": cpu_seconds() - before, "wall": time.monotonic() - start, "status": status, "notebooks": {}}
+    costs = [json.loads(line) for file in folder.glob("build/notebooks/*/costs.jsonl") for line in file.open()]
+    of_notebooks = {cost.pop("notebook"): cost for cost in costs}
     for line in log.read_text().splitlines():
         record = json.loads(line)
         script, what, *others = record["command"]
-        name = Path(others[0]).stem if what == "run" else "plan" if what == "plan" else Path(script).stem
+        if what == "all":  # starts the notebooks
+            record["cpu"] -= sum(cost["cpu"] for cost in of_notebooks.values())
+            took["notebooks"] |= of_notebooks
+        name = Path(others[0]).stem if what == "run" else what if what in ("plan", "all") else Path(script).stem
         took["notebooks"][name] = record
     kinds: Counter[str] = Counter()
     for file in kernels.glob("*.json"):

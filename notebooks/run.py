@@ -1,30 +1,45 @@
-"""What the Makefile calls: `plan` checks a profile and says what it will need, `run` executes one notebook.
+"""What the Makefile calls: `plan` checks a profile and says what it will need, `all` executes its notebooks, `run` one.
 
 A profile (profiles/<name>.yaml) has `about` (one line), `needs` (minutes, disk_gb, download_gb, gpu_gb by notebook),
 `common` (parameters for every notebook that has them), and under a notebook's name the parameters of that notebook;
 SETTINGS of both are put together, what the notebook says itself on top.
-It runs the notebooks it names, in its order.
+It runs the notebooks it names, in its order, where they, the library or their parameters changed since the last run.
+
+To import PyTorch and what else a notebook needs takes longer than most notebooks do without measuring. So `all` imports
+it once, and each notebook runs in a copy of that process (a fork), as does its kernel: they share the modules, and
+nothing that they change. Where a copy is not safe (PyTorch with CUDA, macOS), every notebook starts from nothing.
 """
 
 import argparse
+import ast
+import asyncio
+import atexit
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import yaml
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.provisioning import LocalProvisioner
 
 sys.modules["rfc3987_syntax"] = None  # jsonschema's grammar of IRIs: a second to import, and notebooks have none
 import papermill  # noqa: E402
 
 SECTIONS = ("about", "common", "needs")  # of a profile; every other name in it is a notebook
 NEEDS = ["minutes", "disk_gb", "download_gb", "gpu_gb"]
+KEPT = "what has been measured is kept"
+IMPORTED_LATER = ("lm_eval.tasks", "scipy.stats", "seaborn")  # by the library, where most notebooks get to
 
 
 class OwnKernel(AsyncKernelManager):
@@ -33,6 +48,63 @@ class OwnKernel(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         return KernelSpec(**get_kernel_dict())
+
+
+class Copy(multiprocessing.get_context("fork").Process):
+    """A copy of this process that becomes a kernel when it is told how: what jupyter_client needs of a Popen."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self):
+        waits, self.tells = multiprocessing.Pipe(duplex=False)
+        super().__init__(target=become_kernel, args=(waits, self.tells))
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.join(timeout)
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def become_kernel(waits: Connection, tells: Connection) -> None:
+    """Wait for a kernel's command line, environment and folder, then be that kernel."""
+    tells.close()  # the other end of a pipe that the copy has, too
+    with suppress(EOFError):  # no kernel is needed
+        command, environment, folder = waits.recv()
+        os.setsid()  # what interrupts the notebook is for the kernel's manager to pass on
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        from ipykernel.kernelapp import IPKernelApp
+
+        asyncio.set_event_loop(asyncio.new_event_loop())
+        arguments = [*command[command.index("-f") :], f"--IPKernelApp.parent_handle={os.getppid()}"]
+        IPKernelApp.launch_instance(argv=arguments)
+        atexit._run_exitfuncs()  # which processes of multiprocessing leave out
+
+
+class CopyingProvisioner(LocalProvisioner):
+    """Has a copy of this process be the kernel."""
+
+    waiting: Copy  # made before there were threads and sockets to copy
+
+    async def launch_kernel(self, cmd: list[str], **kwargs) -> dict:
+        self.process = self.waiting
+        self.process.tells.send((cmd, kwargs["env"], kwargs.get("cwd") or os.getcwd()))
+        self.pid = self.process.pid
+        return self.connection_info
+
+
+class CopiedKernel(OwnKernel):
+    """`OwnKernel` in a copy of this process."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.provisioner = CopyingProvisioner(kernel_spec=self.kernel_spec, parent=self)
 
 
 def refuse_unknown(names, allowed, where: str) -> None:
@@ -124,7 +196,7 @@ def plan(path: Path, done: Path, only: str, overrides: dict) -> None:
     announce(profile, path.stem, chosen)
 
 
-def run(source: Path, target: Path, values: dict, label: str) -> int:
+def run(source: Path, target: Path, values: dict, label: str, kernel: type[OwnKernel] = OwnKernel) -> int:
     """Execute `source` in its own folder into `target`, by a temporary name; a failed copy is <name>.failed.ipynb."""
     refuse_unknown(values, papermill.inspect_notebook(str(source)), str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +205,7 @@ def run(source: Path, target: Path, values: dict, label: str) -> int:
     start = time.monotonic()
     try:
         papermill.execute_notebook(
-            source, temporary, values, kernel_name="python3", kernel_manager_class=OwnKernel, cwd=source.parent,
+            source, temporary, values, kernel_name="python3", kernel_manager_class=kernel, cwd=source.parent,
             progress_bar=False,
             stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )  # fmt: skip
@@ -157,32 +229,140 @@ def run(source: Path, target: Path, values: dict, label: str) -> int:
     return 0
 
 
+# ---- all notebooks of a profile
+
+
+def changed(names: list[str], profile: Path, folder: Path, stamp: Path) -> list[str]:
+    """The notebooks that do not stand executed in `folder`, newer than all that they are made from."""
+    library = [
+        path for path in Path("llmdrop").rglob("*") if path.suffix in (".py", ".mplstyle", ".csv", ".json", ".yaml")
+    ]
+    of_all = [profile, Path(__file__), stamp, *library]
+    since = max(path.stat().st_mtime for path in of_all)
+    out = []
+    for name in names:
+        target = folder / f"{name}.ipynb"
+        sources = (profile.parent.parent / f"{name}.ipynb", folder / f"{name}.params.json")
+        newest = max(since, *(path.stat().st_mtime for path in sources))
+        if not target.is_file() or target.stat().st_mtime < newest:
+            out.append(name)
+    return out
+
+
+def import_for(sources: list[Path]) -> bool:
+    """Import what the notebooks do; whether this process may now be copied."""
+    if sys.platform != "linux":
+        return False
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # a kernel's, which is asked for but once
+    imported = {}
+    for source in sources:
+        for cell in papermill.iorw.load_notebook_node(str(source)).cells:
+            if cell.cell_type == "code" and not cell.source.startswith("%"):
+                found = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+                imported |= {ast.unparse(node): None for node in found}
+    for statement in imported:
+        with suppress(Exception):  # which is the notebook's to say
+            exec(statement, {})
+    if "llmdrop.repro" in sys.modules:
+        for name in IMPORTED_LATER:
+            with suppress(ImportError):
+                importlib.import_module(name)
+    torch = sys.modules.get("torch")
+    return torch is None or (torch.version.cuda is None and torch.version.hip is None)
+
+
+def run_all(path: Path, folder: Path, stamp: Path, jobs: int) -> int:
+    """Execute the notebooks chosen by `plan` that have changed, so many at a time; costs go to <folder>/costs.jsonl.
+
+    Returns 0 where all ended well. One that fails stops no other.
+    """
+    chosen = (folder / "selected").read_text().split()
+    share_cores(min(jobs, len(chosen)))
+    waiting = changed(chosen, path, folder, stamp)
+    notebooks = path.parent.parent
+    is_copied = bool(waiting) and import_for([notebooks / f"{name}.ipynb" for name in waiting])
+    running: dict[int, tuple[str, float]] = {}
+    failed = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                files = (notebooks / f"{name}.ipynb", folder / f"{name}.ipynb", folder / f"{name}.params.json")
+                label = f"[{chosen.index(name) + 1}/{len(chosen)}] {name}"
+                running[start(*files, label, is_copied)] = name, time.monotonic()
+            process, status, used = os.wait4(-1, 0)
+            name, since = running.pop(process)
+            cost = {"notebook": name, "cpu": used.ru_utime + used.ru_stime, "wall": time.monotonic() - since}
+            cost["peak_gb"] = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+            with (folder / "costs.jsonl").open("a") as lines:
+                lines.write(json.dumps(cost) + "\n")
+            if status:
+                failed.append(name)
+    finally:
+        for process in running:
+            os.kill(process, signal.SIGTERM)
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return bool(failed)
+
+
+def start(source: Path, target: Path, params: Path, label: str, is_copied: bool) -> int:
+    """Begin to execute a notebook in a process of its own; returns its id."""
+    if not is_copied:
+        command = [sys.executable, __file__, "run", source, target, "--params", params, "--label", label]
+        return os.spawnv(os.P_NOWAIT, sys.executable, [str(part) for part in command])
+    sys.stdout.flush()
+    if process := os.fork():
+        return process
+    status = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        CopyingProvisioner.waiting = Copy()
+        CopyingProvisioner.waiting.start()
+        status = run(source, target, json.loads(params.read_text()), label, CopiedKernel)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def share_cores(jobs: int) -> None:
+    """Give each of so many notebooks its share of the cores, unless the environment says how many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+    os.environ.pop("MPLBACKEND", None)  # where it names a backend without a screen, a kernel shows no figures
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() and jobs == 1 else "15")
+
+
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("command", choices=["plan", "run"])
-    parser.add_argument("source", type=Path, help="plan: a profile; run: a notebook")
-    parser.add_argument("target", type=Path, help="plan: the folder of executed notebooks; run: the executed notebook")
+    parser.add_argument("command", choices=["plan", "all", "run"])
+    parser.add_argument("source", type=Path, help="plan, all: a profile; run: a notebook")
+    parser.add_argument(
+        "target", type=Path, help="plan, all: the folder of executed notebooks; run: the executed notebook"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
     parser.add_argument("--only", default="", help="plan: the notebooks whose names start so, by comma")
+    parser.add_argument("--stamp", type=Path, help="all: a file as old as the environment")
+    parser.add_argument("--jobs", type=int, default=1, help="all: notebooks at a time, to share the cores")
     parser.add_argument("--params", type=Path, help="run: parameters from this JSON file")
-    parser.add_argument("--among", default="", help="run: all the notebooks of this run, to count them")
-    parser.add_argument("--jobs", type=int, default=1, help="run: notebooks at a time, to share the cores")
+    parser.add_argument("--label", help="run: what to call the notebook")
     args = parser.parse_args()
     overrides = read_overrides(args.set)
     if args.command == "plan":
         return plan(args.source, args.target, args.only, overrides)  # None: success
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // args.jobs)))
-    os.environ.pop("MPLBACKEND", None)  # where it names a backend without a screen, a kernel shows no figures
-    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() and args.jobs == 1 else "15")
-    among, name = args.among.split(), args.source.stem
-    label = f"[{among.index(name) + 1}/{len(among)}] {name}" if name in among else name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"terminated; {KEPT}"))
+    if args.command == "all":
+        return run_all(args.source, args.target, args.stamp, args.jobs)
+    share_cores(1)
     values = json.loads(args.params.read_text()) if args.params else {}
-    return run(args.source, args.target, values | overrides, label)
+    return run(args.source, args.target, values | overrides, args.label or args.source.stem)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted; what has been measured is kept")
+        sys.exit(f"interrupted; {KEPT}")

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from ..anatomy import RECORD, Anatomy, find_anatomy, find_layers, undropped_decoder
+from ..anatomy import RECORD, Anatomy, find_anatomy, find_layers, undropped_decoder, unwrapped
 from ..proof import has_gone, is_gone
 from ..prune import given_biases, put
 
@@ -50,10 +50,10 @@ def is_ordinary(model: nn.Module) -> bool:
 
 def renumber(undo: ExitStack, model: nn.Module) -> None:
     """Let the model have the names and the config of a shorter one, to be written; `undo` gives it its own back."""
+    if not any(is_gone(layer) for layer in find_layers(unwrapped(model))[1]):
+        return  # before anything is proven: every model is asked as it is made
     parts = find_anatomy(model)
     kept = _kept(parts)
-    if len(kept) == len(parts.layer_list):
-        return
     n_layers = len(parts.layer_list)
     path = next(name for name, module in model.named_modules() if module is parts.layer_list)
     owner, _, name = path.rpartition(".")

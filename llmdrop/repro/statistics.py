@@ -14,14 +14,18 @@ import scipy  # scipy.stats, which takes a third of a second, comes with its fir
 from .estimate import Estimate
 
 RESAMPLES = 2000
-DRAWS_AT_A_TIME = 4_000_000  # item numbers in memory, 32 MB
+DRAWS_AT_A_TIME = 4_000_000  # item numbers in memory, or values of items: 32 MB
 MOST_UNDEFINED = 0.05  # share of the resamples in which a statistic may be undefined (γ without a speedup)
 # of the metrics of one text, task or set of questions, the one that is shown: the first that is there
 HEADLINE_METRICS = ("nats", "acc_norm", "acc", "exact_match", "exact_match,strict-match", "match")
 
 
+Statistic = Callable[[list[np.ndarray]], float]
+StatisticOfDraws = Callable[[list[np.ndarray]], np.ndarray]  # the same, of all draws together: a number each
+
+
 def resampled(
-    statistic: Callable[[list[np.ndarray]], float],
+    statistic: Statistic,
     strata: Sequence[np.ndarray],
     over: str,
     value: float | None = None,
@@ -38,9 +42,16 @@ def resampled(
     for a stratum of one unit, and where the statistic is undefined in more than MOST_UNDEFINED of the draws.
     """
     strata = [np.asarray(stratum, float) for stratum in strata]
-    sizes = [len(stratum) for stratum in strata]
     if value is None:
         value = float(statistic(strata))
+    return _estimate(_of_each(statistic), strata, over, value, freedom)
+
+
+def _estimate(
+    statistic: StatisticOfDraws, strata: Sequence[np.ndarray], over: str, value: float, freedom: int | None
+) -> Estimate:
+    """The value with the interval that `resampled` describes."""
+    sizes = [len(stratum) for stratum in strata]
     if min(sizes) < 2:
         return Estimate(value, np.nan, np.nan, sum(sizes), over)
 
@@ -56,17 +67,18 @@ def resampled(
     return Estimate(value, value - half_width, value + half_width, sum(sizes), over, "bootstrap")
 
 
-def _bootstrap(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray]) -> np.ndarray:
-    """The statistic of RESAMPLES draws of every stratum, the same draws every time."""
+def _bootstrap(statistic: StatisticOfDraws, strata: Sequence[np.ndarray]) -> np.ndarray:
+    """The statistic of RESAMPLES draws of every stratum, the same draws every time. statistic: of [draws, n, ...]."""
     sizes = [len(stratum) for stratum in strata]
+    at_a_time = max(1, DRAWS_AT_A_TIME // sum(stratum.size for stratum in strata))
 
     def of_drawn(*numbers: np.ndarray, axis: int) -> np.ndarray:
-        of_draws = [of_stratum.astype(int).reshape(-1, of_stratum.shape[axis]) for of_stratum in numbers]
+        draws = [of_stratum.astype(int).reshape(-1, of_stratum.shape[axis]) for of_stratum in numbers]
         found = [
-            statistic([stratum[units] for stratum, units in zip(strata, draw, strict=True)])
-            for draw in zip(*of_draws, strict=True)
+            statistic([stratum[units[i : i + at_a_time]] for stratum, units in zip(strata, draws, strict=True)])
+            for i in range(0, len(draws[0]), at_a_time)
         ]
-        return np.reshape(found, numbers[0].shape[:-1])
+        return np.concatenate(found).reshape(numbers[0].shape[:-1])
 
     numbers = [np.arange(size) for size in sizes]
     options = {"n_resamples": RESAMPLES, "batch": max(1, DRAWS_AT_A_TIME // sum(sizes)), "vectorized": True}
@@ -76,7 +88,12 @@ def _bootstrap(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[
     return result.bootstrap_distribution
 
 
-def ratio(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str) -> Estimate:
+def _of_each(statistic: Statistic) -> StatisticOfDraws:
+    """A statistic of one draw, as one of many."""
+    return lambda drawn: np.array([statistic(list(draw)) for draw in zip(*drawn, strict=True)], float)
+
+
+def ratio(statistic: Statistic, strata: Sequence[np.ndarray], over: str) -> Estimate:
     """`resampled` of a statistic above 0, in logarithms: half as much is as far from 1 as twice as much."""
 
     def logarithm(drawn: list[np.ndarray]) -> float:
@@ -86,38 +103,47 @@ def ratio(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.nd
     return resampled(logarithm, strata, over).exp()
 
 
-def _of_units(statistic: Callable[[list[np.ndarray]], float]) -> Callable[[list[np.ndarray]], float]:
-    """A statistic of means over units, as one of the units."""
-    return lambda drawn: float(statistic([units.mean(axis=0) for units in drawn]))
-
-
 def of_means(
-    statistic: Callable[[list[np.ndarray]], float],
+    statistic: Statistic | StatisticOfDraws,
     strata: Sequence[np.ndarray],
     over: str,
     value: float | None = None,
     freedom: int | None = None,
+    at_once: bool = False,
 ) -> Estimate:
-    """`resampled` of what depends on the means over units only: statistic gets the list of these, [...] each."""
-    return resampled(_of_units(statistic), strata, over, value, freedom)
+    """`resampled` of what depends on the means over units only: statistic gets the list of these, [...] each.
+
+    at_once: whether it takes those of all draws together, [draws, ...] each, too, and gives a number for each draw,
+    which is many times as fast.
+    """
+    strata = [np.asarray(stratum, float) for stratum in strata]
+    if value is None:
+        value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+    return _estimate(_of_unit_means(statistic if at_once else _of_each(statistic)), strata, over, value, freedom)
 
 
-def counted(statistic: Callable[[list[np.ndarray]], float], strata: Sequence[np.ndarray], over: str) -> Estimate:
+def _of_unit_means(statistic: StatisticOfDraws) -> StatisticOfDraws:
+    """A statistic of means over units, as one of the units, [draws, n, ...] each."""
+    return lambda drawn: statistic([units.mean(axis=1) for units in drawn])
+
+
+def counted(statistic: Statistic, strata: Sequence[np.ndarray], over: str) -> Estimate:
     """A whole number that follows from means over units, as how many of the layers that score lowest are deep.
 
     The interval's ends are whole numbers, too: percentiles of the bootstrap. (What is nearly always the same has a
     spread and a skew that mean nothing to Student's t.)
     """
-    of_units = _of_units(statistic)
-    value = of_units(strata)
-    low, high = np.percentile(_bootstrap(of_units, strata), [2.5, 97.5], method="closest_observation")
+    strata = [np.asarray(stratum, float) for stratum in strata]
+    value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+    drawn = _bootstrap(_of_unit_means(_of_each(statistic)), strata)
+    low, high = np.percentile(drawn, [2.5, 97.5], method="closest_observation")
     n = sum(len(stratum) for stratum in strata)
     return Estimate(value, min(float(low), value), max(float(high), value), n, over, "percentiles of a bootstrap")
 
 
 def mean_of(values: Sequence[float] | np.ndarray | pd.Series, over: str) -> Estimate:
     """The mean of one number per seed, run, draw or layer."""
-    return of_means(lambda means: means[0], [np.asarray(values, float)], over)
+    return of_means(lambda means: means[0], [np.asarray(values, float)], over, at_once=True)
 
 
 def headline(rows: pd.DataFrame) -> pd.DataFrame:
@@ -166,14 +192,20 @@ def _paired(rows: pd.DataFrame, variants: Sequence[str], where: str | Sequence[s
     doubtful = []
     over = "questions"
     for name in [where] if isinstance(where, str) else where:
-        columns = [items(rows, variant, name, metric)["value"] for variant in variants]
-        stratum = pd.concat(columns, axis=1, join="inner").to_numpy(float)
-        if any(len(column) != len(stratum) for column in columns):
+        part = rows[(rows["where"] == name) & rows["variant"].isin(variants)]
+        metrics = part["metric"].unique()
+        if len(part):
+            part = part[part["metric"] == (metric or _headline_metric(name, metrics))]
+        by_item = part.pivot(index="item", columns="variant", values="value")
+        for variant in variants:
+            if variant not in by_item:
+                items(rows, variant, name, metric)  # which says what was measured
+        if len(part) < by_item.size:
             raise ValueError(
                 f"{', '.join(variants)} were measured on other items of {name!r}; measure them in one call"
             )
-        part = rows[rows["where"] == name]
-        over = "samples" if "nats" in set(part["metric"]) else over
+        stratum = by_item[list(variants)].to_numpy(float)
+        over = "samples" if "nats" in metrics else over
         if "cluster" in rows:
             cluster = part.drop_duplicates("item").sort_values("item")["cluster"].to_numpy()
             sums = pd.DataFrame(stratum).groupby(cluster).sum().to_numpy()
@@ -186,19 +218,21 @@ def _paired(rows: pd.DataFrame, variants: Sequence[str], where: str | Sequence[s
 
 
 def combined(
-    statistic: Callable[[list[np.ndarray]], float],
+    statistic: Statistic | StatisticOfDraws,
     rows: pd.DataFrame,
     variants: Sequence[str],
     where: str | Sequence[str],
     metric: str | None = None,
+    at_once: bool = False,
 ) -> Estimate:
     """A number made of several variants' means on the same items: of each name in `where` an array [n_variants].
 
-    What a claim compares beyond a difference: the largest over some sizes, a difference of differences.
+    What a claim compares beyond a difference: the largest over some sizes, a difference of differences. at_once: as of
+    `of_means`; variants are the last axis then.
     """
     strata, doubtful, over = _paired(rows, variants, where, metric)
     value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
-    estimate = of_means(statistic, doubtful, over, value)
+    estimate = of_means(statistic, doubtful, over, value, at_once=at_once)
     method = "paired bootstrap" if len(variants) > 1 else "bootstrap"
     return Estimate(value, estimate.low, estimate.high, sum(map(len, strata)), over, method)
 
@@ -218,7 +252,7 @@ def differences(
     rows: pd.DataFrame,
     pairs: Sequence[tuple[str, str]],
     where: str | Sequence[str],
-    reduce: Callable[[np.ndarray], float] = np.mean,
+    reduce: Callable[..., np.ndarray] = np.mean,
     metric: str | None = None,
 ) -> Estimate:
     """One number of the `difference` of several pairs (variant, baseline): of one method less another at many sizes.
@@ -228,26 +262,28 @@ def differences(
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
     variants, baselines = np.transpose([[names.index(name) for name in pair] for pair in pairs])
 
-    def statistic(means: list[np.ndarray]) -> float:
+    def statistic(means: list[np.ndarray]) -> np.ndarray:
         of_all = np.mean(means, axis=0)
-        return float(reduce(of_all[variants] - of_all[baselines]))
+        return reduce(of_all[..., variants] - of_all[..., baselines], axis=-1)
 
-    return combined(statistic, rows, names, where, metric)
+    return combined(statistic, rows, names, where, metric, at_once=True)
 
 
 def kept(rows: pd.DataFrame, variant: str, baseline: str, where: Sequence[str]) -> Estimate:
     """Percent of the baseline's mean accuracy over tasks that a variant keeps; NaN where the baseline has none."""
 
-    def statistic(means: list[np.ndarray]) -> float:
-        of_variant, of_baseline = np.mean(means, axis=0)
-        return 100 * of_variant / of_baseline if of_baseline > 0 else np.nan
+    def statistic(means: list[np.ndarray]) -> np.ndarray:
+        of_variant, of_baseline = np.moveaxis(np.mean(means, axis=0), -1, 0)
+        return 100 * of_variant / np.where(of_baseline > 0, of_baseline, np.nan)
 
-    return combined(statistic, rows, [variant, baseline], where)
+    return combined(statistic, rows, [variant, baseline], where, at_once=True)
 
 
 def above_unread(rows: pd.DataFrame, variant: str, where: str, unread: float) -> Estimate:
     """Chance-corrected accuracy in percent: 0 for what needs no reading, 100 for all right."""
-    return combined(lambda means: 100 * (float(means[0][0]) - unread) / (1 - unread), rows, [variant], where)
+    return combined(
+        lambda means: 100 * (means[0][..., 0] - unread) / (1 - unread), rows, [variant], where, at_once=True
+    )
 
 
 def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, where: Sequence[str]) -> Estimate:
@@ -262,11 +298,11 @@ def remaining_loss(rows: pd.DataFrame, variant: str, whole: str, paper: str, whe
         most = (items(rows, paper, name)["value"] - base["value"]) * base["n"]
         strata.append(np.stack([lost.to_numpy(float), most.to_numpy(float)], axis=1))
 
-    def statistic(means: list[np.ndarray]) -> float:
+    def statistic(means: list[np.ndarray]) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return float(np.mean([lost / most for lost, most in means]))
+            return np.mean([of_text[..., 0] / of_text[..., 1] for of_text in means], axis=0)
 
-    return of_means(statistic, strata, "samples")
+    return of_means(statistic, strata, "samples", at_once=True)
 
 
 def speed_ratio(rounds: pd.DataFrame, variant: str, baseline: str, column: str = "seconds") -> Estimate:

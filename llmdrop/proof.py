@@ -161,7 +161,8 @@ def random_copy(module: nn.Module, replaced: dict[nn.Module, nn.Module] | None =
             memo[id(part)] = _Folded(part, generator)
             continue
         for name, parameter in part.named_parameters(recurse=False):
-            memo.setdefault(id(parameter), weight(name, parameter.shape))
+            if id(parameter) not in memo:  # an embedding's table is
+                memo[id(parameter)] = weight(name, parameter.shape)
         for buffer in part.buffers(recurse=False):
             memo[id(buffer)] = _buffer(buffer, generator)
             alive.append(buffer)

@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -257,7 +258,7 @@ def import_for(sources: list[Path]) -> bool:
     imported = {}
     for source in sources:
         for cell in papermill.iorw.load_notebook_node(str(source)).cells:
-            if cell.cell_type == "code" and not cell.source.startswith("%"):
+            with suppress(SyntaxError):  # text, or a cell with commands of IPython
                 found = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Import | ast.ImportFrom)]
                 imported |= {ast.unparse(node): None for node in found}
     for statement in imported:
@@ -320,9 +321,11 @@ def start(source: Path, target: Path, params: Path, label: str, is_copied: bool)
         CopyingProvisioner.waiting = Copy()
         CopyingProvisioner.waiting.start()
         status = run(source, target, json.loads(params.read_text()), label, CopiedKernel)
-    except KeyboardInterrupt:
-        pass
-    finally:
+    except SystemExit as refused:
+        print(refused, file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    finally:  # on an interruption, too: what called this is not for the copy to go back to
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -273,6 +273,15 @@ def test_notebooks_share_what_they_import_and_nothing_else(project):
     assert all(cost["cpu"] > 0 and cost["wall"] > 0 and 0.01 < cost["peak_gb"] < 10 for cost in costs)
 
 
+def test_a_parameter_that_a_notebook_lost_is_named(project):
+    params = done(project, "three").with_suffix(".params.json")
+    params.write_text(json.dumps({"M": 4}))
+    command = [sys.executable, "notebooks/run.py", "all", "notebooks/profiles/embedded.yaml", params.parent]
+    options = dict(cwd=project, env=own_environment(), capture_output=True, text=True)
+    ended = subprocess.run([*command, "--stamp", "stamp"], **options)
+    assert ended.returncode == 1 and "no parameter 'M'; there are: N, OUT, PROFILE" in ended.stderr
+
+
 def test_a_kernel_that_dies_is_its_notebooks_failure(project):
     write_notebook(project / "notebooks/two.ipynb", "", "import os\nos._exit(3)")
     run = make(project, "reproduce", "ONLY=two,three", "FRESH=1")

@@ -277,6 +277,7 @@ def run_all(path: Path, folder: Path, stamp: Path, jobs: int) -> int:
 
     Returns 0 where all ended well. One that fails stops no other.
     """
+    parent = os.getppid()
     chosen = (folder / "selected").read_text().split()
     share_cores(min(jobs, len(chosen)))
     waiting = changed(chosen, path, folder, stamp)
@@ -291,7 +292,7 @@ def run_all(path: Path, folder: Path, stamp: Path, jobs: int) -> int:
                 files = (notebooks / f"{name}.ipynb", folder / f"{name}.ipynb", folder / f"{name}.params.json")
                 label = f"[{chosen.index(name) + 1}/{len(chosen)}] {name}"
                 running[start(*files, label, is_copied)] = name, time.monotonic()
-            process, status, used = os.wait4(-1, 0)
+            process, status, used = wait_for_any(parent)
             name, since = running.pop(process)
             cost = {"notebook": name, "cpu": used.ru_utime + used.ru_stime, "wall": time.monotonic() - since}
             cost["peak_gb"] = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -305,6 +306,16 @@ def run_all(path: Path, folder: Path, stamp: Path, jobs: int) -> int:
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return bool(failed)
+
+
+def wait_for_any(parent: int) -> tuple:
+    """(Id, status, resources used) of a notebook's process, once one has ended; ends this one where its parent has."""
+    while os.getppid() == parent:  # make's shell dies without a word to what it runs
+        process, status, used = os.wait4(-1, os.WNOHANG)
+        if process:
+            return process, status, used
+        time.sleep(0.1)
+    sys.exit(f"terminated; {KEPT}")
 
 
 def start(source: Path, target: Path, params: Path, label: str, is_copied: bool) -> int:

@@ -362,6 +362,32 @@ def test_killed_and_started_again(project):
     assert not list((project / "build/notebooks/embedded").glob(".*.ipynb"))
 
 
+def test_a_terminated_make_takes_its_notebooks_with_it(project):
+    """A kernel that goes on would hold the clock, and measure what nobody waits for."""
+    code = "import os, time\npart = Path(OUT) / 'part'\npart.write_text(str(os.getpid()))\n"
+    code += "part.rename(Path(OUT) / 'kernel')\ntime.sleep(120)"
+    write_notebook(project / "notebooks/two.ipynb", "", code)
+    command = ["make", f"PY={sys.executable}", "STAMP=stamp", "reproduce", "ONLY=two"]
+    running = subprocess.Popen(command, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL)
+    kernel = project / "figures/embedded/kernel"
+    deadline = time.monotonic() + 60
+    while not kernel.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(timeout=60) != 0
+    while is_running(int(kernel.read_text())) and time.monotonic() < deadline + 30:
+        time.sleep(0.1)
+    assert not is_running(int(kernel.read_text()))
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def refusal(project: Path, only: str = "", profile: str = "embedded", pairs=()) -> str:
     with pytest.raises(SystemExit) as stopped:
         path = project / f"notebooks/profiles/{profile}.yaml"

@@ -74,18 +74,20 @@ class Copy(multiprocessing.get_context("fork").Process):
 def become_kernel(waits: Connection, tells: Connection) -> None:
     """Wait for a kernel's command line, environment and folder, then be that kernel."""
     tells.close()  # the other end of a pipe that the copy has, too
-    with suppress(EOFError):  # no kernel is needed
+    try:
         command, environment, folder = waits.recv()
-        os.setsid()  # what interrupts the notebook is for the kernel's manager to pass on
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
-        from ipykernel.kernelapp import IPKernelApp
+    except EOFError:  # no kernel is needed
+        return
+    os.setsid()  # what interrupts the notebook is for the kernel's manager to pass on
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    from ipykernel.kernelapp import IPKernelApp
 
-        asyncio.set_event_loop(asyncio.new_event_loop())
-        arguments = [*command[command.index("-f") :], f"--IPKernelApp.parent_handle={os.getppid()}"]
-        IPKernelApp.launch_instance(argv=arguments)
-        atexit._run_exitfuncs()  # which processes of multiprocessing leave out
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    arguments = [*command[command.index("-f") :], f"--IPKernelApp.parent_handle={os.getppid()}"]
+    IPKernelApp.launch_instance(argv=arguments)
+    atexit._run_exitfuncs()  # which processes of multiprocessing leave out
 
 
 class CopyingProvisioner(LocalProvisioner):
@@ -261,15 +263,26 @@ def import_for(sources: list[Path]) -> bool:
             with suppress(SyntaxError):  # text, or a cell with commands of IPython
                 found = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Import | ast.ImportFrom)]
                 imported |= {ast.unparse(node): None for node in found}
+    is_ours = any("llmdrop.repro" in statement for statement in imported)
+    if is_ours:
+        with suppress(ImportError):
+            importlib.import_module("torch")  # first: where it has CUDA, the rest would be imported for nothing
+    if has_gpu_build():
+        return False
     for statement in imported:
         with suppress(Exception):  # which is the notebook's to say
             exec(statement, {})
-    if "llmdrop.repro" in sys.modules:
+    if is_ours:
         for name in IMPORTED_LATER:
             with suppress(ImportError):
                 importlib.import_module(name)
+    return not has_gpu_build()
+
+
+def has_gpu_build() -> bool:
+    """Whether a PyTorch is imported that can hold a GPU, which a copy of the process could not use."""
     torch = sys.modules.get("torch")
-    return torch is None or (torch.version.cuda is None and torch.version.hip is None)
+    return torch is not None and not (torch.version.cuda is None and torch.version.hip is None)
 
 
 def run_all(path: Path, folder: Path, stamp: Path, jobs: int) -> int:

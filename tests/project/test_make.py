@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import typer
+from processes import all_end
 
 import llmdrop_cli
 
@@ -375,17 +376,7 @@ def test_a_terminated_make_takes_its_notebooks_with_it(project):
         time.sleep(0.1)
     running.terminate()
     assert running.wait(timeout=60) != 0
-    while is_running(int(kernel.read_text())) and time.monotonic() < deadline + 30:
-        time.sleep(0.1)
-    assert not is_running(int(kernel.read_text()))
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    assert all_end([int(kernel.read_text())])
 
 
 def refusal(project: Path, only: str = "", profile: str = "embedded", pairs=()) -> str:

@@ -5,11 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from exports import MIXED, PROMPTS, ROOT, TOKENIZER, logits, wide, with_biases
+from processes import all_end, is_running
 from tiny import random_ids
 
 from llmdrop import DropPlan, save_model
@@ -98,22 +98,6 @@ with serve({str(path)!r}) as engine:
     assert done.returncode == -signal.SIGKILL
     processes = [int(word) for word in done.stdout.split()]
     assert len(processes) == 2 and all_end(processes)
-
-
-def all_end(processes: list[int]) -> bool:
-    """Whether the processes are gone within half a minute."""
-    deadline = time.monotonic() + 30
-    while any(map(is_running, processes)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not any(map(is_running, processes))
-
-
-def is_running(process: int) -> bool:
-    """Whether the process is there and no zombie."""
-    try:
-        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch, tmp_path):

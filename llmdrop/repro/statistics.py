@@ -19,7 +19,6 @@ MOST_UNDEFINED = 0.05  # share of the resamples in which a statistic may be unde
 # of the metrics of one text, task or set of questions, the one that is shown: the first that is there
 HEADLINE_METRICS = ("nats", "acc_norm", "acc", "exact_match", "exact_match,strict-match", "match")
 
-
 Statistic = Callable[[list[np.ndarray]], float]
 StatisticOfDraws = Callable[[list[np.ndarray]], np.ndarray]  # the same, of all draws together: a number each
 
@@ -118,8 +117,13 @@ def of_means(
     """
     strata = [np.asarray(stratum, float) for stratum in strata]
     if value is None:
-        value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+        value = _at_means(statistic, strata)
     return _estimate(_of_unit_means(statistic if at_once else _of_each(statistic)), strata, over, value, freedom)
+
+
+def _at_means(statistic: Statistic | StatisticOfDraws, strata: Sequence[np.ndarray]) -> float:
+    """The statistic of the means over all units."""
+    return float(statistic([stratum.mean(axis=0) for stratum in strata]))
 
 
 def _of_unit_means(statistic: StatisticOfDraws) -> StatisticOfDraws:
@@ -134,7 +138,7 @@ def counted(statistic: Statistic, strata: Sequence[np.ndarray], over: str) -> Es
     spread and a skew that mean nothing to Student's t.)
     """
     strata = [np.asarray(stratum, float) for stratum in strata]
-    value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+    value = _at_means(statistic, strata)
     drawn = _bootstrap(_of_unit_means(_of_each(statistic)), strata)
     low, high = np.percentile(drawn, [2.5, 97.5], method="closest_observation")
     n = sum(len(stratum) for stratum in strata)
@@ -231,7 +235,7 @@ def combined(
     `of_means`; variants are the last axis then.
     """
     strata, doubtful, over = _paired(rows, variants, where, metric)
-    value = float(statistic([stratum.mean(axis=0) for stratum in strata]))
+    value = _at_means(statistic, strata)
     estimate = of_means(statistic, doubtful, over, value, at_once=at_once)
     method = "paired bootstrap" if len(variants) > 1 else "bootstrap"
     return Estimate(value, estimate.low, estimate.high, sum(map(len, strata)), over, method)
@@ -354,7 +358,7 @@ def loss_beyond_gamma(
         at_gamma = gamma(average[2], average[0], speedup[0]) * 100 * (speedup[1] - 1)
         return float(average[2] - average[1] - at_gamma)
 
-    value = statistic([stratum.mean(axis=0) for stratum in [*strata, seconds]])
+    value = _at_means(statistic, [*strata, seconds])
     freedom = len(seconds) // 2  # rounds have most of the spread, and those that something disturbs most of theirs
     estimate = of_means(statistic, [*doubtful, seconds], f"{over} and rounds", value, freedom)
     n = sum(map(len, strata))

@@ -1,6 +1,7 @@
-"""Whether processes that a test started have ended."""
+"""Processes that a test starts: killed where it says, and whether they have ended."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,3 +24,25 @@ def is_running(process: int) -> bool:
         return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+class FileOperations:
+    """Counts this process's file operations, and kills it before one of them.
+
+    By count and not by the clock, so that it dies in the same place however busy the machine is.
+    """
+
+    EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir")
+
+    def __init__(self, on: str = ""):
+        self.on = on  # only of files whose path has this in it
+        self.count = 0
+        self.last: int | None = None  # the number of the one that is not survived
+        sys.addaudithook(self._before)
+
+    def _before(self, event: str, arguments: tuple) -> None:
+        if event not in self.EVENTS or self.on not in str(arguments[0]):
+            return
+        self.count += 1
+        if self.count == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,10 @@ from llmdrop import files
 
 def hold(path, what, seconds=60):
     """Another process that holds `path` by the code `what`, and says so."""
-    code = f"import time\nfrom pathlib import Path\nfrom llmdrop import files\npath = Path({str(path)!r})\n"
+    code = f"import time\nfrom pathlib import Path\nimport files\npath = Path({str(path)!r})\n"
     code += f"with {what}:\n    print('held', flush=True)\n    time.sleep({seconds})\n"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    alone = os.environ | {"PYTHONPATH": str(Path(files.__file__).parent)}  # without the library, which imports PyTorch
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=alone)
     assert process.stdout.readline() == "held\n"
     return process
 

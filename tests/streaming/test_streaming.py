@@ -228,6 +228,7 @@ import torch
 from tqdm import tqdm
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
+from processes import FileOperations
 from tiny import tiny, random_ids
 import llmdrop
 from llmdrop import Calibration, DropPlan, drop_checkpoint, score, score_checkpoint
@@ -238,19 +239,9 @@ mask[1, :4] = mask[6, :7] = 0
 text = Calibration(ids, "random", mask)
 """
 
-# Killed before a file operation, by count and not by the clock, so that a busy machine dies in the same places.
 # tqdm's own lock is shared with forked processes: one killed while it holds it would stop all others for good.
 KILL = """
 tqdm.set_lock(threading.RLock())
-operations, last = 0, None
-
-def count(event, arguments):
-    global operations
-    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir"):
-        operations += 1
-        if operations == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
 def rate(place="host"):
     return score_checkpoint(folder / "model", text, 1, progress=False, stream_on=place, work_dir=folder / "work")
 
@@ -258,16 +249,17 @@ def drop():
     plan = DropPlan([1, 3], [1])
     drop_checkpoint(folder / "model", plan, folder / "out", progress=False, link=False, overwrite=True)
 
-rate(), drop()
-sys.addaudithook(count)
+rate()
+drop()
+operations = FileOperations()
 scoring = {}
 for place in ("host", "file"):
-    operations = 0
+    operations.count = 0
     rate(place)
-    scoring[place] = operations
-operations = 0
+    scoring[place] = operations.count
+operations.count = 0
 drop()
-dropping = operations
+dropping = operations.count
 kills, resumed = 0, 0
 random.seed(0)
 for k in range(20):
@@ -275,7 +267,8 @@ for k in range(20):
     stretch = scoring[place] * (k + random.random()) / 12 if k < 12 else dropping * (k - 12 + random.random()) / 8
     child = os.fork()
     if child == 0:
-        operations, last = 0, 1 + int(stretch)
+        operations.count = 0
+        operations.last = 1 + int(stretch)
         if k < 12:
             rate(place)
         drop()
@@ -357,17 +350,22 @@ FORKED = """
 with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-other = os.fork()
-os.environ |= {"RANK": str(int(other == 0)), "LOCAL_RANK": str(int(other == 0))}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+rank, others = 0, []
+for k in (1, 2):
+    others.append(os.fork())
+    if others[-1] == 0:
+        rank, others = k, []
+        break
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 """
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_together_give_the_scores_of_one(world, saved, tmp_path):
     model, _ = saved()
-    if world == 2:
-        run(FORKED + PARALLEL + "if other: assert os.waitpid(other, 0)[1] == 0\n", tmp_path)
+    if world == 3:
+        run(FORKED + PARALLEL + "assert not any(os.waitpid(other, 0)[1] for other in others)\n", tmp_path)
     else:
         run(PARALLEL, tmp_path, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")
     for n in (7, 2):

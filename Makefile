@@ -149,7 +149,7 @@ gpu: ## make gpu DRY=1 ONLY=check MINUTES=9: all of CUDA on a real GPU (docs/gpu
 # -- people -----------------------------------------------------------------------------------------------------------
 test: $(STAMP) ## ruff and pytest
 	@$(PY) -m ruff check .
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 families: $(STAMP) ## docs/families.md: every decoder type of the installed transformers, tried on a tiny random model
 	@$(PY) benchmarks/families.py --out docs/families.md

@@ -11,6 +11,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
 
+# these take minutes, so they come first: at the end one worker would run one of them and the others would wait
+LONG = ["test_gpu.py", "test_paper_profile.py", "test_evaluate.py", "test_device.py", "test_training.py",
+        "test_coverage.py", "test_make.py", "test_streaming.py"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def smollm2():

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -164,6 +165,12 @@ def read_output(figures: Path, stem: str) -> dict:
     return dict(stem=stem, caption=caption, table=table, image=image, links=links, provenance=details)
 
 
+@cache
+def exporter() -> HTMLExporter:
+    """One for all notebooks: each compiles its templates anew."""
+    return HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+
+
 def render_notebook(source: Path) -> str:
     """The executed notebook as an HTML fragment without scripts, progress bars or anything of this machine."""
     notebook = nbformat.read(source, as_version=4)
@@ -181,9 +188,8 @@ def render_notebook(source: Path) -> str:
                 if output.get("name") == "stdout":
                     output.text = re.sub(r"(?m)^(another process is )?measuring .*\n?", "", output.text)
             cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     numbered = {}  # pandas' styled tables have random ids
-    page = exporter.from_notebook_node(notebook)[0]
+    page = exporter().from_notebook_node(notebook)[0]
     page = re.sub(r"\bT_[0-9a-f]{5}", lambda id: numbered.setdefault(id[0], f"T_{len(numbered)}"), page)
     return impersonal(page)
 

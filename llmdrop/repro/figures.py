@@ -430,7 +430,7 @@ def save_figure(
         for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
             fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
-            fig.set_layout_engine("none")  # found once, for the PNG and the notebook's own picture, too: it takes longest
+            fig.set_layout_engine("none")  # found once, for all pictures: that takes longest
             contents[kind] = buffer.getvalue()
     write_output(out_dir, name, caption, provenance, contents)
 

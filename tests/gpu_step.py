@@ -30,7 +30,10 @@ SIZES = {
 }
 SIZES["speedups"]["TIMED"] |= {"cache": "static", "decoding": "graph"}
 SIZES["quickstart"] |= {"TIMED": {"batch_size": 1, "prompt_len": 8, "new_tokens": 2, "rounds": 2}, "ANSWER_LEN": 2}
-OPTIONS = {"evaluation.py": ["--limit", "3", "--plans", "2", "--rounds", "1", "--batch-sizes", "2", "4"]}
+OPTIONS = {
+    "evaluation.py": ["--limit", "2", "--plans", "2", "--rounds", "1", "--batch-sizes", "2"],
+    "scoring.py": ["--rounds", "1", "--seq-len", "32"],
+}
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 A profile (profiles/<name>.yaml) has `about` (one line), `needs` (minutes, disk_gb, download_gb, gpu_gb by notebook),
 `common` (parameters for every notebook that has them), and under a notebook's name the parameters of that notebook;
 SETTINGS of both are put together, what the notebook says itself on top.
-It runs the notebooks it names, in its order, where they, the library or their parameters changed since the last run.
+It runs the notebooks it names, in its order (several at a time: the longest first), where they, the library or their
+parameters changed since the last run.
 
 To import PyTorch and what else a notebook needs takes longer than most notebooks do without measuring. So `all` imports
 it once, and each notebook runs in a copy of that process (a fork), as does its kernel: they share the modules, and
@@ -294,6 +295,9 @@ def run_all(path: Path, folder: Path, stamp: Path, jobs: int) -> int:
     chosen = (folder / "selected").read_text().split()
     share_cores(min(jobs, len(chosen)))
     waiting = changed(chosen, path, folder, stamp)
+    if jobs > 1:  # the longest first, or the last one would run alone
+        needs = yaml.safe_load(path.read_text()).get("needs") or {}
+        waiting.sort(key=lambda name: needs.get(name, {}).get("minutes", 0), reverse=True)
     notebooks = path.parent.parent
     is_copied = bool(waiting) and import_for([notebooks / f"{name}.ipynb" for name in waiting])
     running: dict[int, tuple[str, float]] = {}

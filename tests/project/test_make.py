@@ -128,6 +128,13 @@ def test_two_at_a_time_on_two_cores(project):
     assert run.returncode == 0 and sorted(executed(run.stdout)) == ["one", "three", "two"]
 
 
+def test_several_at_a_time_begin_with_the_longest(project):
+    profile = project / "notebooks/profiles/embedded.yaml"
+    profile.write_text(profile.read_text().replace("needs:", "needs:\n  three: {minutes: 9}\n  two: {minutes: 8}"))
+    run = make(project, "reproduce", "JOBS=2")
+    assert run.returncode == 0 and executed(run.stdout)[-1] == "one"
+
+
 def test_help(project):
     output = make(project, "help").stdout
     for target in ("setup", "reproduce", "smoke", "test", "drop", "lab", "report", "docs", "clean"):

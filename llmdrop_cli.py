@@ -598,7 +598,7 @@ def failed(message: str, code: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 2 for a mistake in the arguments, 1 for any other error."""
+    """Run a command line; returns the exit code: 0, 2 for a mistake in the arguments, 130 if interrupted, else 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "15")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -213,6 +213,8 @@ def random(seed: int) -> Callable:
 def _ascending(values: dict[str, np.ndarray], target: str) -> list:
     """Lowest value first, ties by layer index; NaN left out."""
     if target not in ("attn", "mlp", "block", "joint"):
+        if target == "consecutive":
+            raise ValueError("target 'consecutive' has no order, only runs, which plan_drop finds; take another one")
         raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     if target == "joint":
         items = [(s, i, kind) for kind in ("attn", "mlp") for i, s in enumerate(values[kind]) if np.isfinite(s)]
@@ -221,7 +223,11 @@ def _ascending(values: dict[str, np.ndarray], target: str) -> list:
 
 
 def drop_order(scores, target: str, selector: Callable = cosine) -> list:
-    """All droppable sublayers in the order in which they would be dropped (Figures 6 and 11)."""
+    """All droppable sublayers in the order in which they would be dropped (Figures 6 and 11).
+
+    Layer indices; for "joint" pairs of "attn" or "mlp" and a layer. Raises ValueError for any other target,
+    "consecutive" included.
+    """
     return selector(scores, target)
 
 
@@ -234,7 +240,8 @@ def plan_drop(
     Layer Drop, n sublayers of either kind) or "consecutive" (n neighboring blocks, the run whose input and output are
     most alike; needs `score(..., gap=True)`). n: a count, or a share of the layers of this kind that there are, between
     0 and 1 or as "40%", rounded to the nearest count. keep: layers to protect, of which nothing is dropped. Raises
-    ValueError for any other n, and for layers to keep that the model does not have.
+    ValueError for any other n or target, for layers to keep that the model does not have, and for "consecutive" without
+    a gap matrix or without a run of n blocks that are all left.
     """
     n_layers = len(scores.attn)
     keep = _indices(keep, "keep", n_layers)

@@ -1,7 +1,8 @@
 """Estimates with 95 % intervals from what `quality` and `timing` measured, item by item; resampling is scipy's.
 
 Differences are paired: every variant read the same samples, answered the same questions and ran in the same rounds.
-Every interval is that of `resampled`. `tests/repro/test_coverage.py` simulates data with a known truth.
+Intervals are those of `resampled`; those of `counted` are percentiles, and those of `wilson` Wilson's.
+`tests/repro/test_coverage.py` simulates data with a known truth.
 """
 
 import warnings

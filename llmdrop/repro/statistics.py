@@ -407,7 +407,7 @@ def context_table(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFra
     labels = rows[rows["task"] != "retrieval"]
     facts = rows[rows["task"] == "retrieval"]
     tokens = labels.groupby("shots")["tokens"].first()
-    table = 100 * labels.groupby(["variant", "shots"], sort=False)["right"].mean().unstack()
+    table = 100 * labels.groupby(["variant", "shots"], sort=False)["right"].mean().unstack().sort_index(axis=1)
     table.columns = [f"{shots:.0f}: {n / 1000:.1f}k" for shots, n in tokens.items()]
     guessing = dict.fromkeys([*table, "avg"], chance[labels["task"].iloc[0]]) | {"found": chance["retrieval"]}
     by_query = 100 * labels.groupby(["variant", "item"], sort=False)["right"].mean()

@@ -259,8 +259,8 @@ def test_context_table():
 
     rows = pd.concat(
         [
-            part("kinds", "Baseline", 300, [1, 1, 0, 0], 1),
             part("kinds", "Baseline", 900, [1, 1, 1, 0], 2),
+            part("kinds", "Baseline", 300, [1, 1, 0, 0], 1),
             part("kinds", "MLP-8", 300, [0, 0, 0, 0], 1),
             part("kinds", "MLP-8", 900, [1, 0, 0, 0], 2),
             part("retrieval", "Baseline", 512, [1, 1, 1, 1]),

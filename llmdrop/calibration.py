@@ -252,8 +252,8 @@ def load_calibration(
     are the k samples. skip leaves out the first samples: text that no set of up to `skip` samples holds.
     data_dir: see `llmdrop.data`.
 
-    Raises ValueError for an unknown name, sizes below 1, or a source with too little text; FileNotFoundError for data
-    that is not there; TypeError for documents that are no text.
+    Raises ValueError for an unknown name, fewer than 1 sample or 2 tokens, a negative skip, or a source with too little
+    text; FileNotFoundError for data that is not there; TypeError for documents that are no text.
     """
     if n_samples < 1 or seq_len < 2 or skip < 0:
         raise ValueError(f"{n_samples=}, {seq_len=}, {skip=}: need at least 1 sample, 2 tokens and 0 to skip")

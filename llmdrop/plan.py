@@ -100,7 +100,10 @@ class DropPlan:
 
     @classmethod
     def from_llm_drop(cls, config: dict, n_layers: int | None = None) -> "DropPlan":
-        """Read the lists of an LLM-Drop checkpoint config, either indices or one boolean per layer."""
+        """Read the lists of an LLM-Drop checkpoint config, either indices or one boolean per layer.
+
+        Raises ValueError for booleans of another number of layers, and what `DropPlan` raises.
+        """
         lists = {}
         for kind in ("attn", "mlp"):
             values = config.get(f"drop_{kind}_list") or []

@@ -32,8 +32,8 @@ def apply_plan(model: nn.Module, plan: AnyPlan) -> nn.Module:
     plan: a DropPlan, or what `llmdrop.plan.as_plan` makes one of.
 
     Raises ValueError for architectures whose residual split cannot be proven, indices the model does not have, a plan
-    made for another depth, plans that leave no sublayer at all, and a model in DistributedDataParallel; TypeError for
-    what is no plan. The model is unchanged then.
+    made for another depth, plans that leave no sublayer at all, a model in DistributedDataParallel, and inside of
+    `dropped`; TypeError for what is no plan. The model is unchanged then.
     """
     parts = list(model.modules()) if isinstance(model, nn.Module) else []
     if any(_INSIDE.get(part) for part in parts):

@@ -25,8 +25,9 @@ class ImportanceScores:
     """S = 1 - cos(x, y) per layer, averaged over the calibration tokens; low means redundant.
 
     attn, mlp, block: float64 [n_layers], NaN where the sublayer is dropped already. stderr: the same three, standard
-    errors over samples. magnitude: the same three, ||f(x)|| / ||y||. gap: [n_layers, n_layers], gap[i, j] = 1 - cos of
-    the residual stream before layer i and after layer j >= i (NaN below the diagonal), or None if not asked for.
+    errors over samples (NaN for one sample). magnitude: the same three, ||f(x)|| / ||y||. gap: [n_layers, n_layers],
+    gap[i, j] = 1 - cos of the residual stream before layer i and after layer j >= i (NaN below the diagonal), or None
+    if not asked for.
     """
 
     attn: np.ndarray

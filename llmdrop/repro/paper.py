@@ -175,7 +175,7 @@ def _needed(test: str, limit: float, estimate: Estimate) -> str:
     below, above = estimate.value - estimate.low, estimate.high - estimate.value
     width = below if nearest < estimate.value else above
     if width > _UNEVEN * min(below, above):
-        return f"more {estimate.over}; so uneven an interval does not tell how many"
+        return f"more {estimate.over}; how many cannot be told from an interval this uneven"
     more = math.inf
     if distance > 0:
         more = math.ceil((estimate.n or 1) * ((width / distance) ** 2 - 1))

@@ -152,6 +152,7 @@ class Chooser:
         """The first n sublayers (of "consecutive blocks": the blocks) to drop by a named `selector`.
 
         seconds: for latency-aware searches (None: `seconds_saved`). `tokens` of what is returned is what choosing cost.
+        Raises ValueError for an unknown name.
         """
         chosen_by = selector(name)
         if chosen_by.search is None:

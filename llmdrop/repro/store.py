@@ -76,7 +76,8 @@ class Store:
 
         kind: the folder. key: anything JSON can write; the order of its entries does not matter. slug: for people.
         facts: makes the provenance to store.
-        Raises TypeError if key or value cannot be written as JSON, OSError if the file cannot be written.
+        Raises ValueError for a kind that is no such name, TypeError if key or value cannot be written as JSON, OSError
+        if the file cannot be written.
         """
         return self.get_many(kind, [Entry(key, slug)], lambda missing: [compute()], facts)[0]
 
@@ -89,7 +90,7 @@ class Store:
     ) -> list:
         """The values of many entries at once; compute(indices of the missing ones) yields their values in order.
 
-        Each value is stored as soon as it is yielded. Of equal keys only the first is computed.
+        Each value is stored as soon as it is yielded. Of equal keys only the first is computed. Raises as `get`.
         """
         if not re.fullmatch(r"[a-z0-9_-]+", kind):
             raise ValueError(f"kind {kind!r} names a folder; use a-z, 0-9, _ and -")

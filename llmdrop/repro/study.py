@@ -97,7 +97,8 @@ def study(model: str, out: str | os.PathLike | None = None, **parameters) -> Pat
     model: see `llmdrop.load_model`. out: folder of the page, the executed notebook, figures and numbers (None: below
     `build_dir()`). parameters: others of the notebook, as CALIBRATION, TASKS, MAX_LOSS, SPEEDUP, KV, BATCH, CONTEXT,
     SAMPLES, DEVICE, DATA_DIR. What is measured is stored and never measured twice. Raises ImportError without the extra
-    "repro", ValueError for an unknown parameter, papermill's PapermillExecutionError where a cell fails.
+    "repro", FileNotFoundError without the notebook, ValueError for an unknown parameter, papermill's
+    PapermillExecutionError where a cell fails.
     """
     papermill = import_extra("papermill", "repro")
     known = papermill.inspect_notebook(str(notebook_file()))

@@ -419,10 +419,11 @@ def test_what_is_needed_follows_from_width_and_distance():
 
 def test_what_is_needed_has_no_number_where_the_width_tells_none():
     """More of a model's layers cannot be had, and a jump does not shrink with the root of a number."""
+    uneven = "how many cannot be told from an interval this uneven"
     jump = Estimate(0.15, 0.14, 1.0, 24, "samples and rounds", "paired bootstrap")
-    assert paper._needed("below", 0.33, jump) == "more samples and rounds; so uneven an interval does not tell how many"
+    assert paper._needed("below", 0.33, jump) == f"more samples and rounds; {uneven}"
     upwards = Estimate(-0.15, -1.0, -0.14, 24, "samples", "bootstrap")
-    assert paper._needed("above", -0.33, upwards) == "more samples; so uneven an interval does not tell how many"
+    assert paper._needed("above", -0.33, upwards) == f"more samples; {uneven}"
     over_layers = Estimate(0.5, 0.0, 1.0, 16, "layers", "bootstrap")
     assert paper._needed("above", 0.4, over_layers) == "more SEEDS, or a model of more layers"
 

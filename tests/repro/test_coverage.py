@@ -103,7 +103,7 @@ def clustered(random) -> Estimate:
     return difference(rows.assign(cluster=np.tile(cluster, 2)), "dropped", "whole", "news")
 
 
-def timed(random, seconds: dict[str, float], n: int = 9) -> pd.DataFrame:
+def timed(random, seconds: dict[str, float], n: int = 5) -> pd.DataFrame:
     """Rounds as from `timing`: 2 % of noise, and one time in fifteen something else that runs."""
     parts = []
     for variant, mean in seconds.items():

@@ -118,12 +118,17 @@ def done(project: Path, name: str, profile: str = "embedded") -> Path:
     return project / f"build/notebooks/{profile}/{name}.ipynb"
 
 
-def test_two_at_a_time_on_two_cores(project):
-    """By default on a CPU, a thread each; never for profiles that time a GPU."""
-    for profile, jobs in (("embedded", min(os.cpu_count(), 2)), ("paper", 1)):
-        command = ["make", "-n", "STAMP=stamp", f"PROFILE={profile}", "reproduce"]
-        recipe = subprocess.run(command, cwd=project, env=own_environment(), capture_output=True, text=True).stdout
-        assert f"--jobs {jobs} " in recipe
+def test_notebooks_at_a_time(project, tmp_path):
+    """By default as many as fill the cores of a CPU; never several for profiles that time by the paper's protocol."""
+    (nproc := tmp_path / "nproc").touch(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    expected = {"embedded": (1, 3, 3, 2), "smoke": (1, 3, 3, 2), "beyond": (1, 2, 2, 2), "full": (1,) * 4}
+    for cores in (1, 2, 3, 4):
+        nproc.write_text(f"#!/bin/sh\necho {cores}\n")
+        for profile, jobs in (expected | {"paper": (1,) * 4}).items():
+            command = ["make", "-n", "STAMP=stamp", f"PROFILE={profile}", "reproduce"]
+            options = dict(cwd=project, env=own_environment() | {"PATH": path}, capture_output=True, text=True)
+            assert f"--jobs {jobs[cores - 1]} " in subprocess.run(command, **options).stdout, (profile, cores)
     run = make(project, "reproduce", "FRESH=1", "JOBS=2")
     assert run.returncode == 0 and sorted(executed(run.stdout)) == ["one", "three", "two"]
 

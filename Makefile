@@ -54,7 +54,7 @@ help: ## this list
 	@echo "  MODEL= DEVICE= DATA_DIR= TASKS=piqa,openbookqa LIMIT=   override those parameters in every notebook that has them"
 	@echo "  ATTN=8 or 40%, MLP=, BLOCK=   how many to drop, or what share; KEEP=0,29: layers of which nothing is dropped"
 	@echo "  the others of make drop, study, evaluate and serve   options of llmdrop, which says what they are: llmdrop drop --help"
-	@echo "  JOBS=1   one notebook at a time (else smoke and embedded: three, beyond: two, on two cores)"
+	@echo "  JOBS=1   one notebook at a time (smoke, embedded, beyond: two, where there are two cores)"
 
 # -- environment ------------------------------------------------------------------------------------------------------
 setup: $(STAMP) ## the environment in .venv, remade when pyproject.toml or constraints.txt changed
@@ -84,14 +84,13 @@ REPORT = $(PY) notebooks/report.py $(PROFILE_FILE) $(DONE) figures/$(PROFILE)
 # The packaged model and data need no hub; a model named by hand may.
 PACKAGED := $(filter smoke embedded full beyond pretrain,$(PROFILE))
 OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(PACKAGED),HF_HUB_OFFLINE=1))
-# Notebooks at a time: what -j or JOBS says; one where speed is timed by the paper's protocol, alone on the machine; else
-# two on a CPU with two cores or more. On two or three cores, three short ones, a thread each: while one waits to be timed
-# alone, the others fill the cores.
+# Notebooks at a time: what -j or JOBS says, else two on a CPU with two cores or more (a thread each is their best use);
+# one where speed is timed by the paper's protocol, alone on the machine. (Three on two cores fill them better, but what
+# is timed then runs beside two that draw or load.)
 GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 SEVERAL := $(if $(filter 1,$(CORES)),,$(filter smoke embedded beyond,$(PROFILE)))
-THREE := $(if $(filter 2 3,$(CORES)),$(filter smoke embedded,$(SEVERAL)))
-JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(THREE),3,$(if $(SEVERAL),2,1)))
+JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(SEVERAL),2,1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed;
 # all executes the notebooks that something changed for. One that fails stops neither the others nor the report.

@@ -89,8 +89,7 @@ OFFLINE = $(if $(MODEL)$(filter hub,$(DATA_DIR)),,$(if $(PACKAGED),HF_HUB_OFFLIN
 # is timed then runs beside two that draw or load.)
 GIVEN = $(filter -j%,$(MAKEFLAGS))
 CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-SEVERAL := $(if $(filter 1,$(CORES)),,$(filter smoke embedded beyond,$(PROFILE)))
-JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(SEVERAL),2,1))
+JOBS = $(if $(GIVEN),$(or $(patsubst -j%,%,$(GIVEN)),$(words $(NAMES))),$(if $(and $(filter-out full pretrain,$(PACKAGED)),$(filter-out 1,$(CORES))),2,1))
 
 # plan checks names and parameters, says what is needed, and touches <name>.params.json only where parameters changed;
 # all executes the notebooks that something changed for. One that fails stops neither the others nor the report.

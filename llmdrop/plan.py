@@ -215,9 +215,9 @@ def random(seed: int) -> Callable:
 
 def _ascending(values: dict[str, np.ndarray], target: str) -> list:
     """Lowest value first, ties by layer index; NaN left out."""
-    if target not in ("attn", "mlp", "block", "joint"):
-        if target == "consecutive":
-            raise ValueError("target 'consecutive' has no order, only runs, which plan_drop finds; take another one")
+    if target == "consecutive":
+        raise ValueError("target 'consecutive' has no order, only runs, which plan_drop finds; take another one")
+    if target not in TARGETS:
         raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     if target == "joint":
         items = [(s, i, kind) for kind in ("attn", "mlp") for i, s in enumerate(values[kind]) if np.isfinite(s)]
